@@ -1,0 +1,248 @@
+"""The schema of `conf/`: yaml files hold the values, these dataclasses hold the types.
+
+A misspelt key, a wrong type or an unknown choice fails while Hydra composes the configuration. What a type cannot say (a
+block size is positive, a share lies in [0, 1)) is checked in `__post_init__`, when the entry turns the composed
+configuration into these plain objects; nothing below the entry sees a DictConfig. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+CONF_DIR = REPO_ROOT / "conf"
+
+
+class _Choice(str, Enum):
+    """A closed set of words. A member equals, prints and serialises as its word."""
+
+    __str__ = str.__str__
+    __format__ = str.__format__
+
+
+class ScaleRule(_Choice):
+    floor = "floor"
+    ceil = "ceil"
+    even = "even"
+    rceil = "rceil"
+
+
+class ModelSource(_Choice):
+    hub = "hub"
+    pypi_gguf = "pypi_gguf"
+    synthetic = "synthetic"
+    bundle = "bundle"
+
+
+class DataSource(_Choice):
+    hub = "hub"
+    python_docs = "python_docs"
+    synthetic = "synthetic"
+
+
+class Offline(_Choice):
+    """What to do when the model or the text is neither in the cache nor reachable."""
+
+    auto = "auto"  # switch to the offline twins
+    never = "never"  # an error
+    always = "always"  # take the twins without asking the hub
+
+
+class TrackingMode(_Choice):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+def new_sweep_id() -> str:
+    # The random tail keeps two sweeps apart that start in the same second.
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class FormatConfig:
+    name: str
+    # "none", "amax" or a number; null takes the format's own default.
+    global_scale: str | int | float | None = None  # int so that `1` needs no decimal point
+    # MXFP4's naive rule: floor, ceil, even or rceil; null takes the format's own default.
+    scale_rule: ScaleRule | None = None
+
+    def __post_init__(self) -> None:
+        scale = self.global_scale
+        if isinstance(scale, str):
+            _require(scale in ("none", "amax"), f"format.global_scale={scale}: use none, amax or a positive number.")
+        elif scale is not None:
+            _require(
+                math.isfinite(scale) and scale > 0,
+                f"format.global_scale={scale}: use none, amax or a positive number.",
+            )
+            self.global_scale = float(scale)
+
+
+@dataclass
+class MethodConfig:
+    name: str
+
+
+@dataclass
+class BackendConfig:
+    name: str
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    source: ModelSource
+    repo: str | None = None
+    revision: str | None = None
+    path: str | None = None  # a local folder in the hub's layout, or a layer bundle
+    dtype: str = "bfloat16"
+    package: str | None = None  # source pypi_gguf: the wheel, the file inside it and the file's hash
+    filename: str | None = None
+    sha256: str | None = None
+    origin: str | None = None  # one sentence that every table with this model must show
+    out_features: int = 2560  # source synthetic only, as are the next two
+    in_features: int = 9728
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
+        _require(self.in_features > 0, f"model.in_features={self.in_features}: must be positive.")
+        _require(self.std > 0 and math.isfinite(self.std), f"model.std={self.std}: must be positive.")
+
+
+@dataclass
+class LayerConfig:
+    index: int = 0
+    module: str = "mlp.down_proj"
+
+    def __post_init__(self) -> None:
+        _require(self.index >= 0, f"layer.index={self.index}: layers count from 0.")
+        _require(bool(self.module), "layer.module is empty: name a linear module, such as mlp.down_proj.")
+
+
+@dataclass
+class DataConfig:
+    name: str
+    source: DataSource
+    repo: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    path: str | None = None  # a local folder: text files, parquet or a saved datasets folder
+    split: str = "train"
+    heldout_split: str | None = None  # take the held-out sequences from this split instead
+    text_column: str = "text"
+    seq_len: int = 512
+    samples: int = 2048
+    heldout: float = 0.125  # share of the sequences held out; 0 is the published protocol
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len > 0, f"data.seq_len={self.seq_len}: must be positive.")
+        _require(self.samples > 0, f"data.samples={self.samples}: must be positive.")
+        _require(0 <= self.heldout < 1, f"data.heldout={self.heldout}: a share of the sequences, 0 <= heldout < 1.")
+
+
+@dataclass
+class CacheConfig:
+    dir: str | None = None  # null: $QUANTKIT_CACHE, else ~/.cache/quantkit
+    shard_mib: int = 256
+    activations: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.shard_mib > 0, f"cache.shard_mib={self.shard_mib}: must be positive.")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir or os.environ.get("QUANTKIT_CACHE") or "~/.cache/quantkit").expanduser()
+
+
+@dataclass
+class TrackingConfig:
+    name: str  # wandb or none
+    project: str = "quantkit"
+    mode: TrackingMode | None = None  # null: $WANDB_MODE, else offline
+
+    def __post_init__(self) -> None:
+        _require(self.name in ("wandb", "none"), f"tracking.name={self.name}: use wandb or none.")
+
+
+@dataclass
+class TimingConfig:
+    enabled: bool = True
+    warmup_ms: float = 25.0  # GPU: triton.testing.do_bench
+    rep_ms: float = 100.0
+    min_run_s: float = 0.5  # CPU: torch.utils.benchmark measures for at least this long
+    max_call_s: float = 20.0  # CPU: a call slower than this is not timed
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_ms", "rep_ms", "min_run_s", "max_call_s"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"timing.{name}={value}: must be positive.")
+
+
+@dataclass
+class Config:
+    format: FormatConfig
+    method: MethodConfig
+    backend: BackendConfig
+    model: ModelConfig
+    layer: LayerConfig
+    data: DataConfig
+    cache: CacheConfig
+    tracking: TrackingConfig
+    timing: TimingConfig
+    block_size: int = 16
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    offline: Offline = Offline.auto
+    force: bool = False  # run again what is already finished
+    verify: bool = False
+    output_dir: str = "results/runs"
+    # One id for all the runs that one command starts; W&B's group.
+    sweep: str = field(default_factory=new_sweep_id)
+
+    def __post_init__(self) -> None:
+        _require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
+        _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
+
+
+def register_schema() -> None:
+    """Give Hydra the schema (`base_config`) and the `${sweep_id:}` resolver. Importing this module does it."""
+    ConfigStore.instance().store(name="base_config", node=Config)
+    # Hydra copies a configuration's resolver cache to every job of a sweep, so all of them see one id.
+    OmegaConf.register_new_resolver("sweep_id", new_sweep_id, use_cache=True, replace=True)
+
+
+def to_config(composed: Any) -> Config:
+    """The plain dataclasses of a composed configuration. Raises ValueError for a value outside its range."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """What `run.py OVERRIDES` would see, for tests and notebooks."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        return to_config(hydra_compose("config", overrides=list(overrides)))
+
+
+register_schema()

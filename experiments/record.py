@@ -1,0 +1,170 @@
+"""One run, one record: the fields of `RunRecord`, in order, are the columns of the CSV.
+
+A record is a JSON object in its run's folder, written last and atomically, so a record that exists is complete.
+Errors are fractions (0.0945 is 9.45 %), times are milliseconds unless the name says otherwise. Imports no torch: the
+report reads records without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+RECORD_NAME = "record.json"
+STATUSES = ("ok", "unsupported", "failed")
+
+
+class RecordError(ValueError):
+    """A file that is not a record of this version."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    run_id: str
+    sweep: str
+    status: str  # ok, unsupported or failed
+    reason: str | None  # why it is not ok, in one line
+
+    format: str
+    block_size: int
+    method: str
+    backend: str  # the one that ran
+    requested_backend: str
+    device: str
+    device_name: str | None = None
+    global_scale: str | float | None = None  # the rule or number asked for, after the format's default
+    scale_rule: str | None = None
+
+    model: str | None = None
+    model_revision: str | None = None
+    model_origin: str | None = None
+    tokenizer: str | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    data_split: str | None = None
+    substituted: bool | None = None  # an offline twin stands in for the model or the text asked for
+    layer_index: int | None = None
+    layer_module: str | None = None
+    out_features: int | None = None
+    in_features: int | None = None
+    weight_dtype: str | None = None
+    seq_len: int | None = None
+    sequences: int | None = None
+    tokens_calibration: int | None = None
+    tokens_heldout: int | None = None
+    heldout: float | None = None
+    seed: int | None = None
+
+    weight_error: float | None = None
+    output_error: float | None = None  # on the calibration tokens
+    output_error_heldout: float | None = None
+    bits_per_weight: float | None = None
+    scales_moved: float | None = None  # share of blocks whose scale differs from the naive one
+    candidates_mean: float | None = None  # scales evaluated a block
+    candidates_max: int | None = None
+
+    time_ms_median: float | None = None
+    time_ms_p20: float | None = None
+    time_ms_p80: float | None = None
+    time_iterations: int | None = None
+    time_timer: str | None = None
+    time_device: str | None = None
+
+    verified_blocks: int | None = None
+    verified_violations: int | None = None
+    verified_worst_excess: float | None = None
+
+    commit: str | None = None
+    dirty: bool | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    config_hash: str | None = None
+    started_at: str | None = None  # UTC, ISO 8601
+    duration_s: float | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise RecordError(f"Record status {self.status!r} is none of {', '.join(STATUSES)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field name → plain value, in column order. NaN and infinity become None: JSON has neither."""
+        values = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "record") -> RunRecord:
+        if not isinstance(values, dict):
+            raise RecordError(f"{where}: expected a JSON object, found {type(values).__name__}.")
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise RecordError(
+                f"{where}: schema_version {version!r}, but this code reads {SCHEMA_VERSION}; run it again with force=true."
+            )
+        unknown = sorted(values.keys() - set(FIELDS))
+        missing = sorted(set(FIELDS) - values.keys())
+        if unknown or missing:
+            parts = [f"unknown fields {', '.join(unknown)}"] if unknown else []
+            parts += [f"missing fields {', '.join(missing)}"] if missing else []
+            raise RecordError(f"{where}: {'; '.join(parts)}.")
+        return cls(**values)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """One line by default, as in a `.jsonl` file."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "record") -> RunRecord:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{where}: not JSON ({error}).") from None
+        return cls.from_dict(values, where)
+
+    def write(self, run_dir: Path | str) -> Path:
+        """Write `run_dir/record.json` atomically and return its path."""
+        path = Path(run_dir) / RECORD_NAME
+        write_atomically(path, self.to_json(indent=2) + "\n")
+        return path
+
+
+FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunRecord))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a record is as readable as any other file.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_record(path: Path | str) -> RunRecord:
+    path = Path(path)
+    return RunRecord.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def read_records(folder: Path | str) -> list[RunRecord]:
+    """Every `*/record.json` and every line of every `*.jsonl` in `folder`, by file name. A missing folder has none."""
+    folder = Path(folder)
+    records = [read_record(path) for path in sorted(folder.glob(f"*/{RECORD_NAME}"))]
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                records.append(RunRecord.from_json(line, where=f"{path}:{number}"))
+    return records
