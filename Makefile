@@ -1,0 +1,54 @@
+# make help lists the targets. Each sets up .venv when it must; nothing else on the machine changes.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+                      if $$p -c "" 2>/dev/null; then echo $$p; exit; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# More Hydra overrides for `make run`, e.g. make run ARGS="block_size=16,32 layer.index=10"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint report clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp comes last: an interrupted set-up has none and is done again.
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "quantkit: no Python found. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo "quantkit: $(PYTHON) is $$($(PYTHON) -V 2>&1); the locked packages need Python 3.11 to 3.13."; \
+	    echo "          Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@rm -f $(READY)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "Installing the versions of requirements.lock into $(VENV) (a few minutes, once)"
+	@$(PIP) install --constraint requirements.lock setuptools wheel
+	@$(PIP) install --no-build-isolation --requirement requirements.lock
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $(READY)
+
+setup: $(READY)  ## create .venv at the locked versions
+
+run: $(READY)  ## the main sweep (2 formats x 3 methods), then its tables; ARGS="..." adds Hydra overrides
+	@status=0; \
+	$(BIN)/python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian $(ARGS) || status=$$?; \
+	$(BIN)/python experiments/report.py --runs || status=$$?; \
+	exit $$status
+
+lint: $(READY)  ## ruff, mypy, import layers
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## lint, all tests, and the check that README and CSV files follow from the records
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/python experiments/report.py --check
+
+report: $(READY)  ## rebuild results/*.csv and the README's tables from results/records
+	$(BIN)/python experiments/report.py
+
+clean:  ## remove .venv, raw runs and tool caches (not the activation cache)
+	rm -rf $(VENV) results/runs multirun outputs wandb build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
