@@ -1,0 +1,29 @@
+"""quantkit: the best FP4 representation of a weight matrix in block-scaled formats, and the proof that it is one."""
+
+from quantkit.blockwise import *  # noqa: F403
+from quantkit.blockwise import __all__ as _blockwise_names
+from quantkit.formats import E2M1, E4M3, FORMATS, MXFP4, NVFP4, UE8M0, BlockFormat, get_format
+from quantkit.metrics import compute_metrics
+from quantkit.quantize import BACKENDS, METHODS, BackendUnavailableError, quantize, resolve_backend
+from quantkit.tensor import QuantizedTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "E2M1",
+    "E4M3",
+    "FORMATS",
+    "METHODS",
+    "MXFP4",
+    "NVFP4",
+    "UE8M0",
+    "BackendUnavailableError",
+    "BlockFormat",
+    "QuantizedTensor",
+    "compute_metrics",
+    "get_format",
+    "quantize",
+    "resolve_backend",
+    *_blockwise_names,
+]

@@ -1,0 +1,211 @@
+"""Block-scaled formats as data: an element grid, a scale grid, and the pairs of them that have names.
+
+A grid is a tiny floating-point format given by its exponent bits, mantissa bits, bias and largest code. The value of code
+``c`` with mantissa width ``m`` and smallest exponent ``e0 = 1 - bias`` is
+
+    c · 2^(e0 - m)                                 for c < 2^m            (subnormal)
+    (1 + (c mod 2^m) / 2^m) · 2^((c >> m) - bias)  otherwise              (normal)
+
+Codes of one sign are ordered like their values, so a window of scales is a range of codes. Rounding, encoding, the naive
+scale and the search windows are derived from this description; a new format is a new entry at the foot of this file.
+
+Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and UE8M0, OCP 8-bit Floating Point v1.0 for E4M3, NVIDIA's NVFP4 for
+their pairing with a float32 global scale. Differences from hardware: a scale never rounds to zero (the smallest positive
+scale is taken instead), and block size 32 with E4M3 scales has no tensor-core support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+__all__ = ["E2M1", "E4M3", "FORMATS", "MXFP4", "NVFP4", "UE8M0", "BlockFormat", "ElementGrid", "ScaleGrid", "get_format"]
+
+FLOAT32_MANTISSA = 23
+FLOAT32_BIAS = 127
+FLOAT32_EXPONENT_MASK = 0x7F800000
+FLOAT32_SMALLEST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A small floating-point format; see the module's formula. ``max_code`` is the largest code of a positive number."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max_code: int
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal value."""
+        return 1 - self.bias
+
+    def value(self, code: int) -> float:
+        """Value of one code. Unit: that of the grid."""
+        steps = 1 << self.mantissa_bits
+        if code < steps:
+            return code * 2.0 ** (self.min_exponent - self.mantissa_bits)
+        return (1 + (code % steps) / steps) * 2.0 ** (code // steps - self.bias)
+
+    @cached_property
+    def max_value(self) -> float:
+        return self.value(self.max_code)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Float32 values of integer ``codes``, any shape. A code outside the grid is the caller's mistake."""
+        return self._values_on(codes.device)[codes.long()]
+
+    def round(self, magnitudes: Tensor) -> Tensor:
+        """Nearest grid value of non-negative float32 ``magnitudes``, ties to even code, saturated at ``max_value``."""
+        magnitudes = magnitudes.clamp(max=self.max_value)
+        binade = (magnitudes.view(torch.int32) & FLOAT32_EXPONENT_MASK).clamp_(min=self._smallest_binade)
+        quantum = binade.view(torch.float32).mul_(2.0**-self.mantissa_bits)
+        return (magnitudes / quantum).round_().mul_(quantum)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """int32 codes of float32 grid values; a value between two codes gets the smaller one (truncation)."""
+        shift = FLOAT32_MANTISSA - self.mantissa_bits
+        normal = (values.view(torch.int32) >> shift) - ((FLOAT32_BIAS - self.bias) << self.mantissa_bits)
+        subnormal = (values * 2.0 ** (self.mantissa_bits - self.min_exponent)).int()
+        return torch.where(values >= 2.0**self.min_exponent, normal, subnormal)
+
+    @property
+    def _smallest_binade(self) -> int:
+        """Float32 bits of the smallest normal value: below it the spacing stays what it is there."""
+        return (self.min_exponent + FLOAT32_BIAS) << FLOAT32_MANTISSA
+
+    def _values_on(self, device: torch.device) -> Tensor:
+        table: Tensor | None = self._tables.get(device)
+        if table is None:
+            table = torch.tensor([self.value(code) for code in range(self.max_code + 1)], device=device)
+            self._tables[device] = table
+        return table
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class ElementGrid(_Grid):
+    """The grid of the quantized elements; a sign bit stands above the magnitude's bits."""
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def max_exponent(self) -> int:
+        return (self.max_code >> self.mantissa_bits) - self.bias
+
+    @cached_property
+    def magnitudes(self) -> tuple[float, ...]:
+        return tuple(self.value(code) for code in range(self.max_code + 1))
+
+    def encode_signed(self, scaled: Tensor) -> Tensor:
+        """uint8 codes of float32 ``scaled`` weights, any shape: magnitude code, and the sign bit of the weight itself."""
+        magnitude = self.encode(self.round(scaled.abs()))
+        sign = torch.signbit(scaled).int() << (self.bits - 1)
+        return (magnitude | sign).to(torch.uint8)
+
+    def decode_signed(self, codes: Tensor) -> Tensor:
+        """Float32 values of uint8 ``codes`` with sign, any shape."""
+        magnitude = self.decode(codes & (2 ** (self.bits - 1) - 1))
+        return torch.where(codes >= 2 ** (self.bits - 1), -magnitude, magnitude)
+
+
+@dataclass(frozen=True)
+class ScaleGrid(_Grid):
+    """The grid of the block scales: positive codes ``min_code … max_code``. ``subnormals=False`` makes code 0 a power of two."""
+
+    min_code: int = 1
+    subnormals: bool = True
+
+    def value(self, code: int) -> float:
+        if self.subnormals or self.mantissa_bits:
+            return super().value(code)
+        return 2.0 ** (code - self.bias)
+
+    @property
+    def min_exponent(self) -> int:
+        return 1 - self.bias if self.subnormals else self.min_code - self.bias
+
+    @property
+    def is_power_of_two(self) -> bool:
+        return self.mantissa_bits == 0
+
+    @cached_property
+    def min_value(self) -> float:
+        return self.value(self.min_code)
+
+    @property
+    def last_code_without_half(self) -> int:
+        """The largest code whose half may not be representable; every scale above it can be halved within the grid."""
+        return (2 << self.mantissa_bits) - 1 if self.subnormals else self.min_code
+
+    def floor_code(self, values: Tensor) -> Tensor:
+        """int32 largest code whose value is ≤ float32 ``values`` ≥ 0; ``min_code - 1`` where there is none."""
+        if self.subnormals:
+            codes = self.encode(values.clamp(max=self.max_value))
+        else:
+            # Also right for 2^-127, the only value of UE8M0 that is a float32 subnormal: its exponent field is 0, as is its code.
+            codes = values.view(torch.int32) >> FLOAT32_MANTISSA
+            codes = torch.where(values < self.min_value, self.min_code - 1, codes)
+        return codes.clamp(self.min_code - 1, self.max_code)
+
+    def ceil_code(self, values: Tensor) -> Tensor:
+        """int32 smallest code whose value is ≥ float32 ``values`` ≥ 0; ``max_code`` where there is none."""
+        floor = self.floor_code(values)
+        exact = (floor >= self.min_code) & (self.decode(floor.clamp(min=0)) == values)
+        return torch.where(exact, floor, floor + 1).clamp(max=self.max_code)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Elements that share one scale a block. ``two_level`` formats have a float32 global scale besides.
+
+    ``scale_rules`` are the roundings of the naive scale that the format offers, the default first.
+    """
+
+    name: str
+    element: ElementGrid
+    scale: ScaleGrid
+    block_sizes: tuple[int, ...]
+    scale_rules: tuple[str, ...]
+    two_level: bool
+
+    @property
+    def default_global_scale(self) -> str:
+        return "amax" if self.two_level else "none"
+
+    def bits_per_weight(self, block_size: int) -> float:
+        """Bits an element takes with its share of the block scale; the global scale is not counted."""
+        return self.element.bits + 8 / block_size
+
+
+E2M1 = ElementGrid("e2m1", exponent_bits=2, mantissa_bits=1, bias=1, max_code=7)
+E4M3 = ScaleGrid("e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max_code=126)
+UE8M0 = ScaleGrid("ue8m0", exponent_bits=8, mantissa_bits=0, bias=127, max_code=254, min_code=0, subnormals=False)
+
+NVFP4 = BlockFormat("nvfp4", E2M1, E4M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=True)
+MXFP4 = BlockFormat(
+    "mxfp4", E2M1, UE8M0, block_sizes=(16, 32), scale_rules=("floor", "ceil", "even", "rceil"), two_level=False
+)
+
+FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in (NVFP4, MXFP4)})
+
+
+def get_format(name: str | BlockFormat) -> BlockFormat:
+    """The format called ``name``. Raises ValueError with the known names."""
+    if isinstance(name, BlockFormat):
+        return name
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; known formats: {', '.join(FORMATS)}")
+    return FORMATS[name]

@@ -1,0 +1,89 @@
+"""Relative errors of a quantized weight, all as fractions.
+
+    weight error   ‖W_q − W‖ / ‖W‖                                   (Frobenius)
+    output error   ‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖  =  √( tr(Δ G Δᵀ) / tr(W G Wᵀ) ),   Δ = W_q − W,  G = XᵀX
+
+The second form needs the Gram matrix alone. Products are float32 or better, sums float64. A zero reference gives NaN unless the
+error is zero as well, when it is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["compute_metrics", "output_error", "output_error_from_gram", "weight_error"]
+
+CHUNK_ROWS = 4096
+
+
+def weight_error(weight: Tensor, quantized: Tensor) -> float:
+    """``‖W_q − W‖ / ‖W‖`` of two tensors of one shape."""
+    _check_shapes(weight, quantized)
+    weight, quantized = weight.reshape(-1, weight.shape[-1]), quantized.reshape(-1, weight.shape[-1])
+    error = norm = 0.0
+    for w, q in zip(weight.split(CHUNK_ROWS), quantized.split(CHUNK_ROWS), strict=True):
+        error += float((q.double() - w.double()).square().sum())
+        norm += float(w.double().square().sum())
+    return _ratio(error, norm)
+
+
+def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantized: Tensor) -> float:
+    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖``; activations ``[tokens, in_features]`` or batches of it, weights ``[out_features, in_features]``."""
+    _check_shapes(weight, quantized)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    reference = weight.to(dtype)
+    difference = quantized.to(dtype) - reference
+    batches = (activations,) if isinstance(activations, Tensor) else activations
+    error = norm = 0.0
+    for batch in batches:
+        if batch.ndim != 2 or batch.shape[1] != weight.shape[-1]:
+            raise ValueError(
+                f"activations of shape {list(batch.shape)} do not fit a weight with {weight.shape[-1]} columns; "
+                "expected [tokens, in_features]"
+            )
+        for chunk in batch.split(CHUNK_ROWS):
+            x = chunk.to(device=weight.device, dtype=dtype)
+            error += float((x @ difference.T).square_().sum(dtype=torch.float64))
+            norm += float((x @ reference.T).square_().sum(dtype=torch.float64))
+    return _ratio(error, norm)
+
+
+def output_error_from_gram(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
+    """The output error of weights ``[out_features, in_features]`` on the tokens whose Gram matrix is ``gram``."""
+    _check_shapes(weight, quantized)
+    if gram.shape != (weight.shape[-1], weight.shape[-1]):
+        raise ValueError(f"gram of shape {list(gram.shape)} does not fit a weight with {weight.shape[-1]} columns")
+    dtype = torch.promote_types(gram.dtype, torch.float32)
+    error = norm = 0.0
+    for w, q in zip(weight.split(CHUNK_ROWS), quantized.split(CHUNK_ROWS), strict=True):
+        w, q = w.to(gram.device, dtype), q.to(gram.device, dtype)
+        error += _energy(q - w, gram)
+        norm += _energy(w, gram)
+    return _ratio(error, norm)
+
+
+def compute_metrics(weight: Tensor, quantized: Tensor, activations: Tensor | None = None) -> dict[str, float]:
+    """``{"weight_error": …, "output_error": …}`` as fractions; the second only with ``activations`` ``[tokens, in_features]``."""
+    metrics = {"weight_error": weight_error(weight, quantized)}
+    if activations is not None:
+        metrics["output_error"] = output_error(activations, weight, quantized)
+    return metrics
+
+
+def _energy(rows: Tensor, gram: Tensor) -> float:
+    return max(0.0, float(((rows @ gram) * rows).sum(dtype=torch.float64)))
+
+
+def _ratio(error: float, norm: float) -> float:
+    if norm == 0.0:
+        return 0.0 if error == 0.0 else math.nan
+    return math.sqrt(error / norm)
+
+
+def _check_shapes(weight: Tensor, quantized: Tensor) -> None:
+    if weight.shape != quantized.shape:
+        raise ValueError(f"weight {list(weight.shape)} and its quantized form {list(quantized.shape)} differ in shape")

@@ -1,0 +1,225 @@
+"""quantize(): checks the input, chooses the backend, and calls the reference or the kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from quantkit import calibration
+from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
+from quantkit.reference import hessian as reference_hessian
+from quantkit.reference import naive as reference_naive
+from quantkit.reference import sse as reference_sse
+from quantkit.reference.common import effective_scale
+from quantkit.tensor import QuantizedTensor, pack_codes
+
+__all__ = ["BACKENDS", "METHODS", "BackendUnavailableError", "quantize", "resolve_backend"]
+
+METHODS = ("naive", "sse", "hessian")
+BACKENDS = ("auto", "reference", "triton")
+REFERENCE_CHUNK_ELEMENTS = 1 << 17  # weights the reference holds in float64 at a time: a few arrays of it fit a core's cache
+
+
+class BackendUnavailableError(ValueError):
+    """The backend asked for cannot run here: wrong device, or Triton is not installed."""
+
+
+def quantize(
+    weight: Tensor,
+    format: str | BlockFormat = "nvfp4",
+    block_size: int = 16,
+    method: str = "naive",
+    *,
+    activations: Tensor | None = None,
+    gram: Tensor | None = None,
+    hessian: Tensor | None = None,
+    backend: str = "auto",
+    global_scale: str | float | None = None,
+    scale_rule: str | None = None,
+    check_finite: bool = True,
+    count_candidates: bool = False,
+) -> QuantizedTensor:
+    """Quantizes ``weight [..., K]`` of any float dtype along its last dimension.
+
+    format: a name in FORMATS, or a BlockFormat.
+    method: "naive" (scale from amax), "sse" (least squared error), "hessian" (least r H rᵀ).
+    activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for "hessian",
+        none for the others.
+    backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU.
+    global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none" (1), or
+        a positive number. A single-level format has none.
+    scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default.
+    check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
+    count_candidates: also return, for each block, how many scales were evaluated.
+
+    Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
+    Raises ValueError (BackendUnavailableError for a backend that cannot run) naming the offending value and the remedy.
+    """
+    fmt = get_format(format)
+    rule = _check_options(weight, fmt, block_size, method, scale_rule)
+    use_triton = resolve_backend(backend, weight.device) == "triton"
+    hessians = _hessians(weight, block_size, method, activations, gram, hessian)
+
+    leading = weight.shape[:-1]
+    matrix = weight.reshape(-1, weight.shape[-1])
+    if matrix.dtype == torch.float64:
+        matrix = matrix.float()
+    if check_finite and not use_triton:
+        calibration.check_finite(weight, "weight")
+    multiplier = _global_scale(matrix, fmt, global_scale)
+    factors = None if hessians is None else calibration.factorize(hessians)
+
+    if use_triton:
+        from quantkit.kernels import launch
+
+        codes, scales, candidates, nonfinite = launch.quantize(
+            matrix, fmt, block_size, method, multiplier, rule, factors, count_candidates
+        )
+        if check_finite and bool(nonfinite):
+            calibration.check_finite(weight, "weight")
+    else:
+        codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
+
+    return QuantizedTensor(
+        codes=codes.reshape(*leading, codes.shape[-1]),
+        scales=scales.reshape(*leading, scales.shape[-1]),
+        global_scale=multiplier,
+        format=fmt,
+        block_size=block_size,
+        candidates=candidates.reshape(*leading, scales.shape[-1]) if count_candidates and candidates is not None else None,
+    )
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> str:
+    """"reference" or "triton" for a weight on ``device``. Raises BackendUnavailableError where triton cannot run there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and _triton_installed() else "reference"
+    if backend == "triton":
+        if not _triton_installed():
+            raise BackendUnavailableError("backend 'triton' needs the package triton: pip install triton, or use backend='reference'")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendUnavailableError(
+                "backend 'triton' needs a GPU tensor, the weight is on the CPU: move it to a GPU, use backend='reference', "
+                "or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
+            )
+    return backend
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: str, scale_rule: str | None) -> str:
+    """Raises ValueError for what no backend could do; returns the scale rule."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
+    if block_size not in fmt.block_sizes:
+        offered = ", ".join(map(str, fmt.block_sizes))
+        raise ValueError(f"{fmt.name} has no block size {block_size!r}; it offers {offered}")
+    if scale_rule is not None and scale_rule not in fmt.scale_rules:
+        raise ValueError(f"{fmt.name} has no scale rule {scale_rule!r}; it offers {', '.join(fmt.scale_rules)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, got {weight.dtype}; convert it, for example with weight.float()")
+    if weight.ndim == 0:
+        raise ValueError("weight must have at least one dimension, got a scalar")
+    if weight.shape[-1] % block_size:
+        raise ValueError(
+            f"the last dimension of the weight, K = {weight.shape[-1]}, is not divisible by block size {block_size}; "
+            "pad it with zeros or choose another block size"
+        )
+    return scale_rule or fmt.scale_rules[0]
+
+
+def _hessians(
+    weight: Tensor,
+    block_size: int,
+    method: str,
+    activations: Tensor | None,
+    gram: Tensor | None,
+    hessian: Tensor | None,
+) -> Tensor | None:
+    """Block Hessians on the weight's device, from whichever of the three was given."""
+    given = [name for name, value in (("activations", activations), ("gram", gram), ("hessian", hessian)) if value is not None]
+    if method != "hessian":
+        if given:
+            raise ValueError(f"method {method!r} does not use {' and '.join(given)}; leave it out or use method='hessian'")
+        return None
+    if len(given) != 1:
+        raise ValueError(f"method 'hessian' takes exactly one of activations, gram and hessian; got {' and '.join(given) or 'none'}")
+    columns = weight.shape[-1]
+    if activations is not None:
+        calibration.check_activations(activations, columns)
+        result = calibration.hessians_from_activations(activations, block_size)
+    elif gram is not None:
+        if gram.shape != (columns, columns):
+            raise ValueError(f"gram has shape {list(gram.shape)}, a weight with {columns} columns needs [{columns}, {columns}]")
+        result = calibration.block_hessians(gram, block_size)
+    else:
+        assert hessian is not None
+        expected = (columns // block_size, block_size, block_size)
+        if hessian.shape != expected:
+            raise ValueError(f"hessian has shape {list(hessian.shape)}, this weight at block size {block_size} needs {list(expected)}")
+        result = hessian
+    return result.to(weight.device)
+
+
+def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | None) -> Tensor:
+    """Float32 scalar: the decode multiplier. amax is taken from the weight and computed with in float32."""
+    requested = fmt.default_global_scale if requested is None else requested
+    if not fmt.two_level and requested != "none":
+        raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
+    if requested == "none":
+        return torch.ones((), device=matrix.device)
+    if requested == "amax":
+        if matrix.numel() == 0:
+            return torch.ones((), device=matrix.device)
+        amax = torch.linalg.vector_norm(matrix, torch.inf).float()
+        multiplier = amax / (fmt.element.max_value * fmt.scale.max_value)
+        # Zero weights have no scale; below float32's normal range a multiplier would lose the precision that it is there to give.
+        return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)
+    if isinstance(requested, str) or isinstance(requested, bool):
+        raise ValueError(f"unknown global_scale {requested!r}; use 'amax', 'none' or a positive number")
+    value = float(requested)
+    if not (math.isfinite(value) and FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value):
+        raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
+    return torch.tensor(value, dtype=torch.float32, device=matrix.device)
+
+
+def _quantize_reference(
+    matrix: Tensor,
+    fmt: BlockFormat,
+    block_size: int,
+    method: str,
+    global_scale: Tensor,
+    rule: str,
+    factors: calibration.HessianFactors | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(packed codes, scale bytes, candidates) of a float ``[rows, K]`` matrix, a few rows at a time."""
+    rows, columns = matrix.shape
+    num_blocks = columns // block_size
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix.device)
+    scales = torch.empty(rows, num_blocks, dtype=torch.uint8, device=matrix.device)
+    candidates = torch.empty_like(scales)
+    chunk = max(1, REFERENCE_CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows if columns else 0, chunk):
+        part = slice(start, start + chunk)
+        blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size))
+        if method == "naive":
+            choice = reference_naive.choose_scales(blocks, fmt, global_scale, rule)
+        elif method == "sse":
+            choice = reference_sse.choose_scales(blocks, fmt, global_scale)
+        else:
+            assert factors is not None
+            choice = reference_hessian.choose_scales(blocks, fmt, global_scale, factors)
+        scaled = blocks / effective_scale(choice.codes, fmt, global_scale).unsqueeze(-1)
+        codes[part] = pack_codes(fmt.element.encode_signed(scaled).flatten(-2))
+        scales[part] = choice.codes.to(torch.uint8)
+        candidates[part] = choice.candidates.to(torch.uint8)
+    return codes, scales, candidates

@@ -1,0 +1,50 @@
+"""The representable scale of least output error of its own block, ``r H rᵀ`` with r = x − s·Q(x/s) and H = X_jᵀX_j.
+
+With H = A Aᵀ the error is ‖r A‖², which stays accurate where r lies in H's weak directions. Three steps:
+
+1. incumbent: the best scale of the squared error's window (bounds.py), though the optimum need not lie there;
+2. window: the codes that the incumbent's error does not rule out;
+3. the rest of that window.
+
+The codes are round-to-nearest at the chosen scale; H picks the scale alone (no error feedback as in GPTQ).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit import bounds
+from quantkit.calibration import HessianFactors
+from quantkit.formats import BlockFormat
+from quantkit.reference.common import ScaleChoice, Search, effective_scale, residual
+
+__all__ = ["choose_scales"]
+
+
+def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factors: HessianFactors) -> ScaleChoice:
+    """Hessian-optimal scale of float32 ``blocks [rows, num_blocks, block_size]``, Hessian j belonging to ``blocks[:, j]``."""
+    blocks = blocks.transpose(0, 1)  # [num_blocks, rows, block_size]: one product with A a block column
+    magnitudes = blocks.abs()
+    exact_magnitudes = magnitudes.double()
+    signs = torch.ones_like(exact_magnitudes).copysign_(blocks)
+    search_first, search_last = bounds.sse_window(
+        magnitudes.amax(-1), fmt.element, fmt.scale, global_scale, blocks.shape[-1]
+    )
+    search = Search(search_first)
+
+    def evaluate(first: Tensor, last: Tensor) -> None:
+        for step in range(max(0, int((last - first).max()) + 1) if first.numel() else 0):
+            codes = (first + step).clamp(max=fmt.scale.max_code)
+            scale = effective_scale(codes, fmt, global_scale)
+            signed = residual(magnitudes, exact_magnitudes, scale, fmt).mul_(signs)
+            error = torch.matmul(signed, factors.factor).square_().sum(-1)
+            search.offer(codes, error, first + step <= last)
+
+    evaluate(search_first, search_last)
+    first, last = bounds.hessian_window(
+        exact_magnitudes, search.error, factors.inverse_diagonal.unsqueeze(1), fmt.element, fmt.scale, global_scale
+    )
+    evaluate(first, torch.minimum(last, search_first - 1))
+    evaluate(torch.maximum(first, search_last + 1), last)
+    return ScaleChoice(search.codes.T, search.candidates.T)

@@ -1,0 +1,119 @@
+"""QuantizedTensor: packed element codes, scale bytes and the global scale, and the way back.
+
+    w ≈ value(code) · (value(scale byte) · global_scale)
+
+with the product in the bracket rounded to float32, as it is when the codes are chosen. Two 4-bit codes share a byte, the
+even column in the low nibble; this is the order of NVIDIA's and the OCP's packed FP4. Scale bytes are row-major, not in the
+swizzled order that a tensor core reads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.formats import BlockFormat, get_format
+
+__all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
+
+FILE_FORMAT_VERSION = "1"
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """uint8 codes ``[..., K]`` of four bits → uint8 ``[..., K/2]``."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """uint8 ``[..., K/2]`` → uint8 codes ``[..., K]`` of four bits."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight ``[..., K]`` in a block-scaled format.
+
+    codes: uint8 ``[..., K/2]``, even column in the low nibble, sign in bit 3 of each nibble.
+    scales: uint8 ``[..., K/block_size]``, bytes of the format's scale grid.
+    global_scale: float32 scalar, the decode multiplier; 1.0 for a single-level format.
+    candidates: uint8 ``[..., K/block_size]``, how many scales the search evaluated for each block; only when asked for.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+    format: BlockFormat
+    block_size: int
+    candidates: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def bits_per_weight(self) -> float:
+        """4 + 8/block_size; the one global scale is not counted."""
+        return self.format.bits_per_weight(self.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and, for a two-level format, the global scale."""
+        return self.codes.nbytes + self.scales.nbytes + (self.global_scale.nbytes if self.format.two_level else 0)
+
+    def scale_values(self) -> Tensor:
+        """Float32 ``[..., K/block_size]``: block scale times global scale, what an element's value is multiplied by."""
+        return self.format.scale.decode(self.scales) * self.global_scale
+
+    def values(self) -> Tensor:
+        """Float32 ``[..., K]``: the elements before scaling, in the grid's unit."""
+        return self.format.element.decode_signed(unpack_codes(self.codes))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, ``[..., K]`` in ``dtype``; computed in float32."""
+        if not dtype.is_floating_point:
+            raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
+        blocks = self.values().unflatten(-1, (self.scales.shape[-1], self.block_size))
+        return (blocks * self.scale_values().unsqueeze(-1)).flatten(-2).to(dtype)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The same tensor on ``device``."""
+        candidates = None if self.candidates is None else self.candidates.to(device)
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            global_scale=self.global_scale.to(device),
+            candidates=candidates,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes codes, scales, global scale and the format's name to a safetensors file. ``candidates`` are not kept."""
+        from safetensors.torch import save_file
+
+        tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
+        metadata = {"version": FILE_FORMAT_VERSION, "format": self.format.name, "block_size": str(self.block_size)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"quantkit": json.dumps(metadata)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> QuantizedTensor:
+        """Reads what :meth:`save` wrote. Raises ValueError where the file is not of that kind."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = (file.metadata() or {}).get("quantkit")
+            if header is None:
+                raise ValueError(f"{path} is not a quantkit file: its metadata has no 'quantkit' entry; write it with save()")
+            metadata = json.loads(header)
+            if metadata["version"] != FILE_FORMAT_VERSION:
+                raise ValueError(f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}")
+            tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
+        return cls(**tensors, format=get_format(metadata["format"]), block_size=int(metadata["block_size"]))
