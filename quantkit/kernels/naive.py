@@ -1,0 +1,63 @@
+"""Naive scales; the twin of reference/naive.py, where the formula is."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.device import (
+    block_amax,
+    encode_magnitude,
+    packed_codes,
+    round_magnitude,
+    scale_ceil_code,
+)
+
+__all__ = ["naive_codes", "naive_kernel"]
+
+
+@triton.jit
+def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr):
+    """int32 scale codes for float32 amax."""
+    if FMT.scale_mantissa > 0:
+        wanted = tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max * global_scale)
+        wanted = round_magnitude(wanted, FMT.scale_mantissa, FMT.scale_min_exponent, FMT.scale_max)
+        wanted = tl.maximum(wanted, FMT.scale_min)
+        return encode_magnitude(wanted, FMT.scale_mantissa, FMT.scale_bias, FMT.scale_min_exponent)
+    elif RULE == "rceil":
+        return tl.maximum(scale_ceil_code(tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max), FMT), FMT.scale_min_code)
+    else:
+        bits = amax.to(tl.int32, bitcast=True)
+        if RULE == "ceil":
+            bits += (1 << 23) - 1
+        elif RULE == "even":
+            bits += 1 << (22 - FMT.element_mantissa)
+        codes = (bits >> 23) - FMT.element_max_exponent
+        return tl.minimum(tl.maximum(codes, FMT.scale_min_code), FMT.scale_max_code)
+
+
+@triton.jit
+def naive_kernel(
+    weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
+    global_scale_ptr,  # [1] fp32
+    codes_ptr,  # [num_blocks, block_size / 2] uint8
+    scales_ptr,  # [num_blocks] uint8
+    flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf
+    num_blocks,
+    FMT: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # blocks a program
+):
+    QBLOCK: tl.constexpr = FMT.block_size
+    block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = block < num_blocks
+    offsets = block[:, None] * QBLOCK + tl.arange(0, QBLOCK)[None, :]
+    weight = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    global_scale = tl.load(global_scale_ptr)
+
+    code = naive_codes(block_amax(weight, flag_ptr), global_scale, FMT, RULE)
+
+    packed = packed_codes(weight, code, global_scale, FMT)
+    half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
+    tl.store(codes_ptr + half, packed, mask=inside[:, None])
+    tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)

@@ -1,0 +1,65 @@
+"""The representable scale of least squared error; the twin of reference/sse.py, where the formula is.
+
+A program holds a tile of blocks in registers and walks the steps that the widest window among them needs. Errors are float32
+sums of exact residuals; with at most 32 addends they stay within the contract's 1e-6.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.device import (
+    block_amax,
+    normalized_scale,
+    normalizer,
+    packed_codes,
+    residual,
+    sse_window,
+)
+
+__all__ = ["sse_kernel"]
+
+
+@triton.jit
+def sse_kernel(
+    weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
+    global_scale_ptr,  # [1] fp32
+    codes_ptr,  # [num_blocks, block_size / 2] uint8
+    scales_ptr,  # [num_blocks] uint8
+    candidates_ptr,  # [num_blocks] uint8; unused unless COUNT
+    flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf
+    num_blocks,
+    FMT: tl.constexpr,
+    COUNT: tl.constexpr,
+    EXACT_FMA: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # blocks a program
+):
+    QBLOCK: tl.constexpr = FMT.block_size
+    block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = block < num_blocks
+    offsets = block[:, None] * QBLOCK + tl.arange(0, QBLOCK)[None, :]
+    weight = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    global_scale = tl.load(global_scale_ptr)
+
+    amax = block_amax(weight, flag_ptr)
+    normalize = normalizer(amax)
+    magnitude = tl.abs(weight) * normalize[:, None]
+    first, last = sse_window(tl.div_rn(amax, tl.zeros_like(amax) + global_scale), FMT)
+    best_code = first
+    best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
+    for step in range(tl.max(last - first, axis=0) + 1):
+        code = first + step
+        scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), global_scale, normalize, FMT)
+        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, EXACT_FMA)
+        error = tl.sum(r * r, axis=1)
+        better = (error < best_error) & (code <= last)
+        best_code = tl.where(better, code, best_code)
+        best_error = tl.where(better, error, best_error)
+
+    packed = packed_codes(weight, best_code, global_scale, FMT)
+    half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
+    tl.store(codes_ptr + half, packed, mask=inside[:, None])
+    tl.store(scales_ptr + block, best_code.to(tl.uint8), mask=inside)
+    if COUNT:
+        tl.store(candidates_ptr + block, (last - first + 1).to(tl.uint8), mask=inside)
