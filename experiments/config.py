@@ -1,24 +1,32 @@
 """The schema of `conf/`: yaml files hold the values, these dataclasses hold the types.
 
-A misspelt key, a wrong type or an unknown choice fails while Hydra composes the configuration. What a type cannot say (a
-block size is positive, a share lies in [0, 1)) is checked in `__post_init__`, when the entry turns the composed
-configuration into these plain objects; nothing below the entry sees a DictConfig. Imports no torch.
+A misspelt key, a wrong type or an unknown choice fails while Hydra composes the configuration. What a type cannot say
+(a block size is positive, a share lies in [0, 1)) is checked in `__post_init__`, when the entry turns the composed
+configuration into these plain objects; nothing below the entry sees a DictConfig.
+
+A run's identity derives from the values that its result depends on, and from nothing else: not from where results and
+caches lie, nor from tracking. It does not know the code's version; after a change of code, `force=true` runs again.
+
+Imports no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONF_DIR = REPO_ROOT / "conf"
@@ -27,8 +35,11 @@ CONF_DIR = REPO_ROOT / "conf"
 class _Choice(str, Enum):
     """A closed set of words. A member equals, prints and serialises as its word."""
 
-    __str__ = str.__str__
-    __format__ = str.__format__
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __format__(self, format_spec: str) -> str:
+        return format(str(self.value), format_spec)
 
 
 class ScaleRule(_Choice):
@@ -93,6 +104,11 @@ class FormatConfig:
                 f"format.global_scale={scale}: use none, amax or a positive number.",
             )
             self.global_scale = float(scale)
+
+    @property
+    def rule(self) -> str | None:
+        """The scale rule as the library takes it: plain text."""
+        return None if self.scale_rule is None else str(self.scale_rule)
 
 
 @dataclass
@@ -196,9 +212,10 @@ class TimingConfig:
             _require(math.isfinite(value) and value > 0, f"timing.{name}={value}: must be positive.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
-    format: FormatConfig
+    # Not simply missing, like the other groups: OmegaConf 2.3 cannot fill in a missing node that has a union in it.
+    format: FormatConfig = field(default_factory=lambda: FormatConfig(name=MISSING))
     method: MethodConfig
     backend: BackendConfig
     model: ModelConfig
@@ -243,6 +260,42 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         return to_config(hydra_compose("config", overrides=list(overrides)))
+
+
+def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
+    """The part of a configuration that determines the result, as plain JSON values.
+
+    config: after the twin switch; device and backend: what `auto` came to.
+    """
+    values = asdict(config)
+    for name in ("cache", "tracking", "offline", "force", "output_dir", "sweep"):
+        del values[name]
+    del values["model"]["origin"]  # a sentence about the model, not the model
+    values["device"] = device.partition(":")[0]
+    values["backend"] = backend
+    return values
+
+
+def config_hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def run_identity(config: Config, device: str, backend: str) -> tuple[str, str]:
+    """(run id, config hash). The id names a folder and a W&B run: a readable prefix, and the hash makes it unique."""
+    digest = config_hash(result_config(config, device, backend))
+    prefix = "-".join(
+        (
+            config.format.name,
+            f"b{config.block_size}",
+            config.method.name,
+            backend,
+            config.model.name,
+            f"l{config.layer.index}",
+            config.layer.module,
+            config.data.name,
+        )
+    )
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', prefix)[:100]}-{digest}", digest
 
 
 register_schema()

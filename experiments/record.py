@@ -105,7 +105,8 @@ class RunRecord:
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise RecordError(
-                f"{where}: schema_version {version!r}, but this code reads {SCHEMA_VERSION}; run it again with force=true."
+                f"{where}: schema_version {version!r}, but this code reads {SCHEMA_VERSION}; "
+                "delete it or run it again with force=true."
             )
         unknown = sorted(values.keys() - set(FIELDS))
         missing = sorted(set(FIELDS) - values.keys())

@@ -1,0 +1,116 @@
+"""What a sweep prints: one line a run, a heading where anything else than the columns changes, a closing line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from experiments.config import Config
+from experiments.record import RunRecord
+
+NEXT_COMMAND = "python experiments/report.py"
+# Overrides that every line shows already, or that change no result: they stay out of the heading.
+NOT_IN_HEADING = (
+    *("format", "block_size", "method", "backend", "model", "data", "layer.index", "layer.module"),
+    *("experiment", "force", "offline", "output_dir", "sweep", "tracking"),
+)
+
+
+def one_line(error: BaseException) -> str:
+    """A user's error (ValueError, OSError) in its own words; any other with its type, as its words may say little."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, (ValueError, OSError)) or not text:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text
+
+
+def full_errors() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@dataclass
+class Console:
+    """One line a run, a heading where model, layer, text or another swept value changes, and a closing line."""
+
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("done", "skipped", "unsupported", "failed"), 0)
+    )
+    started: float = field(default_factory=time.perf_counter)
+    output_dir: str = ""
+    shown: str = ""
+
+    def heading(self, config: Config) -> None:
+        self.output_dir = config.output_dir
+        parts = [config.model.name, f"layer {config.layer.index} {config.layer.module}", config.data.name]
+        if HydraConfig.initialized():
+            overrides = [str(o) for o in HydraConfig.get().overrides.task]
+            parts += [o for o in overrides if o.lstrip("+~").partition("=")[0] not in NOT_IN_HEADING]
+        text = " · ".join(parts)
+        if text != self.shown:
+            self.shown = text
+            print(f"\n{text}", flush=True)
+            print(
+                f"  {'format':<7}{'block':>5}  {'method':<8} {'backend':<10}"
+                f"{'weight error':>13}{'output error':>14}{'held out':>10}{'time a call':>13}{'run':>9}",
+                flush=True,
+            )
+
+    def skipped(self, record: RunRecord) -> None:
+        self.counts["skipped"] += 1
+        self._line(record, "skipped")
+
+    def ran(self, record: RunRecord, log_file: Path) -> None:
+        if record.status == "ok":
+            self.counts["done"] += 1
+            self._line(record, f"{record.duration_s:.1f} s")
+            return
+        self.counts[record.status] += 1
+        text = f"{_label(record)} {record.status}: {record.reason}"
+        if record.status == "failed":
+            print(f"{text} (traceback: {log_file})", file=sys.stderr, flush=True)
+        else:
+            print(text, flush=True)
+
+    def refused(self, error: Exception) -> None:
+        """A configuration that never became a run."""
+        self.counts["failed"] += 1
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        if full_errors():
+            traceback.print_exception(error)
+
+    def _line(self, record: RunRecord, last: str) -> None:
+        if record.time_ms_median is not None:
+            speed = f"{record.time_ms_median:.3g} ms"
+        else:
+            speed = "interpreted" if record.time_timer == "interpreter" else "–"
+        print(
+            f"{_label(record)}{_percent(record.weight_error):>13}{_percent(record.output_error):>14}"
+            f"{_percent(record.output_error_heldout):>10}{speed:>13}{last:>9}",
+            flush=True,
+        )
+
+    def close(self) -> int:
+        """Print the closing lines; returns the exit status."""
+        total = sum(self.counts.values())
+        if total:
+            parts = ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
+            print(f"\n{total} run{'s' * (total > 1)} in {time.perf_counter() - self.started:.0f} s: {parts}")
+            if self.counts["skipped"]:
+                print("A skipped run was finished before; force=true runs it again.")
+            if self.counts["done"] or self.counts["skipped"]:
+                print(f"Records: {self.output_dir}    Tables: {NEXT_COMMAND}", flush=True)
+        return 1 if self.counts["failed"] else 0
+
+
+def _label(record: RunRecord) -> str:
+    return f"  {record.format:<7}{record.block_size:>5}  {record.method:<8} {record.backend:<10}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"

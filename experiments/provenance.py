@@ -1,0 +1,101 @@
+"""Where a number comes from: commit, versions, device. Neither the host's nor the user's name is recorded."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.config import REPO_ROOT, BackendConfig
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "gguf", "numpy", "hydra-core", "wandb")
+# What a number can depend on. Regenerated tables and figures do not make a result dirty.
+CODE = ("quantkit", "experiments", "conf")
+# Linux shows a GPU that torch could use as one of these (NVIDIA, WSL, AMD).
+GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+@functools.lru_cache(maxsize=1)
+def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
+    """(commit, whether the code differs from it); ("unknown", None) without git or outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+
+    try:
+        # An unpacked archive inside somebody else's repository is not at that repository's commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return "unknown", None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", None
+
+
+@functools.lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def resolve_device(requested: str) -> str:
+    """`auto` → "cuda" where torch sees a GPU, else "cpu". Imports torch only where there may be one.
+
+    Raises ValueError for a device that torch does not have.
+    """
+    may_have_gpu = sys.platform != "linux" or any(Path(node).exists() for node in GPU_NODES)
+    if requested == "cpu" or (requested == "auto" and not may_have_gpu):
+        return "cpu"
+
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise ValueError(f"device={requested}: unknown; use auto, cpu, cuda or cuda:1.") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device={requested}: torch sees {torch.cuda.device_count()} GPUs; use device=cpu or auto.")
+    return requested
+
+
+def resolve_backend_name(backend: BackendConfig, device: str) -> str:
+    """The backend that `auto` takes. The rule for a CPU is written here too: skipping a finished run needs no torch."""
+    if backend.name == "auto" and device == "cpu":
+        return "reference"
+    if backend.name == "auto":
+        from quantkit import resolve_backend
+
+        return resolve_backend("auto", device)
+    return backend.name
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the processor's model."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return _processor_name()
+
+
+@functools.lru_cache(maxsize=1)
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,175 @@
+"""Quantize one layer and measure it; with `-m`, every combination of the values given.
+
+    python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian
+
+A run resolves its sources, executes its stages (stages.py) and writes one record last. A run that is finished is skipped
+unless `force=true`; one that was unsupported or failed is tried again. A failed run leaves its traceback in the
+`run.log` of its folder and the sweep goes on; the exit status is then 1.
+
+torch is imported by the stages alone, so `--help` and a sweep with nothing left to do cost little.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # A script has its own folder first on the path, where `config` or `tables` would shadow other packages' modules.
+    sys.path.pop(0)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import provenance, tracking
+from experiments.config import Config, result_config, run_identity, to_config
+from experiments.console import Console, full_errors, one_line
+from experiments.record import RECORD_NAME, RecordError, RunRecord, read_record
+
+log = logging.getLogger(__name__)
+
+LOG_NAME = "run.log"
+CONSOLE = Console()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    run(composed, CONSOLE)
+
+
+def run(composed: DictConfig, console: Console) -> None:
+    """One run, from the composed configuration to its record.
+
+    Every error ends here, in the record and on the console: Hydra would show a sweep's first error only.
+    """
+    try:
+        config = to_config(composed)
+        device = provenance.resolve_device(config.device)
+        backend = provenance.resolve_backend_name(config.backend, device)
+    except Exception as error:
+        console.refused(error)
+        return
+
+    config, source_error = resolve(config)
+    run_id, digest = run_identity(config, device, backend)
+    run_dir = Path(config.output_dir) / run_id
+    console.heading(config)
+    previous = finished_record(run_dir)
+    if previous is not None and not config.force:
+        console.skipped(previous)
+        return
+
+    started = time.perf_counter()
+    with run_log(run_dir):
+        log.info("%s\n%s", run_id, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        fields = base_fields(config, run_id, digest, device, backend)
+        try:
+            if source_error is not None:
+                raise source_error
+            from experiments.stages import execute
+
+            fields |= execute(config, device, backend) | {"status": "ok", "reason": None}
+        except Exception as error:
+            fields |= {"status": status_of(error), "reason": one_line(error)}
+            log.info("%s: %s\n%s", fields["status"], fields["reason"], traceback.format_exc())
+            if full_errors():
+                traceback.print_exc()
+        record = RunRecord(**fields, duration_s=time.perf_counter() - started)
+        record.write(run_dir)
+        tracking.track(record, result_config(config, device, backend), config.tracking, Path(config.output_dir))
+    console.ran(record, run_dir / LOG_NAME)
+
+
+def resolve(config: Config) -> tuple[Config, Exception | None]:
+    """The configuration after the twin switch; or as it was, with the error that stopped the switch."""
+    from experiments.sources import resolve_sources
+
+    try:
+        return resolve_sources(config), None
+    except Exception as error:
+        return config, error
+
+
+def finished_record(run_dir: Path) -> RunRecord | None:
+    """The record of a run that ended well; one from another version of the schema counts for nothing."""
+    try:
+        record = read_record(run_dir / RECORD_NAME)
+    except (FileNotFoundError, RecordError):
+        return None
+    return record if record.status == "ok" else None
+
+
+def base_fields(config: Config, run_id: str, digest: str, device: str, backend: str) -> dict[str, Any]:
+    """What a record says even of a run that fails at once."""
+    commit, dirty = provenance.git_state()
+    return {
+        "run_id": run_id,
+        "sweep": config.sweep,
+        "format": config.format.name,
+        "block_size": config.block_size,
+        "method": config.method.name,
+        "backend": backend,
+        "requested_backend": config.backend.name,
+        "device": device,
+        "device_name": provenance.device_name(device),
+        "global_scale": config.format.global_scale,
+        "scale_rule": config.format.rule,
+        "model": config.model.name,
+        "model_revision": config.model.revision,
+        "model_origin": config.model.origin,
+        "data": config.data.name,
+        "layer_index": config.layer.index,
+        "layer_module": config.layer.module,
+        "seq_len": config.data.seq_len,
+        "heldout": config.data.heldout,
+        "seed": config.seed,
+        "commit": commit,
+        "dirty": dirty,
+        "versions": provenance.versions(),
+        "config_hash": digest,
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def status_of(error: Exception) -> str:
+    from quantkit import BackendUnavailableError
+
+    return "unsupported" if isinstance(error, BackendUnavailableError) else "failed"
+
+
+@contextmanager
+def run_log(run_dir: Path) -> Iterator[None]:
+    """Everything logged inside goes to the run's own log."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run_dir / LOG_NAME, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def cli() -> int:
+    """The exit status: 1 if a run failed, 130 if interrupted."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where it stopped.", file=sys.stderr)
+        CONSOLE.close()
+        return 130
+    return CONSOLE.close()
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

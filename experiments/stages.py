@@ -1,0 +1,131 @@
+"""The stages of a run: load → quantize → describe → measure errors → measure time.
+
+`execute` strings them together; each stage returns the fields of the record that it found. Imported only when there is
+something to run, since it needs torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from experiments import provenance, timing
+from experiments.activations import LayerInputs, load_layer_inputs
+from experiments.config import Config
+from quantkit import BackendUnavailableError, QuantizedTensor, quantize, resolve_backend
+from quantkit.calibration import block_hessians
+from quantkit.metrics import output_error_from_gram, weight_error
+
+log = logging.getLogger(__name__)
+
+__all__ = ["BackendUnavailableError", "execute"]
+
+Fields = dict[str, Any]  # field of RunRecord → value
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A layer on the run's device. `quantize` is quantkit's, with the run's weight and options filled in.
+
+    weight [out_features, in_features]; hessian [num_blocks, block_size, block_size], for the hessian method only.
+    """
+
+    weight: Tensor
+    hessian: Tensor | None
+    result: QuantizedTensor
+    quantize: Callable[..., QuantizedTensor]
+
+
+def execute(config: Config, device: str, backend: str) -> Fields:
+    """Run all stages on `device`. Raises BackendUnavailableError before anything is loaded."""
+    resolve_backend(backend, device)
+    inputs = load_layer_inputs(config)
+    work = quantize_layer(config, inputs, device, backend)
+    log.info("quantized")
+    fields = describe(config, inputs, work) | measure_errors(config, inputs, work)
+    log.info("errors: %s", {name: value for name, value in fields.items() if "error" in name})
+    return fields | measure_time(config, work, device, backend)
+
+
+def quantize_layer(config: Config, inputs: LayerInputs, device: str, backend: str) -> Quantized:
+    weight = inputs.weight.to(device)
+    hessian = None
+    if config.method.name == "hessian":
+        hessian = block_hessians(inputs.gram_calibration, config.block_size).to(device)
+    call = partial(
+        quantize,
+        weight,
+        format=config.format.name,
+        block_size=config.block_size,
+        backend=backend,
+        global_scale=config.format.global_scale,
+        scale_rule=config.format.rule,
+    )
+    result = call(method=config.method.name, hessian=hessian, count_candidates=True)
+    return Quantized(weight, hessian, result, call)
+
+
+def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
+    """What was really used: the sources behind the names, the format's defaults behind null."""
+    used, layout = inputs.provenance, work.result.format
+    scale = config.format.global_scale
+    return {
+        "model": used.model,
+        "model_revision": used.model_revision,
+        "model_origin": used.model_origin,
+        "tokenizer": used.tokenizer,
+        "data": used.data,
+        "data_hash": used.data_hash,
+        "data_split": used.data_split,
+        "substituted": used.substituted,
+        "sequences": used.sequences,
+        "out_features": work.weight.shape[0],
+        "in_features": work.weight.shape[1],
+        "weight_dtype": str(work.weight.dtype).removeprefix("torch."),
+        "tokens_calibration": inputs.tokens_calibration,
+        "tokens_heldout": inputs.tokens_heldout,
+        "global_scale": layout.default_global_scale if scale is None else scale,
+        "scale_rule": config.format.rule or layout.scale_rules[0],
+    }
+
+
+def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
+    """Errors on the weight, the calibration tokens and the held-out tokens, and what the search did."""
+    result = work.result
+    quantized = result.dequantize()
+
+    def on_tokens(gram: Tensor | None) -> float | None:
+        return None if gram is None else output_error_from_gram(work.weight, quantized, gram.to(quantized.device))
+
+    naive = result if config.method.name == "naive" else work.quantize(method="naive")
+    fields: Fields = {
+        "weight_error": weight_error(work.weight, quantized),
+        "output_error": on_tokens(inputs.gram_calibration),
+        "output_error_heldout": on_tokens(inputs.gram_heldout),
+        "bits_per_weight": result.bits_per_weight,
+        "scales_moved": (result.scales != naive.scales).double().mean().item(),
+    }
+    if result.candidates is not None:
+        fields["candidates_mean"] = result.candidates.double().mean().item()
+        fields["candidates_max"] = int(result.candidates.max())
+    return fields
+
+
+def measure_time(config: Config, work: Quantized, device: str, backend: str) -> Fields:
+    call = partial(work.quantize, method=config.method.name, hessian=work.hessian, check_finite=False)
+    interpreted = backend == "triton" and device == "cpu"
+    measured = timing.measure(call, device, provenance.device_name(device), config.timing, interpreted)
+    log.info("time: %s", measured)
+    return {
+        "time_ms_median": measured.ms_median,
+        "time_ms_p20": measured.ms_p20,
+        "time_ms_p80": measured.ms_p80,
+        "time_iterations": measured.iterations,
+        "time_timer": measured.timer,
+        "time_device": measured.device,
+    }

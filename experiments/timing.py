@@ -1,0 +1,93 @@
+"""One timing protocol for both backends: quantiles of repeated calls, warm-up excluded, on one device.
+
+What is timed is the whole call `quantize(W, …, check_finite=False)` with the block Hessians given: for the hessian
+method their factorization is part of it, accumulating them over the activations is not. On a GPU
+`triton.testing.do_bench` runs it, with a cleared L2 cache before each call; on a CPU `torch.utils.benchmark` with all
+of torch's threads. Times are milliseconds.
+
+A call under Triton's interpreter has no speed worth recording: such a run keeps the word `interpreter` and no number.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.benchmark import Timer
+
+from experiments.config import TimingConfig
+
+log = logging.getLogger(__name__)
+
+QUANTILES = (0.5, 0.2, 0.8)
+
+
+@dataclass(frozen=True)
+class Timing:
+    ms_median: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    iterations: int | None = None
+    timer: str | None = None
+    device: str | None = None
+
+
+def measure(
+    call: Callable[[], object], device: str, device_name: str, config: TimingConfig, interpreted: bool
+) -> Timing:
+    """Time `call`, which works on `device`.
+
+    On a CPU that takes min_run_s and two calls, or three calls. A call slower than max_call_s is made once, and there
+    is nothing but the timer's name.
+    """
+    if not config.enabled:
+        return Timing()
+    if interpreted:
+        return Timing(timer="interpreter", device=device_name)
+    if device.startswith("cuda"):
+        return _measure_gpu(call, device, device_name, config)
+    return _measure_cpu(call, device_name, config)
+
+
+def _measure_cpu(call: Callable[[], object], device_name: str, config: TimingConfig) -> Timing:
+    threads = torch.get_num_threads()
+    where = f"{device_name}, {threads} thread{'s' * (threads > 1)}"
+    name = "torch.utils.benchmark"
+    start = time.perf_counter()
+    call()
+    warm = time.perf_counter() - start
+    if warm > config.max_call_s:
+        log.warning("Not timed: one call takes %.1f s, more than timing.max_call_s=%g.", warm, config.max_call_s)
+        return Timing(timer=name, device=where)
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    measured = timer.blocked_autorange(min_run_time=config.min_run_s)
+    return _summary([1e3 * t for t in measured.times], measured.number_per_run, name, where)
+
+
+def _measure_gpu(call: Callable[[], object], device: str, device_name: str, config: TimingConfig) -> Timing:
+    from triton.testing import do_bench
+
+    name = "triton.testing.do_bench"
+    with torch.cuda.device(device):
+        call()  # the first call compiles
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        warm = time.perf_counter() - start
+        if warm > config.max_call_s:
+            log.warning("Not timed: one call takes %.1f s, more than timing.max_call_s=%g.", warm, config.max_call_s)
+            return Timing(timer=name, device=device_name)
+        # "all": the times that do_bench computes its own quantiles from, because their count is recorded too.
+        times = do_bench(call, warmup=config.warmup_ms, rep=config.rep_ms, return_mode="all")
+    return _summary(times, 1, name, device_name)
+
+
+def _summary(times_ms: list[float], calls_per_time: int, timer: str, device: str) -> Timing:
+    median, p20, p80 = torch.tensor(times_ms, dtype=torch.float64).quantile(
+        torch.tensor(QUANTILES, dtype=torch.float64)
+    )
+    return Timing(float(median), float(p20), float(p80), len(times_ms) * calls_per_time, timer, device)
