@@ -20,7 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,7 @@ class Config:
     sweep: str = field(default_factory=new_sweep_id)
 
     def __post_init__(self) -> None:
+        _require(not self.verify, "verify=true: not available yet.")
         _require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
 
@@ -250,6 +251,11 @@ def to_config(composed: Any) -> Config:
     """The plain dataclasses of a composed configuration. Raises ValueError for a value outside its range."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    # Hydra lets `+key=value` add what the schema lacks; nothing would read it.
+    for prefix, part in (("", config), *((f"{name}.", group) for name, group in vars(config).items())):
+        if is_dataclass(part):
+            unknown = vars(part).keys() - {f.name for f in fields(part)}
+            _require(not unknown, f"{prefix}{', '.join(sorted(unknown))}: no such setting.")
     return config
 
 

@@ -18,7 +18,7 @@ NEXT_COMMAND = "python experiments/report.py"
 # Overrides that every line shows already, or that change no result: they stay out of the heading.
 NOT_IN_HEADING = (
     *("format", "block_size", "method", "backend", "model", "data", "layer.index", "layer.module"),
-    *("experiment", "force", "offline", "output_dir", "sweep", "tracking"),
+    *("cache", "experiment", "force", "offline", "output_dir", "sweep", "timing", "tracking"),
 )
 
 
@@ -50,7 +50,7 @@ class Console:
         parts = [config.model.name, f"layer {config.layer.index} {config.layer.module}", config.data.name]
         if HydraConfig.initialized():
             overrides = [str(o) for o in HydraConfig.get().overrides.task]
-            parts += [o for o in overrides if o.lstrip("+~").partition("=")[0] not in NOT_IN_HEADING]
+            parts += [o for o in overrides if not _in_every_line(o)]
         text = " · ".join(parts)
         if text != self.shown:
             self.shown = text
@@ -106,6 +106,11 @@ class Console:
             if self.counts["done"] or self.counts["skipped"]:
                 print(f"Records: {self.output_dir}    Tables: {NEXT_COMMAND}", flush=True)
         return 1 if self.counts["failed"] else 0
+
+
+def _in_every_line(override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0]
+    return key in NOT_IN_HEADING or key.partition(".")[0] in ("cache", "timing", "tracking")
 
 
 def _label(record: RunRecord) -> str:

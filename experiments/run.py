@@ -2,9 +2,9 @@
 
     python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian
 
-A run resolves its sources, executes its stages (stages.py) and writes one record last. A run that is finished is skipped
-unless `force=true`; one that was unsupported or failed is tried again. A failed run leaves its traceback in the
-`run.log` of its folder and the sweep goes on; the exit status is then 1.
+A run resolves its sources, executes its stages (stages.py) and writes one record last. A finished run is skipped unless
+`force=true`; one that was unsupported or failed is tried again. A failed run leaves its traceback in the `run.log` of
+its folder and the sweep goes on; the exit status is then 1.
 
 torch is imported by the stages alone, so `--help` and a sweep with nothing left to do cost little.
 """

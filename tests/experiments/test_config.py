@@ -1,0 +1,194 @@
+"""The configuration: every option composes, every mistake is caught, and a run's identity depends on what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+
+from experiments.config import CONF_DIR, REPO_ROOT, CacheConfig, Config, Offline, ScaleRule, compose, run_identity
+
+SMALL = ("model=synthetic", "data=synthetic")
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes(option: str) -> None:
+    config = compose([option])
+    assert isinstance(config, Config)
+    group, _, name = option.partition("=")
+    chosen = getattr(config, group, None)
+    if hasattr(chosen, "name"):
+        assert chosen.name == name
+
+
+def test_defaults_are_the_main_job() -> None:
+    config = compose()
+    assert (config.model.name, config.data.name, config.layer.index) == ("qwen3_4b", "wikitext2", 0)
+    assert config.layer.module == "mlp.down_proj"
+    assert (config.data.seq_len, config.data.samples) == (512, 2048)
+    assert config.offline == "auto" and config.tracking.name == "wandb"
+
+
+def test_the_paper_never_takes_a_twin() -> None:
+    assert compose(["experiment=paper"]).offline == "never"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("formt=nvfp4", "formt"),
+        ("format.nam=x", "nam"),
+        ("block_size=sixteen", "block_size"),
+        ("block_size=16.5", "block_size"),
+        ("data.samples=many", "data.samples"),
+        ("data.heldout=half", "data.heldout"),
+        ("force=perhaps", "force"),
+        ("timing.rep_ms=long", "timing.rep_ms"),
+        ("offline=sometimes", "auto, never, always"),
+        ("model.source=disk", "hub, pypi_gguf, synthetic, bundle"),
+        ("format.scale_rule=up", "floor, ceil, even, rceil"),
+    ],
+)
+def test_a_typo_or_a_wrong_type_fails_at_composition(override: str, message: str) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose([*SMALL, override])
+    assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+def test_an_unknown_choice_lists_the_known_ones() -> None:
+    with pytest.raises((ConfigCompositionException, MissingConfigException), match=r"(?s)nvfp5.*mxfp4.*nvfp4"):
+        compose(["format=nvfp5"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "block_size=0",
+        "seed=-1",
+        "data.heldout=1",
+        "data.heldout=-0.1",
+        "data.samples=0",
+        "data.seq_len=0",
+        "layer.index=-1",
+        "layer.module=''",
+        "model.std=0",
+        "cache.shard_mib=0",
+        "timing.min_run_s=0",
+        "timing.warmup_ms=inf",
+        "format.global_scale=always",
+        "format.global_scale=-1",
+        "format.global_scale=nan",
+        "tracking.name=paper",
+        "+model.trust=1",
+        "+colour=1",
+    ],
+)
+def test_a_value_out_of_range_is_named(override: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        compose([*SMALL, override])
+    key = override.partition("=")[0].lstrip("+")
+    assert key in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_global_scale_may_be_a_word_or_any_number() -> None:
+    def scale(value: str) -> object:
+        return compose([*SMALL, f"format.global_scale={value}"]).format.global_scale
+
+    assert [scale(v) for v in ("none", "amax", "2", "0.5", "null")] == ["none", "amax", 2.0, 0.5, None]
+
+
+def test_choices_read_and_print_as_their_words() -> None:
+    config = compose([*SMALL, "offline=never", "format.scale_rule=even"])
+    assert config.offline == "never" and config.offline is Offline.never and f"{config.offline}" == "never"
+    assert config.format.scale_rule is ScaleRule.even and config.format.rule == "even"
+
+
+def test_every_sweep_has_an_id_of_its_own() -> None:
+    assert len({compose(SMALL).sweep for _ in range(3)}) == 3
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTKIT_CACHE", "/elsewhere")
+    assert str(CacheConfig().folder) == "/elsewhere"
+    assert str(CacheConfig(dir="/here").folder) == "/here"
+    monkeypatch.delenv("QUANTKIT_CACHE")
+    assert CacheConfig().folder.parts[-2:] == (".cache", "quantkit")
+
+
+# Identity
+
+
+def identity(*overrides: str, device: str = "cpu", backend: str = "reference") -> str:
+    return run_identity(compose([*SMALL, *overrides]), device, backend)[0]
+
+
+def test_identity_is_readable_and_a_good_file_name() -> None:
+    name = identity("format=nvfp4", "method=hessian", "layer.index=3")
+    assert name.startswith("nvfp4-b16-hessian-reference-synthetic-l3-mlp.down_proj-synthetic-")
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name)
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", identity("layer.module='a/b:c?" + "x" * 200 + "'"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "force=true",
+        "offline=never",
+        "output_dir=/elsewhere",
+        "tracking=none",
+        "cache.dir=/elsewhere",
+        "cache.shard_mib=1",
+        "sweep=another",
+        "backend=reference",  # what auto came to
+        "device=cpu",
+    ],
+)
+def test_identity_ignores_what_changes_no_result(override: str) -> None:
+    assert identity() == identity(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "format=mxfp4",
+        "format.global_scale=none",
+        "format.scale_rule=even",
+        "block_size=32",
+        "method=sse",
+        "model.std=0.1",
+        "layer.index=1",
+        "layer.module=mlp.up_proj",
+        "data.samples=7",
+        "data.seq_len=7",
+        "data.heldout=0",
+        "seed=1",
+        "timing=none",
+        "timing.rep_ms=1",
+    ],
+)
+def test_identity_changes_with_what_changes_a_result(override: str) -> None:
+    assert identity() != identity(override)
+
+
+def test_identity_depends_on_what_auto_came_to() -> None:
+    assert identity() != identity(backend="triton")
+    assert identity() != identity(device="cuda")
+    assert identity(device="cuda:1") == identity(device="cuda")
+
+
+def test_identity_is_that_of_the_twin() -> None:
+    """After the switch a run is the twin's, whatever was asked for."""
+    asked, twin = compose(["data=synthetic"]), compose([*SMALL])
+    switched = dataclasses.replace(asked, model=twin.model)
+    assert run_identity(switched, "cpu", "reference") == run_identity(twin, "cpu", "reference")
+
+
+def test_the_entry_imports_nothing_heavy() -> None:
+    heavy = ("torch", "triton", "transformers", "datasets", "wandb", "pandas", "quantkit")
+    code = f"import sys, experiments.run; found = set({heavy}) & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO_ROOT, timeout=60)

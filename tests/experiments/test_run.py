@@ -1,0 +1,281 @@
+"""A run from its configuration to its record, and what a sweep makes of many."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments import run as entry
+from experiments import stages
+from experiments.config import CONF_DIR, REPO_ROOT, Config
+from experiments.console import Console
+from experiments.record import RunRecord, read_record, read_records
+from quantkit import quantize
+from quantkit.metrics import output_error, weight_error
+
+SMALL = ("model=synthetic", "model.out_features=32", "model.in_features=64", "data=synthetic", "data.samples=4",
+         "data.seq_len=16", "tracking=none", "timing.min_run_s=0.001")  # fmt: skip
+
+
+def layer_inputs(config: Config) -> SimpleNamespace:
+    """A layer of the configured shape, three quarters of its tokens for calibration."""
+    generator = torch.Generator().manual_seed(config.seed)
+    width = config.model.in_features
+    tokens = torch.randn(64, width, generator=generator) * torch.linspace(0.1, 2, width)
+    weight = torch.randn(config.model.out_features, width, generator=generator).bfloat16() * config.model.std
+    calibration, heldout = tokens[:48], tokens[48:]
+    return SimpleNamespace(
+        weight=weight,
+        gram_calibration=calibration.T @ calibration,
+        gram_heldout=heldout.T @ heldout if config.data.heldout else None,
+        tokens_calibration=48,
+        tokens_heldout=16 if config.data.heldout else 0,
+        calibration=calibration,
+        heldout=heldout,
+        provenance=SimpleNamespace(
+            model="synthetic",
+            model_revision="1",
+            model_origin=None,
+            tokenizer="none",
+            data="synthetic",
+            data_hash="0",
+            data_split="train",
+            sequences=4,
+            substituted=False,
+        ),
+    )
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the runs. Sources and inputs are stand-ins: these tests are about what happens around them."""
+    monkeypatch.setattr("experiments.sources.resolve_sources", lambda config: config)
+    monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
+    return tmp_path / "runs"
+
+
+def run(output: Path, *overrides: str, console: Console | None = None) -> list[RunRecord]:
+    """The records in `output` after one more run."""
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        composed = compose("config", overrides=[*SMALL, f"output_dir={output}", *overrides])
+    entry.run(composed, console or Console())
+    return read_records(output)
+
+
+def fail_with(error: BaseException) -> Callable[[Config], object]:
+    def load(config: Config) -> object:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize("method", ["naive", "sse", "hessian"])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_a_record_holds_what_the_library_gives(output: Path, format: str, method: str) -> None:
+    (record,) = run(output, f"format={format}", f"method={method}", "model.std=1")
+
+    config = SimpleNamespace(
+        seed=0,
+        model=SimpleNamespace(in_features=64, out_features=32, std=1.0),
+        data=SimpleNamespace(heldout=0.125),
+    )
+    inputs = layer_inputs(config)  # type: ignore[arg-type]
+    hessian = {"activations": inputs.calibration} if method == "hessian" else {}
+    want = quantize(inputs.weight, format, 16, method, backend="reference", count_candidates=True, **hessian)
+    naive = quantize(inputs.weight, format, 16, "naive", backend="reference")
+    values = want.dequantize()
+    assert record.status == "ok" and record.reason is None
+    assert record.weight_error == pytest.approx(weight_error(inputs.weight, values))
+    assert record.output_error == pytest.approx(output_error(inputs.calibration, inputs.weight, values), rel=1e-5)
+    assert record.output_error_heldout == pytest.approx(output_error(inputs.heldout, inputs.weight, values), rel=1e-5)
+    assert record.bits_per_weight == 4.5
+    assert record.scales_moved == pytest.approx((want.scales != naive.scales).float().mean().item())
+    assert (record.scales_moved == 0) == (method == "naive")
+    assert want.candidates is not None
+    assert record.candidates_mean == pytest.approx(want.candidates.float().mean().item())
+    assert record.candidates_max == want.candidates.max()
+    assert (record.tokens_calibration, record.tokens_heldout, record.sequences) == (48, 16, 4)
+    assert (record.out_features, record.in_features, record.weight_dtype) == (32, 64, "bfloat16")
+    assert record.global_scale == ("amax" if format == "nvfp4" else "none") and record.scale_rule is not None
+    assert record.time_ms_median is not None and record.time_iterations is not None and record.time_ms_median > 0
+    assert record.time_timer == "torch.utils.benchmark" and record.device == "cpu"
+    assert (record.backend, record.requested_backend) == ("reference", "auto")
+    assert record.versions["torch"] == torch.__version__ and record.commit and record.started_at
+    assert record.run_id.endswith(str(record.config_hash)) and (output / record.run_id / "record.json").exists()
+
+
+def test_the_published_protocol_holds_nothing_out(output: Path) -> None:
+    (record,) = run(output, "data.heldout=0")
+    assert record.output_error is not None and record.output_error_heldout is None and record.tokens_heldout == 0
+
+
+def test_a_number_as_global_scale(output: Path) -> None:
+    (record,) = run(output, "format.global_scale=0.5", "timing=none")
+    assert record.global_scale == 0.5 and record.time_timer is None
+
+
+def test_a_finished_run_is_skipped_unless_forced(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first,) = run(output)
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(AssertionError("loaded again")))
+    console = Console()
+    assert run(output, console=console) == [first]
+    assert console.counts["skipped"] == 1 and console.close() == 0
+
+    monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
+    (again,) = run(output, "force=true")
+    assert again.run_id == first.run_id and again.sweep != first.sweep
+
+
+def test_a_failed_run_leaves_its_traceback_and_is_tried_again(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("data.path=/none:\n  no such folder")))
+    console = Console()
+    (record,) = run(output, console=console)
+    assert (record.status, record.reason) == ("failed", "data.path=/none: no such folder")
+    assert record.weight_error is None and record.commit and record.duration_s is not None
+    log = (output / record.run_id / "run.log").read_text()
+    assert "Traceback" in log and "no such folder" in log and "out_features: 32" in log
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert "no such folder" in line and "run.log" in line and "Traceback" not in out + err
+
+    monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
+    (record,) = run(output, console=console)
+    assert record.status == "ok"
+    assert console.close() == 1  # one of the two failed
+
+
+def test_a_bug_says_its_type_and_may_show_itself(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(KeyError("x")))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    (record,) = run(output)
+    assert record.reason == "KeyError: 'x'"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_triton_without_a_gpu_is_unsupported(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(AssertionError("loaded for nothing")))
+    console = Console()
+    (record,) = run(output, "backend=triton", "device=cpu", console=console)
+    assert record.status == "unsupported" and record.reason is not None and "TRITON_INTERPRET=1" in record.reason
+    assert console.close() == 0
+
+
+def test_a_block_size_that_the_format_lacks(output: Path) -> None:
+    (record,) = run(output, "block_size=48")
+    assert record.status == "failed" and "16, 32" in str(record.reason)
+
+
+def test_sources_that_cannot_be_had(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run fails, in a record too; a record that is finished stays."""
+    monkeypatch.setattr("experiments.sources.resolve_sources", fail_with(ValueError("no hub: take the twins")))
+    (record,) = run(output)
+    assert (record.status, record.reason) == ("failed", "no hub: take the twins")
+
+    monkeypatch.setattr("experiments.sources.resolve_sources", lambda config: config)
+    (finished,) = run(output)
+    monkeypatch.setattr("experiments.sources.resolve_sources", fail_with(ValueError("no hub: take the twins")))
+    assert run(output) == [finished]
+
+
+@pytest.mark.parametrize("override", ["block_size=0", "device=gpu"])
+def test_a_refused_configuration_is_one_line(output: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    console = Console()
+    assert run(output, override, console=console) == []
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert console.close() == 1
+
+
+def test_an_interrupt_ends_the_run_without_a_record(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(output)
+    assert read_records(output) == []
+
+
+def test_a_damaged_record_counts_for_nothing(output: Path) -> None:
+    (record,) = run(output)
+    path = output / record.run_id / "record.json"
+    for text in ("", "{}", json.dumps(record.to_dict() | {"schema_version": 0})):
+        path.write_text(text)
+        (again,) = run(output)
+        assert again.status == "ok"
+
+
+def test_wandb_may_fail(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (record,) = run(output, "tracking=wandb")
+    assert record.status == "ok"
+    assert "W&B did not log" in (output / record.run_id / "run.log").read_text()
+
+
+# The command itself, on real synthetic sources
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPO_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    sweep = ["-m", "format=nvfp4,mxfp4", "method=naive,hessian", "block_size=16,48", *SMALL, f"output_dir={output}"]
+    done = command("experiments/run.py", *sweep)
+    assert done.returncode == 1, done.stderr
+    assert "8 runs" in done.stdout and "4 done, 4 failed" in done.stdout and "experiments/report.py" in done.stdout
+    records = read_records(output)
+    assert sorted(r.status for r in records) == ["failed"] * 4 + ["ok"] * 4
+    assert len({r.sweep for r in records}) == 1
+    errors = [line for line in done.stderr.splitlines() if "failed" in line]
+    assert len(errors) == 4 and "Traceback" not in done.stderr
+    text = "".join(path.read_text() for path in output.rglob("record.json"))
+    assert socket.gethostname() not in text and str(REPO_ROOT) not in text
+
+    # The second time nothing is left to do, and nothing heavy is imported for it.
+    sweep[3] = "block_size=16"
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['experiments/run.py', *{sweep!r}]\n"
+        "try:\n"
+        "    runpy.run_path('experiments/run.py', run_name='__main__')\n"
+        "except SystemExit as exit:\n"
+        "    assert exit.code == 0, exit.code\n"
+        "found = {'torch', 'wandb', 'transformers', 'datasets', 'quantkit'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    again = command("-c", code)
+    assert again.returncode == 0, again.stderr
+    assert "4 runs" in again.stdout and "4 skipped" in again.stdout
+    assert [read_record(output / r.run_id / "record.json") for r in records] == records
+
+
+def test_help_is_quick_and_names_the_choices() -> None:
+    shown = command("experiments/run.py", "--help")
+    assert shown.returncode == 0
+    assert "format: mxfp4, nvfp4" in shown.stdout and "python experiments/report.py" in shown.stdout
+
+
+def test_a_typo_is_hydras_own_message() -> None:
+    shown = command("experiments/run.py", "-m", "formt=nvfp4,mxfp4")
+    assert shown.returncode == 1 and "formt" in shown.stderr and "Traceback" not in shown.stderr
