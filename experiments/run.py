@@ -151,11 +151,13 @@ def run_log(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir / LOG_NAME, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-    root = logging.getLogger()
+    root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)
+    root.setLevel(logging.INFO)  # whatever hydra.job_logging says, the traceback of a failed run must be there
     try:
         yield
     finally:
+        root.setLevel(level)
         root.removeHandler(handler)
         handler.close()
 

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from experiments import provenance, timing
 from experiments.activations import LayerInputs, load_layer_inputs
 from experiments.config import Config
-from quantkit import BackendUnavailableError, QuantizedTensor, quantize, resolve_backend
+from quantkit import QuantizedTensor, quantize, resolve_backend
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
 
 log = logging.getLogger(__name__)
-
-__all__ = ["BackendUnavailableError", "execute"]
 
 Fields = dict[str, Any]  # field of RunRecord → value
 
@@ -42,8 +41,9 @@ class Quantized:
 
 
 def execute(config: Config, device: str, backend: str) -> Fields:
-    """Run all stages on `device`. Raises BackendUnavailableError before anything is loaded."""
+    """Run all stages on `device`. What the library cannot do raises ValueError before anything is loaded."""
     resolve_backend(backend, device)
+    check_options(config)
     inputs = load_layer_inputs(config)
     work = quantize_layer(config, inputs, device, backend)
     log.info("quantized")
@@ -52,20 +52,29 @@ def execute(config: Config, device: str, backend: str) -> Fields:
     return fields | measure_time(config, work, device, backend)
 
 
+def check_options(config: Config) -> None:
+    """Let the library judge format, block size, method and scale on a weight of no rows: a capture may take minutes."""
+    size = config.block_size
+    hessian = torch.eye(size).unsqueeze(0) if config.method.name == "hessian" else None
+    quantize(torch.empty(0, size), method=config.method.name, hessian=hessian, backend="reference", **options(config))
+
+
+def options(config: Config) -> dict[str, Any]:
+    """The arguments of quantize() that the configuration gives, whatever the method and the backend."""
+    return {
+        "format": config.format.name,
+        "block_size": config.block_size,
+        "global_scale": config.format.global_scale,
+        "scale_rule": config.format.rule,
+    }
+
+
 def quantize_layer(config: Config, inputs: LayerInputs, device: str, backend: str) -> Quantized:
     weight = inputs.weight.to(device)
     hessian = None
     if config.method.name == "hessian":
         hessian = block_hessians(inputs.gram_calibration, config.block_size).to(device)
-    call = partial(
-        quantize,
-        weight,
-        format=config.format.name,
-        block_size=config.block_size,
-        backend=backend,
-        global_scale=config.format.global_scale,
-        scale_rule=config.format.rule,
-    )
+    call = partial(quantize, weight, backend=backend, **options(config))
     result = call(method=config.method.name, hessian=hessian, count_candidates=True)
     return Quantized(weight, hessian, result, call)
 

@@ -175,9 +175,23 @@ def test_triton_without_a_gpu_is_unsupported(output: Path, monkeypatch: pytest.M
     assert console.close() == 0
 
 
-def test_a_block_size_that_the_format_lacks(output: Path) -> None:
-    (record,) = run(output, "block_size=48")
-    assert record.status == "failed" and "16, 32" in str(record.reason)
+@pytest.mark.parametrize(
+    ("override", "known"),
+    [
+        ("block_size=48", "16, 32"),
+        ("method.name=magic", "naive, sse, hessian"),
+        ("format.name=fp3", "nvfp4"),
+        ("backend.name=cuda", "reference"),
+        ("format.scale_rule=floor", "scale rule"),
+    ],
+)
+@pytest.mark.parametrize("method", ["naive", "hessian"])
+def test_what_the_library_lacks_is_refused_before_loading(
+    output: Path, monkeypatch: pytest.MonkeyPatch, method: str, override: str, known: str
+) -> None:
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(AssertionError("loaded for nothing")))
+    (record,) = run(output, f"method={method}", override)
+    assert record.status == "failed" and known in str(record.reason)
 
 
 def test_sources_that_cannot_be_had(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
