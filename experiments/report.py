@@ -1,0 +1,203 @@
+"""Records → CSV files and tables. Imports no torch.
+
+    python experiments/report.py                  rebuild results/*.csv and the README's tables from results/records
+    python experiments/report.py --check          exit 1 where they differ from the records; change nothing
+    python experiments/report.py --runs [DIR]     print the tables of the runs in DIR; write its table.csv and table.md
+    python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed
+
+A generated block of a document stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`; its
+name is that of a file in results/records, or `published`. Text outside is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    # A script has its own folder first on the path, where `config` or `tables` would shadow other packages' modules.
+    sys.path.pop(0)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.record import RecordError, RunRecord, read_records, write_atomically
+
+if TYPE_CHECKING:
+    from experiments.tables import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = Path("results/records")
+RUNS = Path("results/runs")
+DOCUMENTS = (Path("README.md"),)
+PUBLISHED = "published"
+MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
+DIFF_LINES = 40  # shown of each file
+HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
+
+
+class ReportError(ValueError):
+    """What the user can mend; the message says how."""
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    arguments = parse(argv, root)
+    try:
+        if arguments.runs:
+            return report_runs(arguments.runs, root)
+        if arguments.collect:
+            return collect(arguments.collect, arguments.source or root / RUNS, root)
+        return check(root) if arguments.check else rebuild(root)
+    except (ReportError, RecordError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(argv: list[str] | None, root: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Rebuild the result tables from the committed records.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="exit 1 where documents and records differ; change nothing")
+    what.add_argument(
+        "--runs", metavar="DIR", nargs="?", type=Path, const=root / RUNS, help="print the tables of raw runs"
+    )
+    what.add_argument("--collect", metavar="NAME", help="copy raw runs to results/records/NAME.jsonl")
+    parser.add_argument("--from", dest="source", metavar="DIR", type=Path, help="with --collect: the runs' folder")
+    arguments = parser.parse_args(argv)
+    if arguments.source and not arguments.collect:
+        parser.error("--from goes with --collect")
+    return arguments
+
+
+def rebuild(root: Path) -> int:
+    for path, text in expected_files(root).items():
+        if read(path) != text:
+            write_atomically(path, text)
+            print(f"wrote {path.relative_to(root)}")
+    return 0
+
+
+def check(root: Path) -> int:
+    differing = 0
+    for path, text in expected_files(root).items():
+        name = str(path.relative_to(root))
+        diff = list(
+            difflib.unified_diff(
+                read(path).splitlines(), text.splitlines(), name, f"{name}, from the records", lineterm="", n=1
+            )
+        )
+        if diff:
+            differing += 1
+            print("\n".join(diff[:DIFF_LINES]))
+            if len(diff) > DIFF_LINES:
+                print(f"… and {len(diff) - DIFF_LINES} more lines")
+    if differing:
+        message = f"{differing} file{'s' * (differing > 1)} differ from the records"
+        print(f"error: {message}; run `python experiments/report.py` and commit the result", file=sys.stderr)
+        return 1
+    print("README and CSV files agree with the records.")
+    return 0
+
+
+def report_runs(folder: Path, root: Path) -> int:
+    """Print the tables of the runs in `folder`, and write them beside the runs."""
+    from experiments.tables import make_rows, make_tables, read_published, row_frame, unfinished
+
+    records = read_records(folder)
+    if not records:
+        raise ReportError(f"{folder} has no runs; run `make run` or `python experiments/run.py` first")
+    tables = make_tables(records, read_published(root / "results" / PUBLISHED))
+    missing = unfinished(records)
+    for table in tables:
+        print(f"\n{table.terminal()}")
+    if missing:
+        print("\nRuns without a result:")
+        print("\n".join(f"  {line}" for line in missing))
+    write_atomically(folder / "table.csv", row_frame(make_rows(records)).to_csv(index=False, lineterminator="\n"))
+    write_atomically(folder / "table.md", as_markdown(tables, missing))
+    print(f"Also in {folder / 'table.md'} and {folder / 'table.csv'}")
+    return 0
+
+
+def collect(name: str, source: Path, root: Path) -> int:
+    """Merge the runs in `source` into the committed records `name`; a run that is known is replaced."""
+    from experiments.tables import record_order
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == PUBLISHED:
+        raise ReportError(f"--collect {name}: use small letters, digits, - and _, and not the word {PUBLISHED}")
+    found = read_records(source)
+    if not found:
+        raise ReportError(f"{source} has no runs; run `make run` or `python experiments/run.py` first")
+    path = root / RECORDS / f"{name}.jsonl"
+    known = {(r.run_id, r.device_name): r for r in read_lines(path)}
+    replaced = sum((r.run_id, r.device_name) in known for r in found)
+    known |= {(r.run_id, r.device_name): r for r in found}
+    records = sorted(known.values(), key=record_order)
+    write_atomically(path, "".join(f"{record.to_json()}\n" for record in records))
+    print(f"{path.relative_to(root)}: {len(records)} records, {len(found) - replaced} new, {replaced} replaced")
+    for count, what in (
+        (sum(r.status != "ok" for r in found), "without a result"),
+        (sum(bool(r.dirty) for r in found), "from uncommitted code"),
+    ):
+        if count:
+            print(f"  {count} of the runs are {what}")
+    print("Next: python experiments/report.py")
+    return 0
+
+
+def expected_files(root: Path) -> dict[Path, str]:
+    """Path → the text that follows from the records."""
+    from experiments.tables import records_csv
+
+    groups = {path.stem: read_lines(path) for path in sorted((root / RECORDS).glob("*.jsonl"))}
+    if not any(groups.values()):
+        raise ReportError(f"{RECORDS} has no records; {HOW_TO_RECORD}")
+    files = {root / "results" / f"{name}.csv": records_csv(records) for name, records in groups.items()}
+    for document in DOCUMENTS:
+        files[root / document] = fill(read(root / document), str(document), groups, root)
+    return files
+
+
+def fill(text: str, document: str, groups: dict[str, list[RunRecord]], root: Path) -> str:
+    """`text` with every generated block written anew."""
+    from experiments.tables import make_tables, published_tables, read_published, unfinished
+
+    published = read_published(root / "results" / PUBLISHED)
+    parts, position = [], 0
+    markers = list(MARKER.finditer(text))
+    for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
+        name = begin[2]
+        if begin[1] != "BEGIN" or end is None or end[1] != "END" or end[2] != name:
+            line = text.count("\n", 0, begin.start()) + 1
+            raise ReportError(f"{document}:{line}: a generated block needs its BEGIN and then its END line ({name})")
+        if name == PUBLISHED:
+            block = as_markdown(published_tables(published))
+        elif name in groups:
+            block = as_markdown(make_tables(groups[name], published), unfinished(groups[name]))
+        else:
+            raise ReportError(f"{document} shows {RECORDS / name}.jsonl, which does not exist; {HOW_TO_RECORD}")
+        parts += [text[position : begin.end()], f"\n\n{block}\n"]
+        position = end.start()
+    return "".join([*parts, text[position:]])
+
+
+def as_markdown(tables: list[Table], missing: list[str] | None = None) -> str:
+    blocks = [table.markdown() for table in tables]
+    if missing:
+        blocks.append("Runs without a result:\n\n" + "".join(f"- {line}\n" for line in missing))
+    return "\n".join(blocks)
+
+
+def read_lines(path: Path) -> list[RunRecord]:
+    lines = read(path).splitlines()
+    return [RunRecord.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def read(path: Path) -> str:
+    """The file's text; a missing file has none."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

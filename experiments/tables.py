@@ -1,0 +1,375 @@
+"""Records → rows → tables.
+
+A row is one format and method on one subject: the same weight, tokens, block size and device. Its errors are those of
+the reference where that ran, else of Triton; its speed-up is the reference's median time over Triton's, where both were
+timed by one timer on one device. A table holds the rows of one subject, so that it never mixes models. Errors are
+fractions in rows and CSV files, percent in tables. Needs pandas, not torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.record import FIELDS, RunRecord
+
+NONE = "–"
+FORMATS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4"}  # name → label, in the order of the rows
+METHODS = {"naive": "Naive", "sse": "SSE", "hessian": "Hessian", "gptq": "GPTQ, blocks ordered, Hessian scales"}
+BACKENDS = {"reference": "reference", "triton": "Triton"}
+# The two backends' errors may differ by rounding, never visibly.
+BACKEND_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the rows of a table have in common. The order of the fields is the order of the tables."""
+
+    model: str | None
+    model_revision: str | None
+    model_origin: str | None
+    data: str | None
+    data_hash: str | None
+    data_split: str | None
+    substituted: bool | None
+    layer_index: int | None
+    layer_module: str | None
+    out_features: int | None
+    in_features: int | None
+    weight_dtype: str | None
+    seq_len: int | None
+    sequences: int | None
+    tokens_calibration: int | None
+    tokens_heldout: int | None
+    seed: int | None
+    device_name: str | None
+    block_size: int
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Subject:
+        return cls(**{f.name: getattr(record, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of another project, from `results/published/`. Errors are fractions, times are milliseconds."""
+
+    model: str
+    layer_index: int
+    layer_module: str
+    out_features: int
+    in_features: int
+    data: str
+    format: str
+    block_size: int
+    method: str
+    weight_error: float
+    output_error: float
+    reference_ms: float | None
+    triton_ms: float | None
+    speedup: float | None  # as published: of unrounded times
+    source: str
+
+    def describes(self, subject: Subject) -> bool:
+        """Same model, data, layer and block size. A name counts in any spelling: Qwen/Qwen3-4B is qwen3_4b."""
+        same = ("layer_index", "layer_module", "out_features", "in_features", "block_size")
+        return all(getattr(self, name) == getattr(subject, name) for name in same) and all(
+            _plain(getattr(self, name)) == _plain(getattr(subject, name)) for name in ("model", "data")
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    subject: Subject
+    format: str
+    global_scale: str | float | None
+    scale_rule: str | None
+    method: str
+    runs: tuple[RunRecord, ...]  # the newest of each backend, the reference first
+
+    @property
+    def weight_error(self) -> float | None:
+        return self.runs[0].weight_error
+
+    @property
+    def output_error(self) -> float | None:
+        return self.runs[0].output_error
+
+    @property
+    def output_error_heldout(self) -> float | None:
+        return self.runs[0].output_error_heldout
+
+    @property
+    def speedup(self) -> float | None:
+        by_backend = {run.backend: run for run in self.runs}
+        reference, triton = by_backend.get("reference"), by_backend.get("triton")
+        if reference is None or triton is None or reference.time_ms_median is None or not triton.time_ms_median:
+            return None
+        if (reference.time_timer, reference.time_device) != (triton.time_timer, triton.time_device):
+            return None
+        return reference.time_ms_median / triton.time_ms_median
+
+    @property
+    def backends_agree(self) -> bool:
+        for name in ("weight_error", "output_error", "output_error_heldout"):
+            values = [value for run in self.runs if (value := getattr(run, name)) is not None]
+            if values and max(values) - min(values) > BACKEND_TOLERANCE * max(values):
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    notes: tuple[str, ...]  # a line each: what every number in the table stands on
+    frame: pd.DataFrame  # text, ready to print
+
+    def markdown(self) -> str:
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return f"**{self.title}**\n\n{notes}\n{self._body('pipe')}\n"
+
+    def terminal(self) -> str:
+        notes = "".join(f"  {note}\n" for note in self.notes)
+        return f"{self.title}\n{notes}\n{self._body('simple')}\n"
+
+    def _body(self, style: str) -> str:
+        align = ["left" if name in ("Format", "Method") else "right" for name in self.frame.columns]
+        text = self.frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def make_rows(records: Iterable[RunRecord]) -> list[Row]:
+    """The rows of the runs that ended well, in the order of the tables."""
+    newest: dict[tuple[Subject, str, str | float | None, str | None, str], dict[str, RunRecord]] = {}
+    for record in records:
+        if record.status != "ok":
+            continue
+        key = (Subject.of(record), record.format, record.global_scale, record.scale_rule, record.method)
+        runs = newest.setdefault(key, {})
+        known = runs.get(record.backend)
+        if known is None or (record.started_at or "") >= (known.started_at or ""):
+            runs[record.backend] = record
+    rows = [
+        Row(*key, tuple(sorted(runs.values(), key=lambda run: _rank(BACKENDS, run.backend))))
+        for key, runs in newest.items()
+    ]
+    return sorted(rows, key=_row_order)
+
+
+def row_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """One line a row, numbers as numbers: for CSV files, notebooks and figures."""
+    columns = ["weight_error", "output_error", "output_error_heldout", "speedup"]
+    names = [f.name for f in fields(Subject)] + ["format", "global_scale", "scale_rule", "method", "backends", *columns]
+    lines = [
+        asdict(row.subject)
+        | {name: getattr(row, name) for name in ("format", "global_scale", "scale_rule", "method", *columns)}
+        | {"backends": "+".join(run.backend for run in row.runs)}
+        for row in rows
+    ]
+    return pd.DataFrame(lines, columns=names).convert_dtypes()
+
+
+def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = ()) -> list[Table]:
+    """One table a subject; published figures stand beside the rows that they describe."""
+    by_subject: dict[Subject, list[Row]] = {}
+    for row in make_rows(records):
+        by_subject.setdefault(row.subject, []).append(row)
+    return [
+        _subject_table(subject, rows, {(p.format, p.method): p for p in published if p.describes(subject)})
+        for subject, rows in by_subject.items()
+    ]
+
+
+def published_tables(published: Iterable[Published]) -> list[Table]:
+    """The published figures alone, one table a model, layer and block size."""
+    by_subject: dict[tuple[Any, ...], list[Published]] = {}
+    for line in published:
+        layer = f"layer {line.layer_index} {line.layer_module} ({line.out_features} × {line.in_features})"
+        key = (line.model, layer, line.data, line.block_size, line.source)
+        by_subject.setdefault(key, []).append(line)
+    return [
+        Table(
+            title=f"Published, not measured here: {model}, {layer}, {data}, block size {block_size}",
+            notes=(f"Source: {source}",),
+            frame=pd.DataFrame(
+                {
+                    "Format": [FORMATS.get(p.format, p.format) for p in lines],
+                    "Method": [METHODS.get(p.method, p.method) for p in lines],
+                    "Weight error": [_percent(p.weight_error) for p in lines],
+                    "Output error": [_percent(p.output_error) for p in lines],
+                    "PyTorch, ms": [_number(p.reference_ms) for p in lines],
+                    "Triton, ms": [_number(p.triton_ms) for p in lines],
+                    "Triton speed-up": [_times(p.speedup) for p in lines],
+                }
+            ),
+        )
+        for (model, layer, data, block_size, source), lines in by_subject.items()
+    ]
+
+
+def unfinished(records: Sequence[RunRecord]) -> list[str]:
+    """A line for each reason why runs have no result, with those runs."""
+    finished = {(record.run_id, record.device_name) for record in records if record.status == "ok"}
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for record in sorted(records, key=record_order):
+        if record.status == "ok" or (record.run_id, record.device_name) in finished:
+            continue
+        label = (
+            f"{FORMATS.get(record.format, record.format)} {METHODS.get(record.method, record.method)} "
+            f"b{record.block_size} {BACKENDS.get(record.backend, record.backend)} on {record.model}"
+        )
+        labels = by_reason.setdefault((record.status, record.reason or "no reason recorded"), [])
+        if label not in labels:
+            labels.append(label)
+    return [f"{status}: {', '.join(labels)}: {reason}" for (status, reason), labels in by_reason.items()]
+
+
+def records_csv(records: Iterable[RunRecord]) -> str:
+    """Every field of every record."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for record in records:
+        writer.writerow([_cell(value) for value in record.to_dict().values()])
+    return out.getvalue()
+
+
+def read_published(folder: Path) -> list[Published]:
+    """Every figure of every CSV file in `folder`."""
+    lines: list[Published] = []
+    for path in sorted(folder.glob("*.csv")):
+        frame = pd.read_csv(path).astype(object)
+        for values in frame.where(frame.notna(), None).to_dict("records"):
+            lines.append(Published(**{str(name): value for name, value in values.items()}))
+    return lines
+
+
+def record_order(record: RunRecord) -> tuple[Any, ...]:
+    """A stable order, by what was measured; also that of the committed records."""
+    return (
+        *_sortable(asdict(Subject.of(record)).values()),
+        _rank(FORMATS, record.format),
+        *_sortable((record.global_scale, record.scale_rule)),
+        _rank(METHODS, record.method),
+        _rank(BACKENDS, record.backend),
+        record.run_id,
+    )
+
+
+def _row_order(row: Row) -> tuple[Any, ...]:
+    return record_order(row.runs[0])
+
+
+def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> Table:
+    columns: dict[str, list[str]] = {
+        "Format": [_format_label(row, rows) for row in rows],
+        "Method": [METHODS.get(row.method, row.method) for row in rows],
+        "Weight error": [_percent(row.weight_error) for row in rows],
+        "Output error": [_percent(row.output_error) for row in rows],
+        "Output error, held out": [_percent(row.output_error_heldout) for row in rows],
+        "Triton speed-up": [_times(row.speedup) for row in rows],
+    }
+    if published:
+
+        def beside(show: Callable[[Published], str]) -> list[str]:
+            found = [published.get((row.format, row.method)) for row in rows]
+            return [NONE if p is None else show(p) for p in found]
+
+        columns["Published weight error"] = beside(lambda p: _percent(p.weight_error))
+        columns["Published output error"] = beside(lambda p: _percent(p.output_error))
+        columns["Published speed-up"] = beside(lambda p: _times(p.speedup))
+    layer = f"layer {subject.layer_index} {subject.layer_module}" if subject.layer_index is not None else "one layer"
+    return Table(
+        title=f"{subject.model}, {layer} ({subject.out_features} × {subject.in_features}), "
+        f"block size {subject.block_size}",
+        notes=tuple(_notes(subject, rows, published)),
+        frame=pd.DataFrame(columns),
+    )
+
+
+def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> list[str]:
+    notes = []
+    if subject.model_origin:
+        notes.append(f"Weights: {subject.model_origin}")
+    split = f" ({subject.data_split})" if subject.data_split else ""
+    tokens = f"{subject.tokens_calibration or 0:,} calibration tokens"
+    held_out = f"{subject.tokens_heldout:,} held out" if subject.tokens_heldout else "none held out"
+    sequences = f"{subject.sequences} sequences of up to {subject.seq_len} tokens: " if subject.sequences else ""
+    notes.append(f"Data: {subject.data}{split}, {sequences}{tokens}, {held_out}; seed {subject.seed}")
+    if subject.substituted:
+        notes.append("Without a hub, an offline twin stands in for the model or the text that was configured.")
+    commits = dict.fromkeys(_commit(run) for row in rows for run in row.runs)
+    notes.append(f"Device: {subject.device_name}; commit {', '.join(commits)}")
+    settings = dict.fromkeys(
+        f"{FORMATS.get(row.format, row.format)} global scale {row.global_scale}"
+        + (f", naive scale rule {row.scale_rule}" if row.scale_rule else "")
+        for row in rows
+    )
+    notes.append("; ".join(settings))
+    notes += [f"Published figures: {source}" for source in dict.fromkeys(p.source for p in published.values())]
+    disagree = [
+        f"{_format_label(row, rows)} {METHODS.get(row.method, row.method)}" for row in rows if not row.backends_agree
+    ]
+    if disagree:
+        notes.append(f"The backends disagree on {', '.join(disagree)}; the reference's errors are shown.")
+    return notes
+
+
+def _format_label(row: Row, rows: Sequence[Row]) -> str:
+    """The format's name, with its settings where the table holds more than one setting of it."""
+    label = FORMATS.get(row.format, row.format)
+    others = [other for other in rows if other.format == row.format]
+    settings = []
+    if len({other.global_scale for other in others}) > 1:
+        settings.append(f"global scale {row.global_scale}")
+    if len({other.scale_rule for other in others}) > 1:
+        settings.append(str(row.scale_rule))
+    return f"{label} ({', '.join(settings)})" if settings else label
+
+
+def _commit(record: RunRecord) -> str:
+    return (record.commit or "unknown")[:10] + (" with uncommitted changes" if record.dirty else "")
+
+
+def _plain(name: str | None) -> str:
+    return re.sub(r"[^a-z0-9]", "", (name or "").rpartition("/")[2].lower())
+
+
+def _rank(order: dict[str, str], name: str) -> tuple[int, str]:
+    return (list(order).index(name) if name in order else len(order), name)
+
+
+def _sortable(values: Iterable[Any]) -> list[tuple[str, Any]]:
+    """None, numbers and text do not compare with each other; of two kinds, the kinds do."""
+    return [
+        ("", 0) if value is None else ("number", value) if isinstance(value, int | float) else ("text", str(value))
+        for value in values
+    ]
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.2f} %"
+
+
+def _times(factor: float | None) -> str:
+    return NONE if factor is None else f"{factor:.1f}×"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:g}"

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import report
+from experiments.record import RunRecord, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+README = """# Title
+
+<!-- BEGIN GENERATED: main -->
+old
+<!-- END GENERATED: main -->
+
+Text between.
+
+<!-- BEGIN GENERATED: published -->
+<!-- END GENERATED: published -->
+The end.
+"""
+
+
+def make(method: str, **changes: object) -> RunRecord:
+    values: dict[str, object] = {
+        "run_id": f"nvfp4-b16-{method}-reference",
+        "sweep": "s",
+        "status": "ok",
+        "reason": None,
+        "format": "nvfp4",
+        "block_size": 16,
+        "method": method,
+        "backend": "reference",
+        "requested_backend": "auto",
+        "device": "cpu",
+        "device_name": "Some CPU",
+        "model": "tiny",
+        "data": "text",
+        "layer_index": 0,
+        "layer_module": "mlp.down_proj",
+        "weight_error": 0.1234,
+    }
+    return RunRecord(**(values | changes))  # type: ignore[arg-type]
+
+
+def write_runs(folder: Path, *records: RunRecord) -> Path:
+    for record in records:
+        record.write(folder / record.run_id)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with two runs, collected but not yet reported."""
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    published = tmp_path / "results" / "published"
+    published.mkdir(parents=True)
+    (published / "q.csv").write_bytes((ROOT / "results" / "published" / "qwen3_4b.csv").read_bytes())
+    write_runs(tmp_path / "results" / "runs", make("sse"), make("naive"))
+    assert report.main(["--collect", "main"], tmp_path) == 0
+    return tmp_path
+
+
+def test_rebuild_fills_the_blocks_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    assert report.main([], root) == 0
+    assert capsys.readouterr().out.split() == ["wrote", "results/main.csv", "wrote", "README.md"]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "| 12.34 % |" in " ".join(text.split())
+    assert "Published, not measured here" in text
+    assert "old" not in text.split()
+    assert text.startswith("# Title\n\n<!-- BEGIN GENERATED: main -->\n\n**tiny, layer 0")
+    assert "\n<!-- END GENERATED: main -->\n\nText between.\n\n" in text
+    assert text.endswith("\n<!-- END GENERATED: published -->\nThe end.\n")
+    assert (root / "results" / "main.csv").read_text().count("\n") == 3
+    assert report.main([], root) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_check_shows_the_difference_and_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]):
+    before = (root / "README.md").read_bytes()
+    assert report.main(["--check"], root) == 1
+    shown = capsys.readouterr()
+    assert "-old" in shown.out
+    assert "2 files differ from the records" in shown.err
+    assert (root / "README.md").read_bytes() == before
+    assert not (root / "results" / "main.csv").exists()
+
+    report.main([], root)
+    assert report.main(["--check"], root) == 0
+
+    readme = (root / "README.md").read_text(encoding="utf-8").replace("12.34 %", "12.35 %", 1)
+    (root / "README.md").write_text(readme, encoding="utf-8")
+    capsys.readouterr()
+    assert report.main(["--check"], root) == 1
+    assert "12.35 %" in capsys.readouterr().out
+
+
+def test_a_changed_record_is_found_by_check(root: Path):
+    report.main([], root)
+    path = root / "results" / "records" / "main.jsonl"
+    path.write_text(path.read_text().replace("0.1234", "0.2234", 1))
+    assert report.main(["--check"], root) == 1
+
+
+def test_collect_merges_replaces_and_keeps_one_order(root: Path, capsys: pytest.CaptureFixture[str]):
+    path = root / "results" / "records" / "main.jsonl"
+    assert [r.method for r in read_records(path.parent)] == ["naive", "sse"]
+    first = path.read_bytes()
+    assert report.main(["--collect", "main"], root) == 0
+    assert path.read_bytes() == first
+
+    more = write_runs(root / "more", make("hessian"), make("naive", weight_error=0.5))
+    capsys.readouterr()
+    assert report.main(["--collect", "main", "--from", str(more)], root) == 0
+    assert "3 records, 1 new, 1 replaced" in capsys.readouterr().out
+    records = read_records(path.parent)
+    assert [(r.method, r.weight_error) for r in records] == [("naive", 0.5), ("sse", 0.1234), ("hessian", 0.1234)]
+
+    other = write_runs(root / "other", make("sse", device_name="Another CPU"))
+    assert report.main(["--collect", "main", "--from", str(other)], root) == 0
+    assert len(read_records(path.parent)) == 4
+
+
+def test_collect_says_what_is_not_fit_to_show(root: Path, capsys: pytest.CaptureFixture[str]):
+    runs = write_runs(root / "more", make("hessian", status="failed", reason="broken", dirty=True))
+    capsys.readouterr()
+    assert report.main(["--collect", "other", "--from", str(runs)], root) == 0
+    out = capsys.readouterr().out
+    assert "1 of the runs are without a result" in out
+    assert "1 of the runs are from uncommitted code" in out
+
+
+def test_runs_prints_tables_and_writes_beside_the_runs(root: Path, capsys: pytest.CaptureFixture[str]):
+    folder = write_runs(root / "results" / "runs", make("hessian", status="failed", reason="K is 100."))
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert report.main(["--runs"], root) == 0
+    out = capsys.readouterr().out
+    assert "tiny, layer 0 mlp.down_proj" in out
+    assert "12.34 %" in out
+    assert "failed: NVFP4 Hessian b16 reference on tiny: K is 100." in out
+    assert {p for p in root.rglob("*") if p.is_file()} - before.keys() == {folder / "table.csv", folder / "table.md"}
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert "12.34 %" in (folder / "table.md").read_text(encoding="utf-8")
+    assert report.main(["--runs", str(folder)], root) == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--runs"], ["--collect", "main"]])
+def test_without_records_one_line_says_what_to_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert report.main(arguments, tmp_path) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert "make run" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- BEGIN GENERATED: main -->\n", "README.md:1"),
+        ("\n<!-- END GENERATED: main -->\n", "README.md:2"),
+        ("<!-- BEGIN GENERATED: main -->\n<!-- END GENERATED: published -->\n", "README.md:1"),
+        ("<!-- BEGIN GENERATED: other -->\n<!-- END GENERATED: other -->\n", "results/records/other.jsonl"),
+    ],
+)
+def test_a_broken_block_is_an_error(text: str, said: str, root: Path, capsys: pytest.CaptureFixture[str]):
+    (root / "README.md").write_text(text, encoding="utf-8")
+    assert report.main([], root) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../main", "Main", "published"])
+def test_collect_refuses_a_name_that_is_none(name: str, root: Path):
+    assert report.main(["--collect", name], root) == 1
+
+
+def test_a_damaged_record_is_named(root: Path, capsys: pytest.CaptureFixture[str]):
+    path = root / "results" / "records" / "main.jsonl"
+    path.write_text("{\n")
+    assert report.main(["--check"], root) == 1
+    assert "main.jsonl:1" in capsys.readouterr().err
+
+
+def test_torch_is_not_imported(root: Path):
+    code = (
+        "import sys; from pathlib import Path; from experiments import report; "
+        f"root = Path({str(root)!r}); "
+        "status = [report.main(a, root) for a in ([], ['--check'], ['--runs'])]; "
+        "heavy = {'torch', 'triton', 'transformers', 'datasets', 'wandb', 'hydra'} & sys.modules.keys(); "
+        "assert status == [0, 0, 0] and not heavy, (status, heavy)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_it_runs_as_a_script_from_anywhere(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "experiments" / "report.py"), "--runs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    assert "has no runs" in done.stderr

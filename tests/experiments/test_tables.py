@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import tables
+from experiments.record import FIELDS, RunRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BASE = RunRecord(
+    run_id="nvfp4-b16-sse-reference",
+    sweep="s",
+    status="ok",
+    reason=None,
+    format="nvfp4",
+    block_size=16,
+    method="sse",
+    backend="reference",
+    requested_backend="reference",
+    device="cuda",
+    device_name="Some GPU",
+    global_scale="amax",
+    scale_rule="nearest",
+    model="tiny/Model",
+    model_origin="They come from a 4-bit release.",
+    data="text",
+    data_split="train",
+    substituted=False,
+    layer_index=0,
+    layer_module="mlp.down_proj",
+    out_features=64,
+    in_features=128,
+    seq_len=32,
+    sequences=8,
+    tokens_calibration=4096,
+    tokens_heldout=512,
+    seed=0,
+    weight_error=0.07894,
+    output_error=0.04956,
+    output_error_heldout=0.0512,
+    time_ms_median=14.0,
+    time_timer="do_bench",
+    time_device="Some GPU",
+    commit="0123456789abcdef",
+    dirty=False,
+    versions={"torch": "2.13.0"},
+    started_at="2026-01-01T00:00:00+00:00",
+)
+
+
+def make(**changes: object) -> RunRecord:
+    record = replace(BASE, **changes)  # type: ignore[arg-type]
+    name = "-".join(
+        str(v) for v in (record.model, record.format, f"b{record.block_size}", record.method, record.backend)
+    )
+    return replace(record, run_id=name) if "run_id" not in changes else record
+
+
+def only_table(records: list[RunRecord]) -> tables.Table:
+    (table,) = tables.make_tables(records, tables.read_published(ROOT / "results" / "published"))
+    return table
+
+
+def test_a_row_shows_percent_with_two_decimals():
+    frame = only_table([make()]).frame
+    assert list(frame.columns) == [
+        "Format",
+        "Method",
+        "Weight error",
+        "Output error",
+        "Output error, held out",
+        "Triton speed-up",
+    ]
+    assert frame.values.tolist() == [["NVFP4", "SSE", "7.89 %", "4.96 %", "5.12 %", "–"]]
+
+
+def test_title_and_notes_name_what_the_numbers_stand_on():
+    table = only_table([make(substituted=True, dirty=True)])
+    assert table.title == "tiny/Model, layer 0 mlp.down_proj (64 × 128), block size 16"
+    text = "\n".join(table.notes)
+    assert "Weights: They come from a 4-bit release." in text
+    assert "Data: text (train), 8 sequences of up to 32 tokens: 4,096 calibration tokens, 512 held out; seed 0" in text
+    assert "offline twin" in text
+    assert "Device: Some GPU; commit 0123456789 with uncommitted changes" in text
+    assert "NVFP4 global scale amax" in text
+    for shown in (table.markdown(), table.terminal()):
+        assert table.title in shown
+        assert all(note in shown for note in table.notes)
+
+
+def test_rows_stand_in_the_order_of_formats_and_methods():
+    records = [make(format=f, method=m) for m in ("hessian", "naive", "sse") for f in ("mxfp4", "nvfp4")]
+    frame = only_table(records).frame
+    methods = ["Naive", "SSE", "Hessian"]
+    assert list(zip(frame["Format"], frame["Method"], strict=True)) == [
+        (f, m) for f in ("NVFP4", "MXFP4") for m in methods
+    ]
+
+
+def test_models_and_block_sizes_and_devices_never_share_a_table():
+    records = [make(), make(model="other"), make(block_size=32), make(device_name="Other GPU"), make(tokens_heldout=0)]
+    found = tables.make_tables(records)
+    assert len(found) == 5
+    assert all(len(table.frame) == 1 for table in found)
+    assert any("none held out" in note for table in found for note in table.notes)
+
+
+def test_speedup_is_the_ratio_of_medians_on_one_device():
+    triton = make(backend="triton", time_ms_median=2.0)
+    (row,) = tables.make_rows([triton, make()])
+    assert row.speedup == 7.0
+    assert [run.backend for run in row.runs] == ["reference", "triton"]
+    assert only_table([triton, make()]).frame["Triton speed-up"].tolist() == ["7.0×"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time_ms_median": None, "time_timer": "interpreter"},
+        {"time_timer": "interpreter"},
+        {"time_device": "another"},
+        {"status": "unsupported", "reason": "no GPU"},
+    ],
+)
+def test_no_speedup_without_two_times_that_compare(change: dict[str, object]):
+    triton: dict[str, object] = {"backend": "triton", "time_ms_median": 2.0}
+    (row,) = tables.make_rows([make(), make(**(triton | change))])
+    assert row.speedup is None
+
+
+def test_the_newest_run_counts():
+    newer = make(weight_error=0.5, started_at="2026-02-01T00:00:00+00:00")
+    (row,) = tables.make_rows([newer, make()])
+    assert row.weight_error == 0.5
+
+
+def test_backends_that_disagree_are_told():
+    agree = only_table([make(), make(backend="triton", weight_error=0.07894 * (1 + 1e-6))])
+    differ = only_table([make(), make(backend="triton", weight_error=0.0796)])
+    assert not any("disagree" in note for note in agree.notes)
+    assert any("The backends disagree on NVFP4 SSE" in note for note in differ.notes)
+
+
+def test_settings_of_a_format_are_told_apart():
+    frame = only_table([make(global_scale="none"), make(global_scale="amax"), make(global_scale=0.5)]).frame
+    assert sorted(frame["Format"]) == [
+        "NVFP4 (global scale 0.5)",
+        "NVFP4 (global scale amax)",
+        "NVFP4 (global scale none)",
+    ]
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "qwen3_4b"])
+def test_published_figures_stand_beside_their_model_only(name: str):
+    qwen = {"model": name, "data": "wikitext2", "out_features": 2560, "in_features": 9728}
+    table = only_table([make(**qwen)])
+    published = {column: table.frame[column].tolist() for column in table.frame.columns if "Published" in column}
+    assert published == {
+        "Published weight error": ["8.74 %"],
+        "Published output error": ["6.04 %"],
+        "Published speed-up": ["7.0×"],
+    }
+    assert any("Published figures: qwantize" in note for note in table.notes)
+    for change in ({"layer_index": 1}, {"in_features": 64}, {"data": "python_docs"}, {"model": "Qwen/Qwen3-8B"}):
+        assert "Published weight error" not in only_table([make(**(qwen | change))]).frame
+
+
+def test_published_tables_say_that_they_are():
+    found = tables.published_tables(tables.read_published(ROOT / "results" / "published"))
+    assert [table.title.rpartition(" ")[2] for table in found] == ["16", "32"]
+    assert all(table.title.startswith("Published, not measured here: Qwen/Qwen3-4B") for table in found)
+    assert all(table.notes == ("Source: qwantize, docs/source/results.md",) for table in found)
+    first = found[0].frame.iloc[0].tolist()
+    assert first == ["NVFP4", "Naive", "10.05 %", "6.89 %", "2.8", "1.9", "1.5×"]
+
+
+def test_unfinished_runs_are_listed_by_reason():
+    lost = {"status": "unsupported", "reason": "Triton needs a GPU."}
+    records = [
+        make(),
+        make(backend="triton", **lost),
+        make(backend="triton", method="naive", **lost),
+        make(format="mxfp4", status="failed", reason="K is 100."),
+    ]
+    assert tables.unfinished(records) == [
+        "unsupported: NVFP4 Naive b16 Triton on tiny/Model, NVFP4 SSE b16 Triton on tiny/Model: Triton needs a GPU.",
+        "failed: MXFP4 SSE b16 reference on tiny/Model: K is 100.",
+    ]
+
+
+def test_a_run_that_ended_well_later_is_not_unfinished():
+    assert tables.unfinished([make(status="failed", reason="killed"), make()]) == []
+
+
+def test_markdown_is_a_pipe_table():
+    lines = only_table([make()]).markdown().splitlines()
+    assert lines[0].startswith("**tiny/Model")
+    header = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    assert lines[header - 1] == ""
+    assert set(lines[header + 1]) <= set("|:-")
+    assert [cell.strip() for cell in lines[header + 2].strip("|").split("|")][:3] == ["NVFP4", "SSE", "7.89 %"]
+
+
+def test_csv_has_every_field_in_order_and_full_precision():
+    text = tables.records_csv([make(weight_error=0.1 + 0.2, output_error=None)])
+    header, line = list(csv.reader(io.StringIO(text)))
+    values = dict(zip(header, line, strict=True))
+    assert tuple(header) == FIELDS
+    assert float(values["weight_error"]) == 0.1 + 0.2
+    assert values["output_error"] == ""
+    assert values["tokens_calibration"] == "4096"
+    assert values["dirty"] == "false"
+    assert values["versions"] == '{"torch": "2.13.0"}'
+
+
+def test_row_frame_holds_numbers():
+    frame = tables.row_frame(tables.make_rows([make(), make(backend="triton", time_ms_median=2.0)]))
+    (line,) = frame.to_dict("records")
+    assert line["speedup"] == 7.0
+    assert line["backends"] == "reference+triton"
+    assert line["weight_error"] == BASE.weight_error
+    assert line["tokens_calibration"] == 4096
+    assert tables.row_frame([]).empty
