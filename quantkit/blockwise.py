@@ -7,13 +7,12 @@
     quants  float32, the shape of W: signed element values before scaling
 
 The names and shapes are those of qwantize, so that code written for it runs. ``*_optimal`` minimises the squared error,
-``*_optimal_hessian`` ``r H rᵀ`` with H from ``X [tokens, K]``, where the blocks of a row, in order, make up its K columns.
-The ``_triton`` functions run the fused kernels, the others the reference.
+``*_optimal_hessian`` ``r H rᵀ`` with H from ``X [tokens, K]``, where the blocks of a row, in order, make up its K
+columns. The ``_triton`` functions run the fused kernels, the others the reference.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from quantkit.quantize import quantize

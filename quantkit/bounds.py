@@ -1,21 +1,23 @@
 """Proven search windows: the range of scale codes outside which no block's optimum needs to be sought.
 
-With ``E(s) = Σ (|x_i| − s·Q(|x_i|/s))²`` over a block of n weights with largest magnitude a (docs/theory.md has the proofs):
+With ``E(s) = Σ (|x_i| − s·Q(|x_i|/s))²`` over a block of n weights with largest magnitude a (docs/theory.md has the
+proofs):
 
     upper   s ≥ a/3.5 and s/2 representable                 ⇒  E(s/2) ≤ E(s)
     lower   s ≤ 24/(28 + (n−1)/4) · a/6 and 2s representable ⇒  E(2s) ≤ E(s)
 
-so the optimum of the squared error lies between, at most 10 codes (n = 16) or 12 (n = 32) of E4M3's normal range and two powers
-of two for UE8M0. Where a scale has no half in the grid (E4M3's subnormals) codes up to the first that is ≥ 4a are kept, at
-which every element rounds to zero.
+so the optimum of the squared error lies between, at most 10 codes (n = 16) or 12 (n = 32) of E4M3's normal range and
+two powers of two for UE8M0. Where a scale has no half in the grid (E4M3's subnormals) codes up to the first that is ≥
+4a are kept, at which every element rounds to zero.
 
-For ``r H rᵀ`` these bounds are wrong. With an incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥ r_i²/(H⁻¹)_ii:
+For ``r H rᵀ`` these bounds are wrong. With an incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥
+r_i²/(H⁻¹)_ii:
 
     clipping   s ≥ max_i (|x_i| − t_i) / 6
     dead zone  s ≤ 2·(|x_i| + t_i)  for every i with |x_i| > t_i
 
-All bounds are in the unit of the effective scale ``scale · global_scale``. Float32 rounding of that product and of the bounds
-is covered by SLACK: a window may hold one code too many, never one too few.
+All bounds are in the unit of the effective scale ``scale · global_scale``. Float32 rounding of that product and of the
+bounds is covered by SLACK: a window may hold one code too many, never one too few.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ SLACK = 2.0**-18
 def sse_window_factors(element: ElementGrid, block_size: int) -> tuple[float, float]:
     """(lower, upper): the optimum's scale is above lower·amax and below upper·amax, where half and double scales exist.
 
-    Both follow from the grid's top: levels up to the third-highest (3 for E2M1) have a half that is a level, the midpoint
-    above it (3.5) is where the next one begins; doubling the scale loses at most (s/2)² an element and gains, for the
-    largest, the clipping error that remains. Raises ValueError for an element grid that the proof does not cover.
+    Both follow from the grid's top: levels up to the third-highest (3 for E2M1) have a half that is a level, the
+    midpoint above it (3.5) is where the next one begins; doubling the scale loses at most (s/2)² an element and gains,
+    for the largest, the clipping error that remains. Raises ValueError for an element grid that the proof does not
+    cover.
     """
     if (element.exponent_bits, element.mantissa_bits, element.bias) != (2, 1, 1):
         raise ValueError(f"the search windows are proven for e2m1 elements, not for {element.name}; see docs/theory.md")
@@ -74,7 +77,7 @@ def hessian_window(
 ) -> tuple[Tensor, Tensor]:
     """(first, last) int32 codes ``[...]`` outside which ``r H rᵀ`` exceeds the incumbent's.
 
-    magnitudes: float64 |x| ``[..., block_size]``; error: float64 incumbents' r H rᵀ ``[...]``; inverse_diagonal: (H⁻¹)_ii,
+    magnitudes: float64 |x| ``[..., block_size]``; error: float64 incumbent errors ``[...]``; inverse_diagonal (H⁻¹)_ii:
     broadcastable to magnitudes. The window need not hold the incumbent itself when the two differ by rounding alone.
     """
     reach = (error.unsqueeze(-1) * inverse_diagonal).sqrt() * (1 + SLACK)

@@ -3,28 +3,41 @@
     Gram     G   = XᵀX            [in_features, in_features]
     Hessian  H_j = X_jᵀX_j        [block_size, block_size], the j-th diagonal block of G
 
-H_j is, up to a factor, the Hessian of the layer's squared output error with respect to one block of a weight row; it is the
-same for every row. One pass over the activations gives G, and G every block size's Hessians. Products are float32 or better.
+H_j is, up to a factor, the Hessian of the layer's squared output error with respect to one block of a weight row; it
+is the same for every row. One pass over the activations gives G, and G every block size's Hessians. Products are
+float32 or better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["GramAccumulator", "HessianFactors", "block_hessians", "factorize", "gram_matrix", "hessians_from_activations"]
+__all__ = [
+    "GramAccumulator",
+    "HessianFactors",
+    "block_hessians",
+    "factorize",
+    "gram_matrix",
+    "hessians_from_activations",
+]
 
 CHUNK_ELEMENTS = 1 << 26  # of activations converted to float32 at a time (256 MiB)
-RELATIVE_DAMPING = 1e-12  # of the mean diagonal; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
+RELATIVE_DAMPING = (
+    1e-12  # of the mean diagonal; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
+)
 MAX_RELATIVE_NEGATIVE = 1e-4  # an eigenvalue below minus this share of the largest is no rounding error
 
 
 def check_activations(activations: Tensor, in_features: int | None = None) -> None:
     """Raises ValueError unless ``activations`` are finite floats ``[tokens, in_features]``."""
     if activations.ndim != 2 or not activations.is_floating_point():
-        raise ValueError(f"activations must be a floating-point [tokens, in_features] tensor, got {_describe(activations)}")
+        raise ValueError(
+            f"activations must be a floating-point [tokens, in_features] tensor, got {_describe(activations)}"
+        )
     if in_features is not None and activations.shape[1] != in_features:
         raise ValueError(
             f"activations have {activations.shape[1]} features, the weight has {in_features} columns; "
@@ -40,7 +53,9 @@ def check_finite(tensor: Tensor, name: str) -> None:
         return
     count = int((~finite).sum())
     first = tuple(int(i) for i in (~finite).nonzero()[0])
-    raise ValueError(f"{name} holds {count} NaN or Inf value{'s' * (count > 1)}, the first at index {first}; nothing was quantized")
+    raise ValueError(
+        f"{name} holds {count} NaN or Inf value{'s' * (count > 1)}, the first at index {first}; nothing was quantized"
+    )
 
 
 class GramAccumulator:
@@ -49,14 +64,16 @@ class GramAccumulator:
     in_features: width of every batch; device and dtype (float32 or float64) are those of the sum.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"a Gram matrix is accumulated in float32 or float64, not {dtype}")
         self.gram = torch.zeros(in_features, in_features, device=device, dtype=dtype)
         self.tokens = 0
 
     def update(self, activations: Tensor) -> None:
-        """Adds a batch ``[tokens, in_features]`` of any float dtype. Raises ValueError for another width, NaN or Inf."""
+        """Adds a batch ``[tokens, in_features]``, any float dtype. Raises ValueError for another width, NaN or Inf."""
         check_activations(activations, self.gram.shape[0])
         for batch in _float_chunks(activations, self.gram.device, self.gram.dtype):
             self.gram.addmm_(batch.T, batch)
@@ -86,10 +103,12 @@ def block_hessians(gram: Tensor, block_size: int) -> Tensor:
 
 
 def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
-    """Block Hessians ``[K/block_size, block_size, block_size]`` of activations ``[tokens, K]``, without the whole Gram matrix."""
+    """Block Hessians ``[K/block_size, block_size, block_size]`` of ``activations [tokens, K]``, with no Gram matrix."""
     check_activations(activations)
     if activations.shape[1] % block_size:
-        raise ValueError(f"activations have {activations.shape[1]} features, which block size {block_size} does not divide")
+        raise ValueError(
+            f"activations have {activations.shape[1]} features, which block size {block_size} does not divide"
+        )
     dtype = torch.promote_types(activations.dtype, torch.float32)
     num_blocks = activations.shape[1] // block_size
     hessians = torch.zeros(num_blocks, block_size, block_size, device=activations.device, dtype=dtype)
@@ -103,6 +122,8 @@ def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
 class HessianFactors:
     """What the searches need of block Hessians: ``H = A Aᵀ``, so that r H rᵀ = ‖r A‖², and the bounds' (H⁻¹)_ii.
 
+    Each H is divided by its mean diagonal first, which no choice of a scale depends on, so float32 holds every factor.
+
     factor: float64 A ``[num_blocks, block_size, block_size]``, lower triangular unless H was singular.
     inverse_diagonal: float64 ``[num_blocks, block_size]``.
     """
@@ -114,18 +135,19 @@ class HessianFactors:
 def factorize(hessians: Tensor) -> HessianFactors:
     """Factors of positive semi-definite ``hessians`` ``[num_blocks, block_size, block_size]``.
 
-    RELATIVE_DAMPING times the mean diagonal is added (1 for an all-zero Hessian), so what H cannot tell apart is told apart by
-    squared error. A block whose Cholesky factorization fails all the same, because rounding made it indefinite, is replaced
-    by the nearest positive definite matrix. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite.
+    RELATIVE_DAMPING times the mean diagonal is added (1 for an all-zero Hessian), so what H cannot tell apart is told
+    apart by squared error. A block whose Cholesky factorization fails all the same, because rounding made it
+    indefinite, is replaced by the nearest positive definite matrix. Raises ValueError for NaN, Inf, or a matrix that
+    is clearly indefinite.
     """
     check_finite(hessians, "hessian")
     hessians = hessians.double()
-    hessians = (hessians + hessians.mT) / 2
     mean = hessians.diagonal(dim1=1, dim2=2).mean(-1)
-    damping = torch.where(mean > 0, mean * RELATIVE_DAMPING, torch.where(mean == 0, 1.0, 0.0))
+    scale = torch.where(mean > 0, mean, 1.0)[:, None, None]
+    hessians = (hessians + hessians.mT) / (2 * scale)
+    damping = torch.where(mean == 0, 1.0, RELATIVE_DAMPING)
     identity = torch.eye(hessians.shape[-1], dtype=torch.float64, device=hessians.device)
-    damped = hessians + damping[:, None, None] * identity
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    factor, failed = torch.linalg.cholesky_ex(hessians + damping[:, None, None] * identity)
     if bool(failed.any()):
         which = failed.nonzero().flatten()
         eigenvalues, vectors = torch.linalg.eigh(hessians[which])
@@ -133,15 +155,16 @@ def factorize(hessians: Tensor) -> HessianFactors:
         if bool(bad.any()):
             block = int(which[bad.nonzero()[0]])
             raise ValueError(
-                f"hessian block {block} is not positive semi-definite: smallest eigenvalue {eigenvalues[bad][0, 0]:.3g}, "
-                f"largest {eigenvalues[bad][0, -1]:.3g}; accumulate it as XᵀX in float32 or better"
+                f"hessian block {block} is not positive semi-definite: its eigenvalues, relative to its mean diagonal, "
+                f"run from {eigenvalues[bad][0, 0]:.3g} to {eigenvalues[bad][0, -1]:.3g}; "
+                "accumulate it as XᵀX in float32 or better"
             )
         factor[which] = vectors * eigenvalues.clamp(min=damping[which, None]).sqrt().unsqueeze(1)
     inverse = torch.linalg.inv(factor)
     return HessianFactors(factor.contiguous(), inverse.square().sum(1))
 
 
-def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype):
+def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     """Rows of ``activations`` in ``dtype`` on ``device``, CHUNK_ELEMENTS elements or fewer at a time."""
     rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
     for batch in activations.split(rows):

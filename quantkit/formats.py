@@ -1,17 +1,18 @@
 """Block-scaled formats as data: an element grid, a scale grid, and the pairs of them that have names.
 
-A grid is a tiny floating-point format given by its exponent bits, mantissa bits, bias and largest code. The value of code
-``c`` with mantissa width ``m`` and smallest exponent ``e0 = 1 - bias`` is
+A grid is a tiny floating-point format given by its exponent bits, mantissa bits, bias and largest code. The value of
+code ``c`` with mantissa width ``m`` and smallest exponent ``e0 = 1 - bias`` is
 
     c · 2^(e0 - m)                                 for c < 2^m            (subnormal)
     (1 + (c mod 2^m) / 2^m) · 2^((c >> m) - bias)  otherwise              (normal)
 
-Codes of one sign are ordered like their values, so a window of scales is a range of codes. Rounding, encoding, the naive
-scale and the search windows are derived from this description; a new format is a new entry at the foot of this file.
+Codes of one sign are ordered like their values, so a window of scales is a range of codes. Rounding, encoding, the
+naive scale and the search windows are derived from this description; a new format is a new entry at the foot of this
+file.
 
-Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and UE8M0, OCP 8-bit Floating Point v1.0 for E4M3, NVIDIA's NVFP4 for
-their pairing with a float32 global scale. Differences from hardware: a scale never rounds to zero (the smallest positive
-scale is taken instead), and block size 32 with E4M3 scales has no tensor-core support.
+Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and UE8M0, OCP 8-bit Floating Point v1.0 for E4M3, NVIDIA's NVFP4
+for their pairing with a float32 global scale. Differences from hardware: a scale never rounds to zero (the smallest
+positive scale is taken instead), and block size 32 with E4M3 scales has no tensor-core support.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-__all__ = ["E2M1", "E4M3", "FORMATS", "MXFP4", "NVFP4", "UE8M0", "BlockFormat", "ElementGrid", "ScaleGrid", "get_format"]
+__all__ = [
+    "E2M1",
+    "E4M3",
+    "FORMATS",
+    "MXFP4",
+    "NVFP4",
+    "UE8M0",
+    "BlockFormat",
+    "ElementGrid",
+    "ScaleGrid",
+    "get_format",
+]
 
 FLOAT32_MANTISSA = 23
 FLOAT32_BIAS = 127
@@ -34,7 +46,7 @@ FLOAT32_SMALLEST_NORMAL = 2.0**-126
 
 @dataclass(frozen=True)
 class _Grid:
-    """A small floating-point format; see the module's formula. ``max_code`` is the largest code of a positive number."""
+    """A small floating-point format; see the module's formula. ``max_code`` is the largest of the positive codes."""
 
     name: str
     exponent_bits: int
@@ -110,7 +122,7 @@ class ElementGrid(_Grid):
         return tuple(self.value(code) for code in range(self.max_code + 1))
 
     def encode_signed(self, scaled: Tensor) -> Tensor:
-        """uint8 codes of float32 ``scaled`` weights, any shape: magnitude code, and the sign bit of the weight itself."""
+        """uint8 codes of float32 ``scaled`` weights, any shape: magnitude code and the weight's own sign bit."""
         magnitude = self.encode(self.round(scaled.abs()))
         sign = torch.signbit(scaled).int() << (self.bits - 1)
         return (magnitude | sign).to(torch.uint8)
@@ -123,7 +135,7 @@ class ElementGrid(_Grid):
 
 @dataclass(frozen=True)
 class ScaleGrid(_Grid):
-    """The grid of the block scales: positive codes ``min_code … max_code``. ``subnormals=False`` makes code 0 a power of two."""
+    """The grid of the block scales: codes ``min_code … max_code``. ``subnormals=False`` makes code 0 a power of two."""
 
     min_code: int = 1
     subnormals: bool = True
@@ -155,7 +167,8 @@ class ScaleGrid(_Grid):
         if self.subnormals:
             codes = self.encode(values.clamp(max=self.max_value))
         else:
-            # Also right for 2^-127, the only value of UE8M0 that is a float32 subnormal: its exponent field is 0, as is its code.
+            # Also right for 2^-127, the only value of UE8M0 that is a float32 subnormal: its exponent field is 0, as
+            # is its code.
             codes = values.view(torch.int32) >> FLOAT32_MANTISSA
             codes = torch.where(values < self.min_value, self.min_code - 1, codes)
         return codes.clamp(self.min_code - 1, self.max_code)

@@ -3,8 +3,8 @@
     weight error   ‖W_q − W‖ / ‖W‖                                   (Frobenius)
     output error   ‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖  =  √( tr(Δ G Δᵀ) / tr(W G Wᵀ) ),   Δ = W_q − W,  G = XᵀX
 
-The second form needs the Gram matrix alone. Products are float32 or better, sums float64. A zero reference gives NaN unless the
-error is zero as well, when it is 0.
+The second form needs the Gram matrix alone. Products are float32 or better, sums float64. A zero reference gives NaN
+unless the error is zero as well, when it is 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def weight_error(weight: Tensor, quantized: Tensor) -> float:
 
 
 def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantized: Tensor) -> float:
-    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖``; activations ``[tokens, in_features]`` or batches of it, weights ``[out_features, in_features]``."""
+    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[out_features, K]``; activations ``[tokens, K]`` or batches of it."""
     _check_shapes(weight, quantized)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     reference = weight.to(dtype)
@@ -67,7 +67,7 @@ def output_error_from_gram(weight: Tensor, quantized: Tensor, gram: Tensor) -> f
 
 
 def compute_metrics(weight: Tensor, quantized: Tensor, activations: Tensor | None = None) -> dict[str, float]:
-    """``{"weight_error": …, "output_error": …}`` as fractions; the second only with ``activations`` ``[tokens, in_features]``."""
+    """``{"weight_error": …, "output_error": …}`` as fractions; the second only with ``activations [tokens, K]``."""
     metrics = {"weight_error": weight_error(weight, quantized)}
     if activations is not None:
         metrics["output_error"] = output_error(activations, weight, quantized)

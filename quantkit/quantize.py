@@ -21,7 +21,9 @@ __all__ = ["BACKENDS", "METHODS", "BackendUnavailableError", "quantize", "resolv
 
 METHODS = ("naive", "sse", "hessian")
 BACKENDS = ("auto", "reference", "triton")
-REFERENCE_CHUNK_ELEMENTS = 1 << 17  # weights the reference holds in float64 at a time: a few arrays of it fit a core's cache
+REFERENCE_CHUNK_ELEMENTS = (
+    1 << 17
+)  # weights the reference holds in float64 at a time: a few arrays of it fit a core's cache
 
 
 class BackendUnavailableError(ValueError):
@@ -47,10 +49,12 @@ def quantize(
 
     format: a name in FORMATS, or a BlockFormat.
     method: "naive" (scale from amax), "sse" (least squared error), "hessian" (least r H rᵀ).
-    activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for "hessian",
+    activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for
+    "hessian",
         none for the others.
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU.
-    global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none" (1), or
+    global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
+    (1), or
         a positive number. A single-level format has none.
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
@@ -65,7 +69,7 @@ def quantize(
     hessians = _hessians(weight, block_size, method, activations, gram, hessian)
 
     leading = weight.shape[:-1]
-    matrix = weight.reshape(-1, weight.shape[-1])
+    matrix = weight.reshape(math.prod(leading), weight.shape[-1])
     if matrix.dtype == torch.float64:
         matrix = matrix.float()
     if check_finite and not use_triton:
@@ -90,12 +94,14 @@ def quantize(
         global_scale=multiplier,
         format=fmt,
         block_size=block_size,
-        candidates=candidates.reshape(*leading, scales.shape[-1]) if count_candidates and candidates is not None else None,
+        candidates=candidates.reshape(*leading, scales.shape[-1])
+        if count_candidates and candidates is not None
+        else None,
     )
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """"reference" or "triton" for a weight on ``device``. Raises BackendUnavailableError where triton cannot run there."""
+    """The backend for a weight on ``device``. Raises BackendUnavailableError where triton cannot run there."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
     device = torch.device(device)
@@ -103,11 +109,13 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         return "triton" if device.type == "cuda" and _triton_installed() else "reference"
     if backend == "triton":
         if not _triton_installed():
-            raise BackendUnavailableError("backend 'triton' needs the package triton: pip install triton, or use backend='reference'")
+            raise BackendUnavailableError(
+                "backend 'triton' needs the package triton: pip install triton, or use backend='reference'"
+            )
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnavailableError(
-                "backend 'triton' needs a GPU tensor, the weight is on the CPU: move it to a GPU, use backend='reference', "
-                "or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
+                "backend 'triton' needs a GPU tensor, the weight is on the CPU: move it to a GPU, "
+                "use backend='reference', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
             )
     return backend
 
@@ -126,7 +134,9 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: st
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
         raise ValueError(f"{fmt.name} has no scale rule {scale_rule!r}; it offers {', '.join(fmt.scale_rules)}")
     if not weight.is_floating_point():
-        raise ValueError(f"weight must be floating point, got {weight.dtype}; convert it, for example with weight.float()")
+        raise ValueError(
+            f"weight must be floating point, got {weight.dtype}; convert it, for example with weight.float()"
+        )
     if weight.ndim == 0:
         raise ValueError("weight must have at least one dimension, got a scalar")
     if weight.shape[-1] % block_size:
@@ -146,26 +156,39 @@ def _hessians(
     hessian: Tensor | None,
 ) -> Tensor | None:
     """Block Hessians on the weight's device, from whichever of the three was given."""
-    given = [name for name, value in (("activations", activations), ("gram", gram), ("hessian", hessian)) if value is not None]
+    given = [
+        name
+        for name, value in (("activations", activations), ("gram", gram), ("hessian", hessian))
+        if value is not None
+    ]
     if method != "hessian":
         if given:
-            raise ValueError(f"method {method!r} does not use {' and '.join(given)}; leave it out or use method='hessian'")
+            raise ValueError(
+                f"method {method!r} does not use {' and '.join(given)}; leave it out or use method='hessian'"
+            )
         return None
     if len(given) != 1:
-        raise ValueError(f"method 'hessian' takes exactly one of activations, gram and hessian; got {' and '.join(given) or 'none'}")
+        raise ValueError(
+            f"method 'hessian' takes exactly one of activations, gram and hessian; got {' and '.join(given) or 'none'}"
+        )
     columns = weight.shape[-1]
     if activations is not None:
         calibration.check_activations(activations, columns)
         result = calibration.hessians_from_activations(activations, block_size)
     elif gram is not None:
         if gram.shape != (columns, columns):
-            raise ValueError(f"gram has shape {list(gram.shape)}, a weight with {columns} columns needs [{columns}, {columns}]")
+            raise ValueError(
+                f"gram has shape {list(gram.shape)}, a weight with {columns} columns needs [{columns}, {columns}]"
+            )
         result = calibration.block_hessians(gram, block_size)
     else:
         assert hessian is not None
         expected = (columns // block_size, block_size, block_size)
         if hessian.shape != expected:
-            raise ValueError(f"hessian has shape {list(hessian.shape)}, this weight at block size {block_size} needs {list(expected)}")
+            raise ValueError(
+                f"hessian has shape {list(hessian.shape)}, "
+                f"this weight at block size {block_size} needs {list(expected)}"
+            )
         result = hessian
     return result.to(weight.device)
 
@@ -182,12 +205,16 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Non
             return torch.ones((), device=matrix.device)
         amax = torch.linalg.vector_norm(matrix, torch.inf).float()
         multiplier = amax / (fmt.element.max_value * fmt.scale.max_value)
-        # Zero weights have no scale; below float32's normal range a multiplier would lose the precision that it is there to give.
+        # Zero weights have no scale; below float32's normal range a multiplier would lose the precision that it is
+        # there to give.
         return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)
-    if isinstance(requested, str) or isinstance(requested, bool):
+    if isinstance(requested, str | bool):
         raise ValueError(f"unknown global_scale {requested!r}; use 'amax', 'none' or a positive number")
     value = float(requested)
-    if not (math.isfinite(value) and FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value):
+    if not (
+        math.isfinite(value)
+        and FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value
+    ):
         raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
     return torch.tensor(value, dtype=torch.float32, device=matrix.device)
 

@@ -2,9 +2,9 @@
 
     w ≈ value(code) · (value(scale byte) · global_scale)
 
-with the product in the bracket rounded to float32, as it is when the codes are chosen. Two 4-bit codes share a byte, the
-even column in the low nibble; this is the order of NVIDIA's and the OCP's packed FP4. Scale bytes are row-major, not in the
-swizzled order that a tensor core reads.
+with the product in the bracket rounded to float32, as it is when the codes are chosen. Two 4-bit codes share a byte,
+the even column in the low nibble; this is the order of NVIDIA's and the OCP's packed FP4. Scale bytes are row-major,
+not in the swizzled order that a tensor core reads.
 """
 
 from __future__ import annotations
@@ -96,12 +96,14 @@ class QuantizedTensor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes codes, scales, global scale and the format's name to a safetensors file. ``candidates`` are not kept."""
+        """Writes codes, scales, global scale and the format's name to a safetensors file, without ``candidates``."""
         from safetensors.torch import save_file
 
         tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
         metadata = {"version": FILE_FORMAT_VERSION, "format": self.format.name, "block_size": str(self.block_size)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"quantkit": json.dumps(metadata)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"quantkit": json.dumps(metadata)}
+        )
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> QuantizedTensor:
@@ -111,9 +113,13 @@ class QuantizedTensor:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = (file.metadata() or {}).get("quantkit")
             if header is None:
-                raise ValueError(f"{path} is not a quantkit file: its metadata has no 'quantkit' entry; write it with save()")
+                raise ValueError(
+                    f"{path} is not a quantkit file: its metadata has no 'quantkit' entry; write it with save()"
+                )
             metadata = json.loads(header)
             if metadata["version"] != FILE_FORMAT_VERSION:
-                raise ValueError(f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}")
+                raise ValueError(
+                    f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}"
+                )
             tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
         return cls(**tensors, format=get_format(metadata["format"]), block_size=int(metadata["block_size"]))

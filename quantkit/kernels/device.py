@@ -3,8 +3,9 @@
 They restate formats.py, bounds.py and reference/common.py for tiles of float32. A format reaches the device as a
 ``FormatConstants``, derived from its description, so no kernel knows a format by name.
 
-Searches work on magnitudes scaled by a power of two a block, so that amax lies in [1, 2): squares then neither overflow nor
-vanish, and no rounding is added. Residuals are exact: fma on the GPU, float64 under the interpreter, whose fma rounds twice.
+Searches work on magnitudes scaled by a power of two a block, so that amax lies in [1, 2): squares then neither
+overflow nor vanish, and no rounding is added. Residuals are exact: fma on the GPU, float64 under the interpreter,
+whose fma rounds twice.
 """
 
 from __future__ import annotations
@@ -176,11 +177,20 @@ def normalized_scale(code, global_scale, normalize, FMT: tl.constexpr):
 
 
 @triton.jit
-def residual(magnitude, scale, reciprocal, FMT: tl.constexpr, EXACT_FMA: tl.constexpr):
-    """Float32 ``|x| − S·Q(|x|/S)`` of a tile, scale and reciprocal broadcast to it; exact up to one rounding."""
-    level = round_magnitude(
-        magnitude * reciprocal, FMT.element_mantissa, FMT.element_min_exponent, FMT.element_max
-    )
+def residual(magnitude, scale, reciprocal, FMT: tl.constexpr, TIES_MATTER: tl.constexpr, EXACT_FMA: tl.constexpr):
+    """Float32 ``|x| − S·Q(|x|/S)`` of a tile, scale and reciprocal broadcast to it; exact up to one rounding.
+
+    A product with the reciprocal may fall on the other side of a tie than the quotient that the codes are chosen from.
+    Squared error is the same on both sides; where the residual's sign matters, TIES_MATTER asks for the correctly
+    rounded quotient (one Newton step with a correctly rounded reciprocal: Markstein 1990).
+    """
+    y = magnitude * reciprocal
+    if TIES_MATTER:
+        if EXACT_FMA:
+            y = tl.where(y < 1e30, tl.fma(tl.fma(-y, scale, magnitude), reciprocal, y), y)
+        else:
+            y = tl.div_rn(magnitude, tl.broadcast_to(scale, magnitude.shape))
+    level = round_magnitude(y, FMT.element_mantissa, FMT.element_min_exponent, FMT.element_max)
     if EXACT_FMA:
         return tl.fma(-level, scale, magnitude)
     else:

@@ -25,10 +25,12 @@ __all__ = ["hessian_kernel"]
 
 
 @triton.jit
-def hessian_window(magnitude, error, inverse_diagonal, normalize, amax, global_scale, FMT: tl.constexpr, SLACK: tl.constexpr):
+def hessian_window(
+    magnitude, error, inverse_diagonal, normalize, amax, global_scale, FMT: tl.constexpr, SLACK: tl.constexpr
+):
     """(first, last) int32 codes outside which r H rᵀ exceeds the incumbent's error; see bounds.hessian_window."""
     reach = tl.sqrt_rn(error[:, None] * inverse_diagonal[None, :]) * (1 + SLACK)
-    unit = tl.div_rn(1.0, normalize) / global_scale  # from normalized magnitudes to scales
+    unit = tl.minimum(tl.div_rn(1.0, normalize) / global_scale, 3e38)  # from normalized magnitudes to scales
     clipping = tl.maximum(tl.max(magnitude - reach, axis=1), 0.0) / FMT.element_max
     beyond = tl.where(magnitude > reach, (magnitude + reach) / FMT.element_smallest, float("inf"))
     first = tl.maximum(scale_ceil_code(clipping * unit * (1 - SLACK), FMT), FMT.scale_min_code)
@@ -56,7 +58,7 @@ def search(
     for step in range(tl.max(last - first, axis=0) + 1):
         code = first + step
         scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), global_scale, normalize, FMT)
-        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, EXACT_FMA)
+        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, True, EXACT_FMA)
         r = tl.where(negative, -r, r)
         projected = tl.dot(r, factor, input_precision=PRECISION)
         error = tl.sum(projected * projected, axis=1)
@@ -92,7 +94,9 @@ def hessian_kernel(
     inside = row < rows
     block = row.to(tl.int64) * num_blocks + column
     lane = tl.arange(0, QBLOCK)
-    weight = tl.load(weight_ptr + block[:, None] * QBLOCK + lane[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + block[:, None] * QBLOCK + lane[None, :], mask=inside[:, None], other=0.0).to(
+        tl.float32
+    )
     square = column * QBLOCK * QBLOCK + lane[:, None] * QBLOCK + lane[None, :]
     factor = tl.load(factor_ptr + square)
     inverse_diagonal = tl.load(inverse_diagonal_ptr + column * QBLOCK + lane)
@@ -106,7 +110,18 @@ def hessian_kernel(
     code = search_first
     error = tl.full([BLOCK_M], float("inf"), tl.float32)
     code, error = search(
-        code, error, search_first, search_last, magnitude, negative, factor, global_scale, normalize, FMT, EXACT_FMA, PRECISION
+        code,
+        error,
+        search_first,
+        search_last,
+        magnitude,
+        negative,
+        factor,
+        global_scale,
+        normalize,
+        FMT,
+        EXACT_FMA,
+        PRECISION,
     )
     first, last = hessian_window(magnitude, error, inverse_diagonal, normalize, amax, global_scale, FMT, SLACK)
     below_last = tl.minimum(last, search_first - 1)

@@ -60,7 +60,9 @@ def quantize(
             candidates.fill_(1)
         tile = 2048 // block_size
         grid = (triton.cdiv(num_blocks, tile),)
-        naive_kernel[grid](matrix, global_scale, codes, scales, flag, num_blocks, FMT=constants, RULE=rule, BLOCK_N=tile)
+        naive_kernel[grid](
+            matrix, global_scale, codes, scales, flag, num_blocks, FMT=constants, RULE=rule, BLOCK_N=tile
+        )
     elif method == "sse":
         tile = 2048 // block_size
         grid = (triton.cdiv(num_blocks, tile),)
@@ -103,5 +105,5 @@ def quantize(
 
 
 def _dot_precision() -> str:
-    """Triton's name of a float32-accurate product: three tf32 products on NVIDIA's tensor cores, plain float32 elsewhere."""
+    """Triton's name of a float32-accurate product: three tf32 products on NVIDIA's tensor cores, float32 elsewhere."""
     return "tf32x3" if torch.version.cuda else "ieee"

@@ -25,7 +25,9 @@ def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr):
         wanted = tl.maximum(wanted, FMT.scale_min)
         return encode_magnitude(wanted, FMT.scale_mantissa, FMT.scale_bias, FMT.scale_min_exponent)
     elif RULE == "rceil":
-        return tl.maximum(scale_ceil_code(tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max), FMT), FMT.scale_min_code)
+        return tl.maximum(
+            scale_ceil_code(tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max), FMT), FMT.scale_min_code
+        )
     else:
         bits = amax.to(tl.int32, bitcast=True)
         if RULE == "ceil":

@@ -1,7 +1,7 @@
 """The representable scale of least squared error; the twin of reference/sse.py, where the formula is.
 
-A program holds a tile of blocks in registers and walks the steps that the widest window among them needs. Errors are float32
-sums of exact residuals; with at most 32 addends they stay within the contract's 1e-6.
+A program holds a tile of blocks in registers and walks the steps that the widest window among them needs. Errors are
+float32 sums of exact residuals; with at most 32 addends they stay within the contract's 1e-6.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def sse_kernel(
     for step in range(tl.max(last - first, axis=0) + 1):
         code = first + step
         scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), global_scale, normalize, FMT)
-        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, EXACT_FMA)
+        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, False, EXACT_FMA)
         error = tl.sum(r * r, axis=1)
         better = (error < best_error) & (code <= last)
         best_code = tl.where(better, code, best_code)

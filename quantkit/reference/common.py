@@ -1,6 +1,6 @@
 """What the three methods share: the effective scale, the residual of round-to-nearest, and the record of a search.
 
-    S = scale · global_scale   (float32),   y = |x| / S   (float32, IEEE),   r = |x| − S·Q(y)   (float64, exact)
+S = scale · global_scale   (float32),   y = |x| / S   (float32, IEEE),   r = |x| − S·Q(y)   (float64, exact)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def effective_scale(codes: Tensor, fmt: BlockFormat, global_scale: Tensor) -> Te
 
 
 def residual(magnitudes: Tensor, exact_magnitudes: Tensor, scale: Tensor, fmt: BlockFormat) -> Tensor:
-    """Float64 ``|x| − S·Q(|x|/S)`` of ``[..., block_size]``; the magnitudes in float32 and float64, scale ``[...]`` float32."""
+    """Float64 ``|x| − S·Q(|x|/S)``, ``[..., block_size]``; the magnitudes in both precisions."""
     scale = scale.unsqueeze(-1)
     levels = fmt.element.round(magnitudes / scale)
     return torch.addcmul(exact_magnitudes, levels.double(), scale.double(), value=-1)

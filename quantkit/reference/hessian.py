@@ -23,7 +23,7 @@ __all__ = ["choose_scales"]
 
 
 def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factors: HessianFactors) -> ScaleChoice:
-    """Hessian-optimal scale of float32 ``blocks [rows, num_blocks, block_size]``, Hessian j belonging to ``blocks[:, j]``."""
+    """Hessian-optimal scale of ``blocks [rows, num_blocks, block_size]``; Hessian j is of ``blocks[:, j]``."""
     blocks = blocks.transpose(0, 1)  # [num_blocks, rows, block_size]: one product with A a block column
     magnitudes = blocks.abs()
     exact_magnitudes = magnitudes.double()

@@ -1,9 +1,9 @@
 """The representable scale of least squared error, one block at a time.
 
-    E(s) = Σ (|x_i| − s·Q(|x_i|/s))²,  minimised over the codes that bounds.py leaves (all of E4M3's or UE8M0's are equivalent)
+    E(s) = Σ (|x_i| − s·Q(|x_i|/s))²,  minimised over the codes that bounds.py leaves
 
-Errors are summed in float64 from exact residuals. Ties go to the smaller scale.
-"""
+No code outside that window has a smaller error. Errors are summed in float64 from exact residuals. Ties go to the smaller
+scale.
 
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""An independent statement of docs/theory.md in numpy: exhaustive, in float64, sharing no code with the library.
+
+Only two steps are float32, as the formats demand: the effective scale ``scale · global_scale`` and the division ``x /
+S``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+E4M3_VALUES = np.array(
+    [n * 2.0**-9 for n in range(8)] + [(1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(8, 127)], dtype=np.float64
+)
+UE8M0_VALUES = np.array([2.0 ** (n - 127) for n in range(255)], dtype=np.float64)
+SCALE_CODES = {"nvfp4": np.arange(1, 127), "mxfp4": np.arange(0, 255)}
+SCALE_VALUES = {"nvfp4": E4M3_VALUES, "mxfp4": UE8M0_VALUES}
+
+
+def nearest_code(y: np.ndarray) -> np.ndarray:
+    """Magnitude codes of y ≥ 0: nearest, ties to the even code, saturated."""
+    distance = np.abs(np.minimum(y, 6.0)[..., None] - MAGNITUDES)
+    best = distance.min(-1, keepdims=True)
+    tied = distance == best
+    even = tied & (np.arange(8) % 2 == 0)
+    return np.where(even.any(-1), even.argmax(-1), tied.argmax(-1))
+
+
+def effective_scales(format: str, global_scale: float) -> np.ndarray:
+    """Float32 effective scale of every code, in the order of SCALE_CODES."""
+    return SCALE_VALUES[format][SCALE_CODES[format]].astype(np.float32) * np.float32(global_scale)
+
+
+def residuals(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Signed float64 residuals x − S·Q(x/S) of float32 ``blocks [n, b]`` at float32 ``scales [n]``."""
+    scales = np.asarray(scales, dtype=np.float32)[..., None]
+    with np.errstate(over="ignore", under="ignore"):
+        y = np.abs(blocks) / scales  # float32 division
+    q = MAGNITUDES[nearest_code(y.astype(np.float64))]
+    return np.sign(blocks).astype(np.float64) * (np.abs(blocks).astype(np.float64) - scales.astype(np.float64) * q)
+
+
+def error_table(
+    blocks: np.ndarray, format: str, global_scale: float, hessians: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(error, squared residual) of every scale, [codes, n]; ``blocks [n, b]`` float32, ``hessians [n, b, b]``."""
+    tables = []
+    norms = []
+    for scale in effective_scales(format, global_scale):
+        r = residuals(blocks, np.broadcast_to(scale, blocks.shape[:1]))
+        norm = (r * r).sum(-1)
+        norms.append(norm)
+        tables.append(norm if hessians is None else np.einsum("ni,nij,nj->n", r, hessians, r))
+    return np.stack(tables), np.stack(norms)
+
+
+def contract_violations(
+    codes: np.ndarray, blocks: np.ndarray, format: str, global_scale: float, hessians: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices of the blocks whose scale ``codes [n]`` break the contract of docs/theory.md."""
+    error, norm = error_table(blocks, format, global_scale, hessians)
+    rows = codes.astype(np.int64) - SCALE_CODES[format][0]
+    chosen = error[rows, np.arange(len(codes))]
+    allowed = error.min(0) * (1 + 1e-6)
+    if hessians is not None:
+        allowed += 1e-7 * np.linalg.eigvalsh(hessians)[:, -1] * norm[rows, np.arange(len(codes))]
+    return np.flatnonzero(chosen > allowed)

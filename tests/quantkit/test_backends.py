@@ -1,0 +1,90 @@
+"""Kernel against reference: equal scale bytes except where two scales tie within the contract, then equal codes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit import FORMATS, QuantizedTensor, quantize
+from tests.inputs import WEIGHT_FAMILIES, weight_family
+
+CUDA = torch.cuda.is_available()
+
+
+def objective(q: QuantizedTensor, weight: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
+    """Float64 error of every block, ``[rows, num_blocks]``."""
+    r = weight.double() - q.values().double() * q.scale_values().double().repeat_interleave(q.block_size, -1)
+    r = r.unflatten(-1, (-1, q.block_size))
+    return r.square().sum(-1) if hessian is None else torch.einsum("rbi,bij,rbj->rb", r, hessian.double(), r)
+
+
+def compare(weight: torch.Tensor, format: str, block_size: int, method: str, **options: object) -> None:
+    """Both backends on ``weight``, on the GPU where there is one."""
+    weight = weight.cuda() if CUDA else weight
+    options = {k: v.cuda() if CUDA and isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    want = quantize(weight, format, block_size, method, backend="reference", **options)  # type: ignore[arg-type]
+    got = quantize(weight, format, block_size, method, backend="triton", count_candidates=True, **options)  # type: ignore[arg-type]
+    assert torch.equal(got.global_scale, want.global_scale)
+    differs = got.scales != want.scales
+    same = ~differs.repeat_interleave(block_size // 2, -1)
+    assert torch.equal(got.codes[same], want.codes[same])
+    if method == "naive":
+        assert not differs.any()
+        return
+    hessian = options.get("hessian")
+    assert hessian is None or isinstance(hessian, torch.Tensor)
+    a, b = objective(got, weight.float(), hessian), objective(want, weight.float(), hessian)
+    if hessian is None:
+        torch.testing.assert_close(a[differs], b[differs], rtol=1e-6, atol=0)
+    else:
+        norm = objective(got, weight.float(), None)
+        slack = 1e-6 * b + 1e-7 * torch.linalg.eigvalsh(hessian.double())[:, -1] * norm
+        assert (((a - b).abs() <= slack) | ~differs).all()
+
+
+def hessians(columns: int, block_size: int) -> torch.Tensor:
+    x = torch.randn(256, columns, generator=torch.Generator().manual_seed(7)) * torch.logspace(-1, 1, columns)
+    return torch.einsum("tbi,tbj->bij", *(x.unflatten(1, (-1, block_size)),) * 2)
+
+
+each = pytest.mark.parametrize(
+    ("format", "block_size", "method"),
+    [(f, b, m) for f in FORMATS for b in (16, 32) for m in ("naive", "sse", "hessian")],
+)
+
+
+@each
+@pytest.mark.parametrize("rows", [1, 37, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backends_agree(format: str, block_size: int, method: str, rows: int, dtype: torch.dtype) -> None:
+    weight = (torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
+    compare(
+        weight, format, block_size, method, **({"hessian": hessians(96, block_size)} if method == "hessian" else {})
+    )
+
+
+@each
+@pytest.mark.parametrize("family", WEIGHT_FAMILIES)
+def test_backends_agree_on_adversarial_weights(format: str, block_size: int, method: str, family: str) -> None:
+    weight = torch.tensor(weight_family(family, block_size, np.random.default_rng(9))).reshape(24, -1)
+    options = {"hessian": hessians(weight.shape[1], block_size)} if method == "hessian" else {}
+    compare(weight, format, block_size, method, **options)
+
+
+@pytest.mark.parametrize("rule", FORMATS["mxfp4"].scale_rules)
+def test_backends_agree_on_mx_rules(rule: str) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-38, 37, 64)[:, None]
+    compare(weight, "mxfp4", 32, "naive", scale_rule=rule)
+
+
+@pytest.mark.gpu
+@each
+@pytest.mark.parametrize("rows", [2560, 2561, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backends_agree_at_full_size(format: str, block_size: int, method: str, rows: int, dtype: torch.dtype) -> None:
+    """Qwen3-4B's down_proj, 2560 × 9728, and odd row counts."""
+    weight = (torch.randn(rows, 9728, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
+    compare(
+        weight, format, block_size, method, **({"hessian": hessians(9728, block_size)} if method == "hessian" else {})
+    )

@@ -1,0 +1,84 @@
+"""The windows hold what an exhaustive search finds, and are as narrow as docs/theory.md says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit import bounds
+from quantkit.calibration import factorize
+from quantkit.formats import E2M1, FORMATS
+from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, hessian_family, weight_family
+from tests.oracle import SCALE_CODES, error_table
+
+ONE = torch.ones(())
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", WEIGHT_FAMILIES)
+def test_sse_window_holds_a_minimum(family: str, format: str, block_size: int) -> None:
+    blocks = weight_family(family, block_size, np.random.default_rng(3))
+    grid = FORMATS[format].scale
+    amax = torch.tensor(np.abs(blocks).max(1))
+    first, last = bounds.sse_window(amax, E2M1, grid, ONE, block_size)
+    error, _ = error_table(blocks, format, 1.0)
+    codes = SCALE_CODES[format][:, None]
+    within = (codes >= first.numpy()) & (codes <= last.numpy())
+    assert np.all(np.where(within, error, np.inf).min(0) <= error.min(0) * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("family", ["activations", "diagonal", "one_weak", "dead_channels"])
+def test_sse_window_misses_a_hessian_minimum_that_the_hessian_window_holds(family: str) -> None:
+    """Negative control of the test above and of the next one: the windows differ where they must."""
+    rng = np.random.default_rng(4)
+    hessian = hessian_family(family, 16, rng)
+    blocks = weight_family("student_10", 16, rng)
+    each = np.broadcast_to(hessian.astype(np.float64), (len(blocks), 16, 16))
+    error, _ = error_table(blocks, "nvfp4", 1.0, each)
+    first, last = bounds.sse_window(torch.tensor(np.abs(blocks).max(1)), E2M1, FORMATS["nvfp4"].scale, ONE, 16)
+    best = SCALE_CODES["nvfp4"][error.argmin(0)]
+    assert ((best < first.numpy()) | (best > last.numpy())).any()
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", HESSIAN_FAMILIES)
+def test_hessian_window_holds_every_better_scale(family: str, format: str, block_size: int) -> None:
+    """For any incumbent, not only a good one: each scale in turn."""
+    rng = np.random.default_rng(5)
+    hessian = hessian_family(family, block_size, rng)
+    blocks = np.concatenate([weight_family(name, block_size, rng)[::8] for name in WEIGHT_FAMILIES])
+    factors = factorize(torch.tensor(hessian)[None])
+    regularized = (factors.factor[0] @ factors.factor[0].T).numpy()  # what the methods minimise
+    each = np.broadcast_to(regularized, (len(blocks), *hessian.shape))
+    error, _ = error_table(blocks, format, 1.0, each)
+    codes = SCALE_CODES[format]
+    magnitudes = torch.tensor(np.abs(blocks)).double()
+    for incumbent in range(0, len(codes), 9):
+        first, last = bounds.hessian_window(
+            magnitudes, torch.tensor(error[incumbent]), factors.inverse_diagonal, E2M1, FORMATS[format].scale, ONE
+        )
+        outside = (codes[:, None] < first.numpy()) | (codes[:, None] > last.numpy())
+        # From the zeroing code on, the error is that of all zeros: what lies beyond the window may tie, never win.
+        assert not (outside & (error < error[incumbent] * (1 - 1e-9))).any() or np.all(
+            np.where(outside, np.inf, error).min(0) <= error.min(0) * (1 + 1e-9)
+        )
+
+
+@pytest.mark.parametrize(
+    ("format", "block_size", "most"), [("nvfp4", 16, 10), ("nvfp4", 32, 12), ("mxfp4", 16, 2), ("mxfp4", 32, 2)]
+)
+def test_width_of_the_sse_window(format: str, block_size: int, most: int) -> None:
+    """Between E4M3's subnormals and its top, and everywhere for UE8M0."""
+    grid = FORMATS[format].scale
+    amax = torch.logspace(-0.5, 2.8, 20001) if format == "nvfp4" else torch.logspace(-36, 38, 20001)
+    first, last = bounds.sse_window(amax, E2M1, grid, ONE, block_size)
+    assert int((last - first).max()) + 1 == most
+
+
+def test_subnormal_scales_are_searched_beyond_the_upper_bound() -> None:
+    """numerics' counterexample: the naive scale is 3·2⁻⁹, the optimum 11·2⁻⁹."""
+    first, last = bounds.sse_window(torch.tensor([0.035]), E2M1, FORMATS["nvfp4"].scale, ONE, 16)
+    assert int(first) <= 3 and int(last) >= 11

@@ -1,0 +1,106 @@
+"""The grids against tables written by hand from the OCP and NVIDIA specifications."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit.formats import E2M1, E4M3, FORMATS, UE8M0, BlockFormat, ElementGrid, ScaleGrid, get_format
+from quantkit.tensor import pack_codes, unpack_codes
+from tests.oracle import E4M3_VALUES
+
+SIXTEEN_CODES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+TIES = [(0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0)]
+
+
+def test_e2m1_has_its_sixteen_codes() -> None:
+    values = E2M1.decode_signed(torch.arange(16, dtype=torch.uint8))
+    assert values.tolist() == SIXTEEN_CODES
+    assert torch.signbit(values).tolist() == [False] * 8 + [True] * 8
+    assert torch.equal(E2M1.encode_signed(values), torch.arange(16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("tie", "rounded"), TIES)
+def test_e2m1_ties_go_to_the_even_code(tie: float, rounded: float) -> None:
+    up, down = np.nextafter(np.float32(tie), np.float32(9)), np.nextafter(np.float32(tie), np.float32(0))
+    below = max(v for v in E2M1.magnitudes if v < tie)
+    above = min(v for v in E2M1.magnitudes if v > tie)
+    assert E2M1.round(torch.tensor([tie, float(down), float(up)])).tolist() == [rounded, below, above]
+
+
+def test_e2m1_saturates_and_keeps_the_sign_of_what_rounds_to_zero() -> None:
+    y = torch.tensor([6.0, 7.0, 8.9, 1e30, torch.inf, -100.0, -0.1, -0.0, 0.0, 0.1, 1e-45])
+    assert E2M1.encode_signed(y).tolist() == [7, 7, 7, 7, 7, 15, 8, 8, 0, 0, 0]
+
+
+def test_e4m3_has_126_positive_scales() -> None:
+    values = [E4M3.value(code) for code in range(127)]
+    assert values[:9] == [n * 2.0**-9 for n in range(9)]
+    assert values[126] == 448 and values[119] == 240 and len(set(values)) == 127 and values == sorted(values)
+    assert np.array_equal(values, E4M3_VALUES)
+    as_torch = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert torch.equal(E4M3.decode(torch.arange(127)), as_torch)
+
+
+def test_ue8m0_has_255_powers_of_two() -> None:
+    assert UE8M0.value(0) == 2.0**-127 and UE8M0.value(127) == 1 and UE8M0.value(254) == 2.0**127
+    decoded = UE8M0.decode(torch.arange(255)).double()
+    assert torch.equal(decoded, 2.0 ** torch.arange(-127, 128, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("grid", [E4M3, UE8M0], ids=lambda grid: grid.name)
+def test_floor_and_ceil_code_bracket_every_value(grid: ScaleGrid) -> None:
+    codes = torch.arange(grid.min_code, grid.max_code + 1)
+    exact = grid.decode(codes)
+    infinity, zero = torch.tensor(torch.inf), torch.tensor(0.0)
+    assert torch.equal(grid.floor_code(exact), codes.int()) and torch.equal(grid.ceil_code(exact), codes.int())
+    above, below = torch.nextafter(exact, infinity), torch.nextafter(exact, zero)
+    assert torch.equal(grid.floor_code(above), codes.int())
+    assert torch.equal(grid.floor_code(below), codes.int() - 1)
+    assert torch.equal(grid.ceil_code(below), codes.int())
+    assert torch.equal(grid.ceil_code(above), (codes.int() + 1).clamp(max=grid.max_code))
+    assert grid.floor_code(infinity) == grid.max_code and grid.floor_code(zero) == grid.min_code - 1
+
+
+def test_e4m3_rounding_agrees_with_torch() -> None:
+    values = torch.cat([torch.rand(4000) * 500, torch.rand(4000) * 0.05, E4M3.decode(torch.arange(127))]).clamp(max=448)
+    assert torch.equal(E4M3.round(values), values.to(torch.float8_e4m3fn).float())
+
+
+def test_packing_puts_the_even_column_low() -> None:
+    codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
+    packed = pack_codes(codes)
+    assert packed[0].tolist() == [0x10, 0x32, 0x54, 0x76]
+    assert torch.equal(unpack_codes(packed), codes)
+
+
+def test_formats_are_known_by_name() -> None:
+    assert get_format("nvfp4") is FORMATS["nvfp4"] and get_format(FORMATS["mxfp4"]) is FORMATS["mxfp4"]
+    with pytest.raises(ValueError, match="unknown format 'nvfp8'; known formats: nvfp4, mxfp4"):
+        get_format("nvfp8")
+
+
+def test_a_new_scale_grid_is_data_alone(backend: str, device: str) -> None:
+    """UE5M3 scales: no code of any method or kernel knows of them, and their optimum is one."""
+    from quantkit import quantize
+
+    ue5m3 = ScaleGrid("ue5m3", exponent_bits=5, mantissa_bits=3, bias=15, max_code=254)
+    fmt = BlockFormat("fp4_ue5m3", E2M1, ue5m3, block_sizes=(16,), scale_rules=("nearest",), two_level=True)
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)) * 1e-3
+    weight = weight.to(device)
+    scales = ue5m3.decode(torch.arange(1, 255)).to(device)
+    blocks = weight.reshape(-1, 1, 16).double()
+    s = scales.double()[None, :, None]
+    table = (blocks.abs() - s * E2M1.round((blocks.abs() / s).float()).double()).square().sum(-1)
+    q = quantize(weight, fmt, 16, "sse", global_scale="none", backend=backend)
+    chosen = table.gather(1, q.scales.reshape(-1, 1).long() - 1).squeeze(1)
+    assert (chosen <= table.amin(1) * (1 + 1e-6)).all()
+
+
+def test_windows_are_refused_for_elements_they_are_not_proven_for() -> None:
+    from quantkit import bounds
+
+    e3m0 = ElementGrid("e3m0", exponent_bits=3, mantissa_bits=0, bias=3, max_code=7)
+    with pytest.raises(ValueError, match="proven for e2m1"):
+        bounds.sse_window_factors(e3m0, 16)

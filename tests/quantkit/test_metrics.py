@@ -1,0 +1,48 @@
+"""The two forms of the output error agree, and both are what their formula says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from quantkit.metrics import compute_metrics, output_error, output_error_from_gram, weight_error
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(24, 32, generator=g)
+    return w, w + 0.05 * torch.randn(24, 32, generator=g), torch.randn(100, 32, generator=g)
+
+
+def test_definitions() -> None:
+    w, q, x = (t.double() for t in sample())
+    want_weight = float((q - w).norm() / w.norm())
+    want_output = float((x @ q.T - x @ w.T).norm() / (x @ w.T).norm())
+    assert weight_error(w, q) == pytest.approx(want_weight, rel=1e-12)
+    assert output_error(x, w, q) == pytest.approx(want_output, rel=1e-12)
+    assert output_error(x.split(17), w, q) == pytest.approx(want_output, rel=1e-12)
+    assert output_error_from_gram(w, q, x.T @ x) == pytest.approx(want_output, rel=1e-10)
+    w, q, x = sample()
+    assert output_error_from_gram(w, q, x.T @ x) == pytest.approx(want_output, rel=1e-4)
+    assert compute_metrics(w, q) == {"weight_error": pytest.approx(want_weight, rel=1e-6)}
+    assert compute_metrics(w, q, x)["output_error"] == pytest.approx(want_output, rel=1e-4)
+
+
+def test_zero_and_bf16_weights() -> None:
+    w = torch.zeros(2, 16)
+    assert weight_error(w, w) == 0
+    assert math.isnan(weight_error(w, w + 1))
+    b = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert weight_error(b, b.float() * 1.01) == pytest.approx(0.01, rel=1e-5)
+
+
+def test_errors() -> None:
+    w, q, x = sample()
+    with pytest.raises(ValueError, match="differ in shape"):
+        weight_error(w, q[1:])
+    with pytest.raises(ValueError, match="do not fit a weight with 32 columns"):
+        output_error(x[:, 1:], w, q)
+    with pytest.raises(ValueError, match="gram of shape"):
+        output_error_from_gram(w, q, torch.eye(16))

@@ -1,0 +1,306 @@
+"""quantize(): what comes back, the conformance cases by name, and every error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit import FORMATS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend
+from tests.oracle import MAGNITUDES, nearest_code
+
+METHODS = ["naive", "sse", "hessian"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weight(rows: int = 6, columns: int = 64, std: float = 0.02) -> Tensor:
+    return torch.randn(rows, columns, generator=generator()) * std
+
+
+def run(
+    w: Tensor, format: str, block_size: int, method: str, backend: str, device: str, **options: object
+) -> QuantizedTensor:
+    if method == "hessian" and not {"gram", "hessian", "activations"} & options.keys():
+        options["activations"] = torch.randn(96, w.shape[-1], generator=generator(1)).to(device)
+    return quantize(w.to(device), format, block_size, method, backend=backend, **options)  # type: ignore[arg-type]
+
+
+every = pytest.mark.parametrize(
+    ("format", "block_size", "method"), [(f, b, m) for f in FORMATS for b in (16, 32) for m in METHODS]
+)
+
+
+@every
+def test_shapes_dtypes_and_codes(format: str, block_size: int, method: str, backend: str, device: str) -> None:
+    w = weight().reshape(2, 3, 64)
+    q = run(w, format, block_size, method, backend, device, count_candidates=True)
+    assert q.codes.shape == (2, 3, 32) and q.codes.dtype == torch.uint8
+    assert q.scales.shape == (2, 3, 64 // block_size) and q.scales.dtype == torch.uint8
+    assert q.global_scale.shape == () and q.global_scale.dtype == torch.float32
+    assert q.shape == w.shape and q.bits_per_weight == 4 + 8 / block_size
+    assert q.candidates is not None and q.candidates.shape == q.scales.shape and int(q.candidates.min()) >= 1
+    # Codes: nearest, ties to even, of w / S in float32, with the sign of the weight.
+    s = q.scale_values().cpu().repeat_interleave(block_size, -1)
+    code = nearest_code((w.abs() / s).double().numpy())
+    expected = np.where(np.signbit(w.numpy()), -MAGNITUDES[code], MAGNITUDES[code])
+    assert np.array_equal(q.values().cpu().numpy(), expected)
+    assert torch.equal(q.dequantize().cpu(), torch.tensor(expected).float() * s)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_low_precision_weights_equal_their_float32_copy(
+    format: str, block_size: int, method: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    w = weight().to(dtype)
+    got = run(w, format, block_size, method, backend, device)
+    want = run(w.float(), format, block_size, method, backend, device)
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+    assert torch.equal(got.global_scale, want.global_scale)
+
+
+def test_case_bf16_global_scale_is_computed_in_float32(backend: str, device: str) -> None:
+    w = weight(rows=4).bfloat16()
+    q = run(w, "nvfp4", 16, "naive", backend, device)
+    assert float(q.global_scale) == float(w.float().abs().max() / (6 * 448))
+
+
+@every
+def test_case_zero_block_and_zero_tensor(format: str, block_size: int, method: str, backend: str, device: str) -> None:
+    w = weight()
+    w[1] = 0
+    w[2, :block_size] = -0.0
+    q = run(w, format, block_size, method, backend, device)
+    smallest = FORMATS[format].scale.min_code
+    assert q.scales[1].eq(smallest).all() and q.codes[1].eq(0).all()
+    assert int(q.scales[2, 0]) == smallest and q.codes[2, : block_size // 2].eq(0x88).all()
+    zero = run(torch.zeros(3, 64), format, block_size, method, backend, device)
+    assert zero.scales.eq(smallest).all() and zero.codes.eq(0).all() and zero.dequantize().eq(0).all()
+
+
+@every
+def test_case_minus_zero_and_what_rounds_to_it(
+    format: str, block_size: int, method: str, backend: str, device: str
+) -> None:
+    w = torch.ones(1, block_size)
+    w[0, 1], w[0, 2], w[0, 3] = -0.0, -1e-9, 1e-9
+    codes = run(w, format, block_size, method, backend, device).codes[0, :2].tolist()
+    assert codes[0] >> 4 == 8 and codes[1] == 0x08
+
+
+def test_case_subnormal_round_down_saturates(backend: str, device: str) -> None:
+    """amax/6 = 1.4·2⁻⁹ rounds down to 2⁻⁹, y ≈ 8.4 saturates to 6 and never reaches code 8."""
+    w = torch.full((1, 16), 1.4 * 6 * 2.0**-9)
+    q = run(w, "nvfp4", 16, "naive", backend, device, global_scale="none")
+    assert int(q.scales) == 1 and q.codes.eq(0x77).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_case_scale_never_rounds_to_zero(method: str, backend: str, device: str) -> None:
+    """amax/6 below 2⁻¹⁰: the scale is the smallest positive one and the block is searched."""
+    w = torch.full((1, 16), 0.005)
+    q = run(w, "nvfp4", 16, method, backend, device, global_scale="none")
+    assert int(q.scales) >= 1
+    if method == "naive":
+        assert int(q.scales) == 1
+    else:
+        assert (q.dequantize().cpu() - w).abs().max() < 0.0002  # 5·2⁻⁹·0.5 = .00488
+
+
+def test_case_amax_beyond_448_times_6(backend: str, device: str) -> None:
+    w = torch.zeros(2, 16)
+    w[0, 0], w[1, 0] = 448 * 6, 448 * 60
+    q = run(w, "nvfp4", 16, "naive", backend, device, global_scale="none")
+    assert q.scales.flatten().tolist() == [126, 126] and q.dequantize()[:, 0].tolist() == [2688, 2688]
+
+
+@pytest.mark.parametrize(
+    ("rule", "amax", "exponent"),
+    [
+        ("floor", 7.9, 0), ("floor", 4.0, 0), ("floor", 3.99, -1),
+        ("ceil", 4.0, 0), ("ceil", 4.01, 1), ("ceil", 8.0, 1),
+        ("even", 6.9, 0), ("even", 7.0, 1), ("even", 4.0, 0),
+        ("rceil", 6.0, 0), ("rceil", 6.01, 1), ("rceil", 3.0, -1), ("rceil", 12.0, 1),
+        ("floor", 2.0**-140, -127), ("floor", 3e38, 125), ("rceil", 3e38, 126), ("ceil", 3e38, 126),
+    ],
+)  # fmt: skip
+def test_mx_scale_rules(rule: str, amax: float, exponent: int, backend: str, device: str) -> None:
+    w = torch.zeros(1, 32)
+    w[0, 5] = -amax
+    q = run(w, "mxfp4", 32, "naive", backend, device, scale_rule=rule)
+    assert int(q.scales) - 127 == exponent
+
+
+def test_case_mxfp4_optimum_is_one_step_below_ocp(backend: str, device: str) -> None:
+    w = torch.full((1, 32), 0.25)
+    w[0, 0] = 4
+    naive = run(w, "mxfp4", 32, "naive", backend, device)
+    best = run(w, "mxfp4", 32, "sse", backend, device)
+    assert int(best.scales) == int(naive.scales) - 1
+
+
+def test_ties_go_to_the_smaller_scale(backend: str, device: str) -> None:
+    """One nonzero weight of 1 is exact at 2⁰, 2⁻¹ and 2⁻² alike."""
+    w = torch.zeros(1, 16)
+    w[0, 3] = 1
+    for method in ("sse", "hessian"):
+        assert (
+            int(
+                run(
+                    w,
+                    "mxfp4",
+                    16,
+                    method,
+                    backend,
+                    device,
+                    **({"hessian": torch.eye(16, device=device)[None]} if method == "hessian" else {}),
+                ).scales
+            )
+            == 127 - 2
+        )
+
+
+@every
+def test_case_one_block_and_non_contiguous_input(
+    format: str, block_size: int, method: str, backend: str, device: str
+) -> None:
+    one = run(weight(3, block_size), format, block_size, method, backend, device)
+    assert one.scales.shape == (3, 1)
+    w = weight(64, 96)
+    for view in (w.T, w[::2, 32:], w.reshape(8, 8, 96).transpose(0, 1)):
+        got = run(view, format, block_size, method, backend, device)
+        want = run(view.contiguous(), format, block_size, method, backend, device)
+        assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+
+
+@every
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0,), (2, 0, 32)])
+def test_case_empty_tensor(
+    format: str, block_size: int, method: str, shape: tuple[int, ...], backend: str, device: str
+) -> None:
+    q = run(torch.zeros(shape), format, block_size, method, backend, device)
+    assert q.shape == shape and q.dequantize().shape == shape
+
+
+@every
+def test_case_nan_and_inf_are_counted_and_located(
+    format: str, block_size: int, method: str, backend: str, device: str
+) -> None:
+    w = weight()
+    w[2, 7], w[4, 1] = torch.nan, -torch.inf
+    with pytest.raises(ValueError, match=r"weight holds 2 NaN or Inf values, the first at index \(2, 7\)"):
+        run(w, format, block_size, method, backend, device)
+
+
+@every
+def test_quantizing_twice_changes_nothing(format: str, block_size: int, method: str, backend: str, device: str) -> None:
+    once = run(weight(), format, block_size, method, backend, device).dequantize()
+    if method == "naive":
+        return  # the naive scale of a block whose largest code is not 6 is another one
+    twice = run(
+        once, format, block_size, method, backend, device, **({"global_scale": "none"} if format == "nvfp4" else {})
+    )
+    again = run(
+        twice.dequantize(),
+        format,
+        block_size,
+        method,
+        backend,
+        device,
+        **({"global_scale": "none"} if format == "nvfp4" else {}),
+    )
+    torch.testing.assert_close(again.dequantize(), twice.dequantize(), rtol=0, atol=0)
+
+
+def test_activations_gram_and_hessian_are_three_ways_to_say_one_thing(backend: str, device: str) -> None:
+    w, x = weight(), torch.randn(200, 64, generator=generator(2))
+    g = x.T @ x
+    h = torch.stack([g[i : i + 16, i : i + 16] for i in range(0, 64, 16)])
+    results = [
+        run(w, "nvfp4", 16, "hessian", backend, device, **{name: value.to(device)})
+        for name, value in (("activations", x), ("gram", g), ("hessian", h))
+    ]
+    assert all(torch.equal(r.scales, results[0].scales) for r in results)
+
+
+def test_methods_are_ordered_as_their_objectives_say(backend: str, device: str) -> None:
+    from quantkit.metrics import output_error, weight_error
+
+    w, x = weight(64), torch.randn(300, 64, generator=generator(3)) * torch.logspace(-1, 1, 64)
+    done = {
+        m: run(w, "nvfp4", 16, m, backend, device, **({"activations": x.to(device)} if m == "hessian" else {}))
+        .dequantize()
+        .cpu()
+        for m in METHODS
+    }
+    errors = {m: weight_error(w, q) for m, q in done.items()}
+    assert errors["sse"] < errors["naive"] and errors["sse"] < errors["hessian"]
+    assert output_error(x, w, done["hessian"]) < output_error(x, w, done["naive"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "fp4"}, "unknown format 'fp4'; known formats: nvfp4, mxfp4"),
+        ({"method": "best"}, "unknown method 'best'; known methods: naive, sse, hessian"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'; known backends: auto, reference, triton"),
+        ({"block_size": 64}, "nvfp4 has no block size 64; it offers 16, 32"),
+        ({"scale_rule": "floor"}, "nvfp4 has no scale rule 'floor'; it offers nearest"),
+        ({"format": "mxfp4", "global_scale": "amax"}, "mxfp4 has no global scale"),
+        ({"global_scale": "max"}, "unknown global_scale 'max'"),
+        ({"global_scale": 0.0}, "positive number"),
+        ({"global_scale": float("nan")}, "positive number"),
+        ({"activations": torch.ones(4, 64)}, "method 'naive' does not use activations"),
+        ({"method": "hessian"}, "exactly one of activations, gram and hessian; got none"),
+        ({"method": "hessian", "gram": torch.eye(64), "activations": torch.ones(4, 64)}, "got activations and gram"),
+        ({"method": "hessian", "activations": torch.ones(4, 32)}, "activations have 32 features, the weight has 64"),
+        ({"method": "hessian", "activations": torch.full((4, 64), torch.nan)}, "activations holds 256 NaN"),
+        ({"method": "hessian", "activations": torch.ones(4, 64).int()}, "floating-point"),
+        ({"method": "hessian", "gram": torch.eye(32)}, r"gram has shape \[32, 32\]"),
+        ({"method": "hessian", "hessian": torch.eye(16)[None]}, r"hessian has shape \[1, 16, 16\].*\[4, 16, 16\]"),
+        ({"method": "hessian", "hessian": -torch.eye(16).expand(4, 16, 16)}, "block 0 is not positive semi-definite"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_value_and_the_remedy(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(weight(), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.ones(2, 65), "K = 65, is not divisible by block size 16"),
+        (torch.ones(2, 64).int(), "weight must be floating point, got torch.int32"),
+        (torch.tensor(1.0), "at least one dimension"),
+    ],
+)
+def test_weights_that_cannot_be_quantized(bad: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(bad)
+
+
+def test_triton_on_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
+        quantize(weight(), backend="triton")
+    assert resolve_backend("auto", "cpu") == "reference"
+
+
+def test_import_is_light() -> None:
+    """No Triton, Hydra, transformers, datasets, W&B or pandas, and little beyond torch itself."""
+    code = (
+        "import torch, sys, time; start = time.perf_counter(); import quantkit; "
+        "heavy = {'triton', 'hydra', 'transformers', 'datasets', 'wandb', 'pandas', 'safetensors'} & set(sys.modules); "
+        "torch_itself = {'triton'} & heavy; print(sorted(heavy - torch_itself)); print(time.perf_counter() - start)"
+    )
+    heavy, seconds = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert heavy == "[]" and float(seconds) < 1

@@ -1,0 +1,54 @@
+"""QuantizedTensor: sizes, dequantization, device, and the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import QuantizedTensor, quantize
+
+
+@pytest.fixture
+def q() -> QuantizedTensor:
+    return quantize(torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)), "nvfp4", 16, "sse")
+
+
+def test_sizes(q: QuantizedTensor) -> None:
+    assert q.shape == (3, 5, 64)
+    assert q.bits_per_weight == 4.5
+    assert q.nbytes == 3 * 5 * 64 // 2 + 3 * 5 * 64 // 16 + 4
+    assert quantize(torch.zeros(2, 64), "mxfp4", 32).nbytes == 64 + 4
+
+
+def test_dequantize_in_other_dtypes(q: QuantizedTensor) -> None:
+    full = q.dequantize()
+    assert full.dtype == torch.float32
+    assert torch.equal(q.dequantize(torch.bfloat16), full.bfloat16())
+    with pytest.raises(ValueError, match=r"floating-point dtype, got torch\.int8"):
+        q.dequantize(torch.int8)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_safetensors_round_trip(tmp_path: Path, format: str) -> None:
+    q = quantize(torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), format, 32, "sse")
+    q.save(tmp_path / "w.safetensors")
+    back = QuantizedTensor.load(tmp_path / "w.safetensors")
+    assert back.format is q.format and back.block_size == 32
+    for name in ("codes", "scales", "global_scale"):
+        assert torch.equal(getattr(back, name), getattr(q, name))
+    assert torch.equal(back.dequantize(), q.dequantize())
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"codes": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a quantkit file"):
+        QuantizedTensor.load(tmp_path / "other.safetensors")
+
+
+def test_to_moves_every_part() -> None:
+    q = quantize(torch.randn(2, 32), count_candidates=True).to("meta")
+    assert {t.device.type for t in (q.codes, q.scales, q.global_scale, q.candidates)} == {"meta"}
