@@ -2,8 +2,9 @@
 
     E(s) = Σ (|x_i| − s·Q(|x_i|/s))²,  minimised over the codes that bounds.py leaves
 
-No code outside that window has a smaller error. Errors are summed in float64 from exact residuals. Ties go to the smaller
-scale.
+No code outside that window has a smaller error. Errors are summed in float64 from exact residuals. Ties go to the
+smaller scale.
+"""
 
 from __future__ import annotations
 
