@@ -5,7 +5,8 @@ A misspelt key, a wrong type or an unknown choice fails while Hydra composes the
 configuration into these plain objects; nothing below the entry sees a DictConfig.
 
 A run's identity derives from the values that its result depends on, and from nothing else: not from where results and
-caches lie, nor from tracking. It does not know the code's version; after a change of code, `force=true` runs again.
+caches lie, nor from tracking. The record's `config_hash` covers the bytes behind the names too (a local folder's),
+so a run whose sources changed is not taken for finished. The code's version is in neither: `force=true` runs again.
 
 Imports no torch.
 """
@@ -282,12 +283,12 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
     return values
 
 
-def config_hash(values: dict[str, Any]) -> str:
+def config_hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def run_identity(config: Config, device: str, backend: str) -> tuple[str, str]:
-    """(run id, config hash). The id names a folder and a W&B run: a readable prefix, and the hash makes it unique."""
+def run_id(config: Config, device: str, backend: str) -> str:
+    """The name of a run's folder and of its W&B run: a readable prefix, and the hash makes it unique."""
     digest = config_hash(result_config(config, device, backend))
     prefix = "-".join(
         (
@@ -301,7 +302,7 @@ def run_identity(config: Config, device: str, backend: str) -> tuple[str, str]:
             config.data.name,
         )
     )
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', prefix)[:100]}-{digest}", digest
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', prefix)[:100]}-{digest}"
 
 
 register_schema()

@@ -14,6 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from experiments.config import Config
 from experiments.record import RunRecord
 
+COLUMNS = (
+    f"  {'format':<7}{'block':>5}  {'method':<8} {'backend':<10}"
+    f"{'weight error':>13}{'output error':>14}{'held out':>10}{'time a call':>13}{'run':>9}"
+)
 NEXT_COMMAND = "python experiments/report.py"
 # Overrides that every line shows already, or that change no result: they stay out of the heading.
 NOT_IN_HEADING = (
@@ -53,13 +57,10 @@ class Console:
             parts += [o for o in overrides if not _in_every_line(o)]
         text = " · ".join(parts)
         if text != self.shown:
+            if not self.shown:
+                print(f"\n{COLUMNS}")
             self.shown = text
-            print(f"\n{text}", flush=True)
-            print(
-                f"  {'format':<7}{'block':>5}  {'method':<8} {'backend':<10}"
-                f"{'weight error':>13}{'output error':>14}{'held out':>10}{'time a call':>13}{'run':>9}",
-                flush=True,
-            )
+            print(text, flush=True)
 
     def skipped(self, record: RunRecord) -> None:
         self.counts["skipped"] += 1

@@ -30,7 +30,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tracking
-from experiments.config import Config, result_config, run_identity, to_config
+from experiments.config import Config, ModelSource, config_hash, result_config, run_id, to_config
 from experiments.console import Console, full_errors, one_line
 from experiments.record import RECORD_NAME, RecordError, RunRecord, read_record
 
@@ -58,19 +58,20 @@ def run(composed: DictConfig, console: Console) -> None:
         console.refused(error)
         return
 
-    config, source_error = resolve(config)
-    run_id, digest = run_identity(config, device, backend)
-    run_dir = Path(config.output_dir) / run_id
+    config, sources, source_error = resolve(config)
+    name = run_id(config, device, backend)
+    digest = config_hash([result_config(config, device, backend), sources])
+    run_dir = Path(config.output_dir) / name
     console.heading(config)
-    previous = finished_record(run_dir)
+    previous = finished_record(run_dir, None if source_error else digest)
     if previous is not None and not config.force:
         console.skipped(previous)
         return
 
     started = time.perf_counter()
     with run_log(run_dir):
-        log.info("%s\n%s", run_id, OmegaConf.to_yaml(OmegaConf.structured(config)))
-        fields = base_fields(config, run_id, digest, device, backend)
+        log.info("%s\n%s", name, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        fields = base_fields(config, name, digest, device, backend)
         try:
             if source_error is not None:
                 raise source_error
@@ -88,30 +89,36 @@ def run(composed: DictConfig, console: Console) -> None:
     console.ran(record, run_dir / LOG_NAME)
 
 
-def resolve(config: Config) -> tuple[Config, Exception | None]:
-    """The configuration after the twin switch; or as it was, with the error that stopped the switch."""
-    from experiments.sources import resolve_sources
+def resolve(config: Config) -> tuple[Config, Any, Exception | None]:
+    """(configuration after the twin switch, what identifies the bytes behind it, the error that stopped either)."""
+    from experiments.sources import layer_identity, read_bundle_manifest, resolve_sources
 
     try:
-        return resolve_sources(config), None
+        config = resolve_sources(config)
+        if config.model.source == ModelSource.bundle:
+            return config, read_bundle_manifest(config.model), None
+        return config, layer_identity(config), None
     except Exception as error:
-        return config, error
+        return config, None, error
 
 
-def finished_record(run_dir: Path) -> RunRecord | None:
-    """The record of a run that ended well; one from another version of the schema counts for nothing."""
+def finished_record(run_dir: Path, digest: str | None) -> RunRecord | None:
+    """The record of a run that ended well, from the sources of `digest` (None: from any, since they cannot be had).
+
+    One from another version of the schema counts for nothing.
+    """
     try:
         record = read_record(run_dir / RECORD_NAME)
     except (FileNotFoundError, RecordError):
         return None
-    return record if record.status == "ok" else None
+    return record if record.status == "ok" and digest in (None, record.config_hash) else None
 
 
-def base_fields(config: Config, run_id: str, digest: str, device: str, backend: str) -> dict[str, Any]:
+def base_fields(config: Config, name: str, digest: str, device: str, backend: str) -> dict[str, Any]:
     """What a record says even of a run that fails at once."""
     commit, dirty = provenance.git_state()
     return {
-        "run_id": run_id,
+        "run_id": name,
         "sweep": config.sweep,
         "format": config.format.name,
         "block_size": config.block_size,

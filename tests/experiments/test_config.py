@@ -10,7 +10,7 @@ import sys
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from experiments.config import CONF_DIR, REPO_ROOT, CacheConfig, Config, Offline, ScaleRule, compose, run_identity
+from experiments.config import CONF_DIR, REPO_ROOT, CacheConfig, Config, Offline, ScaleRule, compose, run_id
 
 SMALL = ("model=synthetic", "data=synthetic")
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml"))
@@ -124,7 +124,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def identity(*overrides: str, device: str = "cpu", backend: str = "reference") -> str:
-    return run_identity(compose([*SMALL, *overrides]), device, backend)[0]
+    return run_id(compose([*SMALL, *overrides]), device, backend)
 
 
 def test_identity_is_readable_and_a_good_file_name() -> None:
@@ -185,7 +185,7 @@ def test_identity_is_that_of_the_twin() -> None:
     """After the switch a run is the twin's, whatever was asked for."""
     asked, twin = compose(["data=synthetic"]), compose([*SMALL])
     switched = dataclasses.replace(asked, model=twin.model)
-    assert run_identity(switched, "cpu", "reference") == run_identity(twin, "cpu", "reference")
+    assert run_id(switched, "cpu", "reference") == run_id(twin, "cpu", "reference")
 
 
 def test_the_entry_imports_nothing_heavy() -> None:

@@ -60,6 +60,7 @@ def layer_inputs(config: Config) -> SimpleNamespace:
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the runs. Sources and inputs are stand-ins: these tests are about what happens around them."""
     monkeypatch.setattr("experiments.sources.resolve_sources", lambda config: config)
+    monkeypatch.setattr("experiments.sources.layer_identity", lambda config: {"text": "0"})
     monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
     return tmp_path / "runs"
 
@@ -111,7 +112,7 @@ def test_a_record_holds_what_the_library_gives(output: Path, format: str, method
     assert record.time_timer == "torch.utils.benchmark" and record.device == "cpu"
     assert (record.backend, record.requested_backend) == ("reference", "auto")
     assert record.versions["torch"] == torch.__version__ and record.commit and record.started_at
-    assert record.run_id.endswith(str(record.config_hash)) and (output / record.run_id / "record.json").exists()
+    assert record.config_hash and (output / record.run_id / "record.json").exists()
 
 
 def test_the_published_protocol_holds_nothing_out(output: Path) -> None:
@@ -134,6 +135,14 @@ def test_a_finished_run_is_skipped_unless_forced(output: Path, monkeypatch: pyte
     monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
     (again,) = run(output, "force=true")
     assert again.run_id == first.run_id and again.sweep != first.sweep
+
+
+def test_a_run_whose_sources_changed_is_not_finished(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first,) = run(output)
+    monkeypatch.setattr("experiments.sources.layer_identity", lambda config: {"text": "1"})
+    (second,) = run(output)
+    assert second.run_id == first.run_id and second.config_hash != first.config_hash
+    assert run(output) == [second]
 
 
 def test_a_failed_run_leaves_its_traceback_and_is_tried_again(
