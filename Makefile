@@ -39,8 +39,9 @@ run: $(READY)  ## the main sweep (2 formats x 3 methods), then its tables; ARGS=
 
 lint: $(READY)  ## ruff, mypy, import layers
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 test: lint  ## lint, all tests, and the check that README and CSV files follow from the records
 	$(BIN)/python -m pytest -n 2

@@ -35,11 +35,9 @@ class Subject:
 
     model: str | None
     model_revision: str | None
-    model_origin: str | None
     data: str | None
     data_hash: str | None
     data_split: str | None
-    substituted: bool | None
     layer_index: int | None
     layer_module: str | None
     out_features: int | None
@@ -166,11 +164,13 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
 
 def row_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """One line a row, numbers as numbers: for CSV files, notebooks and figures."""
-    columns = ["weight_error", "output_error", "output_error_heldout", "speedup"]
-    names = [f.name for f in fields(Subject)] + ["format", "global_scale", "scale_rule", "method", "backends", *columns]
+    settings = ("format", "global_scale", "scale_rule", "method")
+    results = ("weight_error", "output_error", "output_error_heldout", "speedup")
+    names = [*(f.name for f in fields(Subject)), "model_origin", "substituted", *settings, "backends", *results]
     lines = [
         asdict(row.subject)
-        | {name: getattr(row, name) for name in ("format", "global_scale", "scale_rule", "method", *columns)}
+        | {name: getattr(row.runs[0], name) for name in ("model_origin", "substituted")}
+        | {name: getattr(row, name) for name in (*settings, *results)}
         | {"backends": "+".join(run.backend for run in row.runs)}
         for row in rows
     ]
@@ -296,17 +296,16 @@ def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[
 
 
 def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> list[str]:
-    notes = []
-    if subject.model_origin:
-        notes.append(f"Weights: {subject.model_origin}")
+    runs = [run for row in rows for run in row.runs]
+    notes = list(dict.fromkeys(run.model_origin for run in runs if run.model_origin))
     split = f" ({subject.data_split})" if subject.data_split else ""
     tokens = f"{subject.tokens_calibration or 0:,} calibration tokens"
     held_out = f"{subject.tokens_heldout:,} held out" if subject.tokens_heldout else "none held out"
     sequences = f"{subject.sequences} sequences of up to {subject.seq_len} tokens: " if subject.sequences else ""
     notes.append(f"Data: {subject.data}{split}, {sequences}{tokens}, {held_out}; seed {subject.seed}")
-    if subject.substituted:
+    if any(run.substituted for run in runs):
         notes.append("Without a hub, an offline twin stands in for the model or the text that was configured.")
-    commits = dict.fromkeys(_commit(run) for row in rows for run in row.runs)
+    commits = dict.fromkeys(_commit(run) for run in runs)
     notes.append(f"Device: {subject.device_name}; commit {', '.join(commits)}")
     settings = dict.fromkeys(
         f"{FORMATS.get(row.format, row.format)} global scale {row.global_scale}"

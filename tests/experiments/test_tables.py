@@ -83,7 +83,7 @@ def test_title_and_notes_name_what_the_numbers_stand_on():
     table = only_table([make(substituted=True, dirty=True)])
     assert table.title == "tiny/Model, layer 0 mlp.down_proj (64 × 128), block size 16"
     text = "\n".join(table.notes)
-    assert "Weights: They come from a 4-bit release." in text
+    assert "They come from a 4-bit release." in table.notes
     assert "Data: text (train), 8 sequences of up to 32 tokens: 4,096 calibration tokens, 512 held out; seed 0" in text
     assert "offline twin" in text
     assert "Device: Some GPU; commit 0123456789 with uncommitted changes" in text
@@ -108,6 +108,12 @@ def test_models_and_block_sizes_and_devices_never_share_a_table():
     assert len(found) == 5
     assert all(len(table.frame) == 1 for table in found)
     assert any("none held out" in note for table in found for note in table.notes)
+
+
+def test_a_stand_in_that_was_pinned_shares_the_table():
+    table = only_table([make(substituted=True), make(method="naive")])
+    assert len(table.frame) == 2
+    assert sum("offline twin" in note for note in table.notes) == 1
 
 
 def test_speedup_is_the_ratio_of_medians_on_one_device():
