@@ -6,6 +6,7 @@ from quantkit.formats import E2M1, E4M3, FORMATS, MXFP4, NVFP4, UE8M0, BlockForm
 from quantkit.metrics import compute_metrics
 from quantkit.quantize import BACKENDS, METHODS, BackendUnavailableError, quantize, resolve_backend
 from quantkit.tensor import QuantizedTensor
+from quantkit.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -21,9 +22,11 @@ __all__ = [
     "BackendUnavailableError",
     "BlockFormat",
     "QuantizedTensor",
+    "Verification",
     "compute_metrics",
     "get_format",
     "quantize",
     "resolve_backend",
+    "verify",
     *_blockwise_names,
 ]

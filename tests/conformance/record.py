@@ -1,4 +1,5 @@
-"""Records what other packages make of a few weights, for test_conformance.py: NVFP4 naive scales and codes, MXFP4's rules.
+"""Records what other packages make of a few weights, for test_conformance.py: NVFP4 naive scales and codes, MXFP4's
+rules.
 
 Run where torchao, compressed-tensors and nvidia-modelopt are installed (their CPU paths suffice):
 

@@ -1,0 +1,150 @@
+"""verify(): is every scale of a quantized weight optimal? Recomputed over all representable scales, in float64.
+
+For each block the least error over the whole scale grid is found by evaluating it, with no window and no theorem, and
+compared with the error of the scale that was stored:
+
+    excess = max(0, E(stored) − slack − min E) / min E,   contract: excess ≤ 1e-6
+
+slack is 0 for squared error and 1e-7·λ_max(H)·‖r‖², float32's own resolution of r H rᵀ, with a Hessian. The objective
+uses H as it is given, not the factors that the searches work with. The stored codes must be round-to-nearest at the
+stored scale.
+
+Only repetition is left out: above 4·amax every code is zero and the error no longer changes; while 6·s is below the
+smallest nonzero magnitude, every nonzero element is clipped and the error falls as s grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration import check_finite
+from quantkit.formats import BlockFormat
+from quantkit.tensor import QuantizedTensor
+
+__all__ = ["CONTRACT", "HESSIAN_SLACK", "Verification", "verify"]
+
+CONTRACT = 1e-6
+HESSIAN_SLACK = 1e-7
+CHUNK_ELEMENTS = 1 << 19
+LISTED = 10
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What verify() found.
+
+    blocks: how many were examined. violations: how many break the contract. worst_excess: the largest relative excess
+    of all. where: (row, block) of the first violations, rows counted over all leading dimensions. wrong_codes:
+    elements whose code is not round-to-nearest at the stored scale. ``ok`` holds when both counts are zero.
+    """
+
+    blocks: int
+    violations: int
+    worst_excess: float
+    where: tuple[tuple[int, int], ...]
+    wrong_codes: int
+
+    @property
+    def ok(self) -> bool:
+        return self.violations == 0 and self.wrong_codes == 0
+
+
+def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) -> Verification:
+    """Judges the scales and codes of ``q`` for ``weight [..., K]``; with ``hessian [K/b, b, b]`` by r H rᵀ, else by
+    squared error.
+
+    Works on the weight's device in chunks of rows: memory does not grow with the weight. Raises ValueError where
+    shapes do not belong together or the weight holds NaN or Inf.
+    """
+    if q.shape != weight.shape:
+        raise ValueError(f"the quantized tensor has shape {list(q.shape)}, the weight {list(weight.shape)}")
+    block_size, num_blocks = q.block_size, q.scales.shape[-1]
+    if hessian is not None and hessian.shape != (num_blocks, block_size, block_size):
+        expected = [num_blocks, block_size, block_size]
+        raise ValueError(f"hessian has shape {list(hessian.shape)}, this tensor needs {expected}")
+    check_finite(weight, "weight")
+    q = q.to(weight.device)
+    rows = weight.numel() // max(1, weight.shape[-1])
+    matrix = weight.reshape(rows, weight.shape[-1])
+    scales, packed = q.scales.reshape(rows, num_blocks), q.codes.reshape(rows, q.codes.shape[-1])
+    judge = _Judge(q.format, q.global_scale, hessian, weight.device)
+
+    violations = wrong_codes = 0
+    worst = 0.0
+    where: list[tuple[int, int]] = []
+    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
+    for start in range(0, rows if num_blocks else 0, step):
+        part = slice(start, start + step)
+        # [num_blocks, rows, block_size]: one product with H a block column
+        blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size)).transpose(0, 1).contiguous()
+        codes = scales[part].T.int()
+        stored = QuantizedTensor(packed[part], scales[part], q.global_scale, q.format, block_size)
+        wrong_codes += int((stored.values() != judge.levels(blocks, codes).transpose(0, 1).flatten(1)).sum())
+        excess = judge.excess(blocks, codes).T
+        worst = max(worst, float(excess.max()))
+        broken = (excess > CONTRACT).nonzero()
+        violations += len(broken)
+        where += [(start + int(row), int(block)) for row, block in broken[: LISTED - len(where)]]
+    return Verification(rows * num_blocks, violations, worst, tuple(where), wrong_codes)
+
+
+class _Judge:
+    """The objective over the whole scale grid, for chunks ``[num_blocks, rows, block_size]``."""
+
+    def __init__(self, fmt: BlockFormat, global_scale: Tensor, hessian: Tensor | None, device: torch.device) -> None:
+        self.fmt = fmt
+        self.codes = torch.arange(fmt.scale.min_code, fmt.scale.max_code + 1, device=device)
+        self.global_scale = global_scale
+        self.hessian = None if hessian is None else hessian.to(device, torch.float64)
+        if self.hessian is not None:
+            check_finite(self.hessian, "hessian")
+            self.resolution = HESSIAN_SLACK * torch.linalg.eigvalsh(self.hessian)[:, -1:]
+
+    def scale(self, codes: Tensor) -> Tensor:
+        return self.fmt.scale.decode(codes) * self.global_scale
+
+    def levels(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        """Float32 signed element values of round-to-nearest at int ``codes [num_blocks, rows]``."""
+        scaled = blocks / self.scale(codes).unsqueeze(-1)
+        return self.fmt.element.round(scaled.abs()).copysign(blocks)
+
+    def error(self, blocks: Tensor, exact: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Float64 (objective, squared residual) at int ``codes``, broadcast to ``[num_blocks, rows]``."""
+        scale = self.scale(codes).double().unsqueeze(-1)
+        r = torch.addcmul(exact, self.levels(blocks, codes).double(), scale, value=-1)
+        norm = r.square().sum(-1)
+        return norm if self.hessian is None else (torch.matmul(r, self.hessian) * r).sum(-1), norm
+
+    def excess(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        """Float64 relative excess over the slack, ``[num_blocks, rows]``."""
+        exact = blocks.double()
+        chosen, norm = self.error(blocks, exact, codes)
+        least = chosen.clone()
+        for code in self._codes_that_differ(blocks):
+            torch.minimum(least, self.error(blocks, exact, code.expand(1, 1))[0], out=least)
+        if self.hessian is not None:
+            chosen = chosen - self.resolution * norm
+            least = least.clamp(min=0)  # below zero is rounding of a semi-definite form
+        above = (chosen - least).clamp(min=0)
+        return torch.where(above > 0, above / least, 0.0)
+
+    def _codes_that_differ(self, blocks: Tensor) -> Tensor:
+        """All codes but those that the module's last paragraph shows to repeat or to be worse than a neighbour."""
+        magnitudes = blocks.abs()
+        nonzero = magnitudes[magnitudes > 0]
+        if not len(nonzero):
+            return self.codes[:1]
+        scales = self.scale(self.codes).double()
+        all_zero = scales >= 4 * nonzero.max().double()
+        all_clipped = scales * self.fmt.element.max_value <= nonzero.min().double()
+        if self.hessian is not None:
+            all_clipped[:] = False  # r H rᵀ need not fall as every residual shrinks
+        keep = ~all_zero & ~all_clipped
+        keep[1:] |= all_zero[1:] & ~all_zero[:-1]
+        keep[:-1] |= all_clipped[:-1] & ~all_clipped[1:]
+        keep[0] |= all_zero[0]
+        keep[-1] |= all_clipped[-1]
+        return self.codes[keep]

@@ -1,0 +1,74 @@
+"""verify() against the independent oracle, and against planted violations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit import FORMATS, quantize, verify
+from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, hessian_family, weight_family
+from tests.oracle import contract_violations
+
+LEVELS = [("nvfp4", "none"), ("nvfp4", "amax"), ("mxfp4", "none")]
+
+
+@pytest.mark.parametrize(("format", "global_scale"), LEVELS)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("family", WEIGHT_FAMILIES)
+def test_naive_scales_are_judged_as_by_the_oracle(family: str, block_size: int, format: str, global_scale: str) -> None:
+    """Naive scales break the contract in many blocks, optimal ones in none; both verdicts must match."""
+    blocks = weight_family(family, block_size, np.random.default_rng(11))
+    weight = torch.tensor(blocks)
+    naive = quantize(weight, format, block_size, "naive", global_scale=global_scale)
+    found = verify(naive, weight)
+    want = contract_violations(naive.scales.numpy().reshape(-1), blocks, format, float(naive.global_scale))
+    assert found.violations == len(want) and [row for row, _ in found.where] == want[:10].tolist()
+    assert found.blocks == len(blocks) and found.wrong_codes == 0
+    assert verify(quantize(weight, format, block_size, "sse", global_scale=global_scale), weight).ok
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("family", HESSIAN_FAMILIES)
+def test_hessian_scales_are_judged_as_by_the_oracle(family: str, block_size: int, format: str) -> None:
+    rng = np.random.default_rng(12)
+    hessian = hessian_family(family, block_size, rng)
+    blocks = np.concatenate(
+        [weight_family(name, block_size, rng)[::6] for name in ("gaussian_0.02", "spike", "quarter")]
+    )
+    weight, h = torch.tensor(blocks), torch.tensor(hessian)[None]
+    sse = quantize(weight, format, block_size, "sse")
+    found = verify(sse, weight, h)
+    each = np.broadcast_to(hessian.astype(np.float64), (len(blocks), *hessian.shape))
+    want = contract_violations(sse.scales.numpy().reshape(-1), blocks, format, float(sse.global_scale), each)
+    assert [row for row, _ in found.where] == want[:10].tolist() and found.violations == len(want)
+    best = verify(quantize(weight, format, block_size, "hessian", hessian=h), weight, h)
+    assert best.ok and best.worst_excess <= 1e-6
+
+
+def test_planted_violations_are_found_and_located() -> None:
+    weight = torch.randn(3, 700, 64, generator=torch.Generator().manual_seed(0))
+    q = quantize(weight, "nvfp4", 16, "sse")
+    assert verify(q, weight).ok
+    scales, codes = q.scales.clone(), q.codes.clone()
+    scales[1, 5, 2] += 3
+    scales[2, 699, 0] -= 8
+    codes[0, 0, 0] ^= 1
+    found = verify(replace(q, scales=scales, codes=codes), weight)
+    assert found.violations == 2 and found.where == ((705, 2), (2099, 0)) and found.worst_excess > 1e-3
+    assert found.wrong_codes >= 1 and not found.ok
+
+
+def test_empty_and_errors() -> None:
+    empty = torch.zeros(0, 32)
+    assert verify(quantize(empty), empty).ok
+    weight = torch.randn(2, 32)
+    with pytest.raises(ValueError, match="the weight"):
+        verify(quantize(weight), weight[:1])
+    with pytest.raises(ValueError, match="hessian has shape"):
+        verify(quantize(weight), weight, torch.eye(16)[None])
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        verify(quantize(weight), weight * torch.inf)
