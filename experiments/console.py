@@ -87,7 +87,7 @@ class Console:
 
     def _line(self, record: RunRecord, last: str) -> None:
         if record.time_ms_median is not None:
-            speed = f"{record.time_ms_median:.3g} ms"
+            speed = _milliseconds(record.time_ms_median)
         else:
             speed = "interpreted" if record.time_timer == "interpreter" else "–"
         print(
@@ -120,3 +120,12 @@ def _label(record: RunRecord) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def _milliseconds(value: float) -> str:
+    """Three significant digits, never an exponent: 0.123 ms, 12.3 ms, 1.23 s."""
+    unit = "ms"
+    if value >= 1000:
+        value, unit = value / 1000, "s"
+    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f} {unit}"

@@ -7,6 +7,7 @@ something to run, since it needs torch.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ class Quantized:
     weight: Tensor
     hessian: Tensor | None
     result: QuantizedTensor
+    seconds: float  # that making the result took
     quantize: Callable[..., QuantizedTensor]
 
 
@@ -75,8 +77,9 @@ def quantize_layer(config: Config, inputs: LayerInputs, device: str, backend: st
     if config.method.name == "hessian":
         hessian = block_hessians(inputs.gram_calibration, config.block_size).to(device)
     call = partial(quantize, weight, backend=backend, **options(config))
+    start = time.perf_counter()
     result = call(method=config.method.name, hessian=hessian, count_candidates=True)
-    return Quantized(weight, hessian, result, call)
+    return Quantized(weight, hessian, result, time.perf_counter() - start, call)
 
 
 def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
@@ -128,7 +131,8 @@ def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fiel
 def measure_time(config: Config, work: Quantized, device: str, backend: str) -> Fields:
     call = partial(work.quantize, method=config.method.name, hessian=work.hessian, check_finite=False)
     interpreted = backend == "triton" and device == "cpu"
-    measured = timing.measure(call, device, provenance.device_name(device), config.timing, interpreted)
+    name = provenance.device_name(device)
+    measured = timing.measure(call, device, name, config.timing, interpreted=interpreted, expected_s=work.seconds)
     log.info("time: %s", measured)
     return {
         "time_ms_median": measured.ms_median,

@@ -36,12 +36,19 @@ class Timing:
 
 
 def measure(
-    call: Callable[[], object], device: str, device_name: str, config: TimingConfig, interpreted: bool
+    call: Callable[[], object],
+    device: str,
+    device_name: str,
+    config: TimingConfig,
+    *,
+    interpreted: bool = False,
+    expected_s: float = 0.0,
 ) -> Timing:
     """Time `call`, which works on `device`.
 
-    On a CPU that takes min_run_s and two calls, or three calls. A call slower than max_call_s is made once, and there
-    is nothing but the timer's name.
+    On a CPU that takes min_run_s and one call, or two calls. A call known to be slower than max_call_s is not timed:
+    nothing but the timer's name is returned. expected_s: what a call took before, on a CPU; on a GPU one more is made,
+    because the first compiles.
     """
     if not config.enabled:
         return Timing()
@@ -49,19 +56,16 @@ def measure(
         return Timing(timer="interpreter", device=device_name)
     if device.startswith("cuda"):
         return _measure_gpu(call, device, device_name, config)
-    return _measure_cpu(call, device_name, config)
+    return _measure_cpu(call, device_name, config, expected_s)
 
 
-def _measure_cpu(call: Callable[[], object], device_name: str, config: TimingConfig) -> Timing:
+def _measure_cpu(call: Callable[[], object], device_name: str, config: TimingConfig, expected_s: float) -> Timing:
     threads = torch.get_num_threads()
     where = f"{device_name}, {threads} thread{'s' * (threads > 1)}"
     name = "torch.utils.benchmark"
-    start = time.perf_counter()
-    call()
-    warm = time.perf_counter() - start
-    if warm > config.max_call_s:
-        log.warning("Not timed: one call takes %.1f s, more than timing.max_call_s=%g.", warm, config.max_call_s)
+    if _too_slow(expected_s, config):
         return Timing(timer=name, device=where)
+    # Finding the number of calls a block is the warm-up.
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     measured = timer.blocked_autorange(min_run_time=config.min_run_s)
     return _summary([1e3 * t for t in measured.times], measured.number_per_run, name, where)
@@ -72,18 +76,23 @@ def _measure_gpu(call: Callable[[], object], device: str, device_name: str, conf
 
     name = "triton.testing.do_bench"
     with torch.cuda.device(device):
-        call()  # the first call compiles
+        call()
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
         warm = time.perf_counter() - start
-        if warm > config.max_call_s:
-            log.warning("Not timed: one call takes %.1f s, more than timing.max_call_s=%g.", warm, config.max_call_s)
+        if _too_slow(warm, config):
             return Timing(timer=name, device=device_name)
         # "all": the times that do_bench computes its own quantiles from, because their count is recorded too.
         times = do_bench(call, warmup=config.warmup_ms, rep=config.rep_ms, return_mode="all")
     return _summary(times, 1, name, device_name)
+
+
+def _too_slow(seconds: float, config: TimingConfig) -> bool:
+    if seconds > config.max_call_s:
+        log.warning("Not timed: a call takes %.1f s, more than timing.max_call_s=%g.", seconds, config.max_call_s)
+    return seconds > config.max_call_s
 
 
 def _summary(times_ms: list[float], calls_per_time: int, timer: str, device: str) -> Timing:

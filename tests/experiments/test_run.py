@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from experiments import run as entry
 from experiments import stages
 from experiments.config import CONF_DIR, REPO_ROOT, Config
-from experiments.console import Console
+from experiments.console import Console, _milliseconds
 from experiments.record import RunRecord, read_record, read_records
 from quantkit import quantize
 from quantkit.metrics import output_error, weight_error
@@ -302,3 +302,11 @@ def test_help_is_quick_and_names_the_choices() -> None:
 def test_a_typo_is_hydras_own_message() -> None:
     shown = command("experiments/run.py", "-m", "formt=nvfp4,mxfp4")
     assert shown.returncode == 1 and "formt" in shown.stderr and "Traceback" not in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [(0.0123, "0.012 ms"), (1.234, "1.23 ms"), (12.34, "12.3 ms"), (123.4, "123 ms"), (1234.0, "1.23 s")],
+)
+def test_times_are_legible(milliseconds: float, text: str) -> None:
+    assert _milliseconds(milliseconds) == text
