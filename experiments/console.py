@@ -47,7 +47,8 @@ class Console:
     )
     started: float = field(default_factory=time.perf_counter)
     output_dir: str = ""
-    shown: str = ""
+    shown: str = ""  # the heading
+    unsupported: str | None = None  # the reason shown last
 
     def heading(self, config: Config) -> None:
         self.output_dir = config.output_dir
@@ -72,11 +73,12 @@ class Console:
             self._line(record, f"{record.duration_s:.1f} s")
             return
         self.counts[record.status] += 1
-        text = f"{_label(record)} {record.status}: {record.reason}"
+        text = f"{_label(record)} {record.status}: "
         if record.status == "failed":
-            print(f"{text} (traceback: {log_file})", file=sys.stderr, flush=True)
+            print(f"{text}{record.reason} (traceback: {log_file})", file=sys.stderr, flush=True)
         else:
-            print(text, flush=True)
+            print(text + ("as above" if record.reason == self.unsupported else str(record.reason)), flush=True)
+            self.unsupported = record.reason
 
     def refused(self, error: Exception) -> None:
         """A configuration that never became a run."""

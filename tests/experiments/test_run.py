@@ -24,7 +24,7 @@ from quantkit import quantize
 from quantkit.metrics import output_error, weight_error
 
 SMALL = ("model=synthetic", "model.out_features=32", "model.in_features=64", "data=synthetic", "data.samples=4",
-         "data.seq_len=16", "tracking=none", "timing.min_run_s=0.001")  # fmt: skip
+         "data.seq_len=16", "tracking=none", "timing=none")  # fmt: skip
 
 
 def layer_inputs(config: Config) -> SimpleNamespace:
@@ -83,7 +83,9 @@ def fail_with(error: BaseException) -> Callable[[Config], object]:
 @pytest.mark.parametrize("method", ["naive", "sse", "hessian"])
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 def test_a_record_holds_what_the_library_gives(output: Path, format: str, method: str) -> None:
-    (record,) = run(output, f"format={format}", f"method={method}", "model.std=1")
+    (record,) = run(
+        output, f"format={format}", f"method={method}", "model.std=1", "timing=default", "timing.min_run_s=0.001"
+    )
 
     config = SimpleNamespace(
         seed=0,
@@ -121,7 +123,7 @@ def test_the_published_protocol_holds_nothing_out(output: Path) -> None:
 
 
 def test_a_number_as_global_scale(output: Path) -> None:
-    (record,) = run(output, "format.global_scale=0.5", "timing=none")
+    (record,) = run(output, "format.global_scale=0.5")
     assert record.global_scale == 0.5 and record.time_timer is None
 
 
