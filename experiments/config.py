@@ -44,6 +44,7 @@ class _Choice(str, Enum):
 
 
 class ScaleRule(_Choice):
+    nearest = "nearest"
     floor = "floor"
     ceil = "ceil"
     even = "even"
@@ -92,7 +93,7 @@ class FormatConfig:
     name: str
     # "none", "amax" or a number; null takes the format's own default.
     global_scale: str | int | float | None = None  # int so that `1` needs no decimal point
-    # MXFP4's naive rule: floor, ceil, even or rceil; null takes the format's own default.
+    # Rounding of the naive scale: nearest for NVFP4; floor, ceil, even or rceil for MXFP4. Null: the format's default.
     scale_rule: ScaleRule | None = None
 
     def __post_init__(self) -> None:
@@ -236,7 +237,6 @@ class Config:
     sweep: str = field(default_factory=new_sweep_id)
 
     def __post_init__(self) -> None:
-        _require(not self.verify, "verify=true: not available yet.")
         _require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
 

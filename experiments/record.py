@@ -77,7 +77,7 @@ class RunRecord:
     time_timer: str | None = None
     time_device: str | None = None
 
-    verified_blocks: int | None = None
+    verified_blocks: int | None = None  # with verify=true; by the method's own objective, squared error for naive
     verified_violations: int | None = None
     verified_worst_excess: float | None = None
 

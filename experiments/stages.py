@@ -1,4 +1,4 @@
-"""The stages of a run: load → quantize → describe → measure errors → measure time.
+"""The stages of a run: load → quantize → describe → measure errors → verify → measure time.
 
 `execute` strings them together; each stage returns the fields of the record that it found. Imported only when there is
 something to run, since it needs torch.
@@ -19,7 +19,7 @@ from torch import Tensor
 from experiments import provenance, timing
 from experiments.activations import LayerInputs, load_layer_inputs
 from experiments.config import Config
-from quantkit import QuantizedTensor, quantize, resolve_backend
+from quantkit import QuantizedTensor, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
 
@@ -51,6 +51,8 @@ def execute(config: Config, device: str, backend: str) -> Fields:
     log.info("quantized")
     fields = describe(config, inputs, work) | measure_errors(config, inputs, work)
     log.info("errors: %s", {name: value for name, value in fields.items() if "error" in name})
+    if config.verify:
+        fields |= verify_scales(config, work)
     return fields | measure_time(config, work, device, backend)
 
 
@@ -126,6 +128,22 @@ def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fiel
         fields["candidates_mean"] = result.candidates.double().mean().item()
         fields["candidates_max"] = int(result.candidates.max())
     return fields
+
+
+def verify_scales(config: Config, work: Quantized) -> Fields:
+    """Judge every scale against all representable ones. Naive scales promise no optimum; their count says what is lost."""
+    found = verify(work.result, work.weight, work.hessian)
+    log.info("verified: %s", found)
+    if not found.ok and config.method.name != "naive":
+        log.warning(
+            "%d of %d blocks break the optimality contract, worst excess %g.",
+            found.violations, found.blocks, found.worst_excess,
+        )  # fmt: skip
+    return {
+        "verified_blocks": found.blocks,
+        "verified_violations": found.violations,
+        "verified_worst_excess": found.worst_excess,
+    }
 
 
 def measure_time(config: Config, work: Quantized, device: str, backend: str) -> Fields:

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,13 @@ def _choose_split(splits: dict[str, Any], wanted: str, exact: bool, path: Path) 
     if canonical not in SPLIT_ALIASES:
         raise SourceError(f"data.split={wanted}: {path} has the splits {', '.join(splits)}.")
     chosen = next((name for name in SPLIT_ALIASES if name in splits), next(iter(splits)))
-    log.info("%s has no split %s; calibrating on %s", path, wanted, chosen)
+    _say_once(f"{path} has no split {wanted}; calibrating on {chosen}")
     return chosen
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def _local_splits(path: Path, subset: str | None) -> dict[str, tuple[str, list[Path]]]:

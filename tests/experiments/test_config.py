@@ -51,7 +51,7 @@ def test_the_paper_never_takes_a_twin() -> None:
         ("timing.rep_ms=long", "timing.rep_ms"),
         ("offline=sometimes", "auto, never, always"),
         ("model.source=disk", "hub, pypi_gguf, synthetic, bundle"),
-        ("format.scale_rule=up", "floor, ceil, even, rceil"),
+        ("format.scale_rule=up", "nearest, floor, ceil, even, rceil"),
     ],
 )
 def test_a_typo_or_a_wrong_type_fails_at_composition(override: str, message: str) -> None:

@@ -127,6 +127,14 @@ def test_a_number_as_global_scale(output: Path) -> None:
     assert record.global_scale == 0.5 and record.time_timer is None
 
 
+@pytest.mark.parametrize("method", ["naive", "sse", "hessian"])
+def test_verify_counts_the_blocks_that_are_not_optimal(output: Path, method: str) -> None:
+    (record,) = run(output, f"method={method}", "verify=true", "model.std=1")
+    assert record.verified_blocks == 32 * 64 // 16
+    assert record.verified_violations is not None and record.verified_worst_excess is not None
+    assert (record.verified_violations == 0) == (method != "naive")
+
+
 def test_a_finished_run_is_skipped_unless_forced(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = run(output)
     monkeypatch.setattr(stages, "load_layer_inputs", fail_with(AssertionError("loaded again")))
