@@ -131,7 +131,7 @@ def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fiel
 
 
 def verify_scales(config: Config, work: Quantized) -> Fields:
-    """Judge every scale against all representable ones. Naive scales promise no optimum; their count says what is lost."""
+    """Judge every scale against all representable ones. Naive ones promise no optimum: the count is what they lose."""
     found = verify(work.result, work.weight, work.hessian)
     log.info("verified: %s", found)
     if not found.ok and config.method.name != "naive":
