@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ SEVEN = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-WORDS = ("the quick brown fox jumps over the lazy dog while seven boxing wizards pack five dozen liquor jugs").split(
+SENTENCE = "the quick brown fox jumps over the lazy dog while seven boxing wizards pack five dozen liquor jugs"
+WORDS = SENTENCE.split()
     " "
 )
 
