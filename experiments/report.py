@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -110,13 +111,13 @@ def report_runs(folder: Path, root: Path) -> int:
     tables = make_tables(records, read_published(root / "results" / PUBLISHED))
     missing = unfinished(records)
     for table in tables:
-        print(f"\n{table.terminal()}")
+        print(f"\n{table.terminal()}", end="")
     if missing:
         print("\nRuns without a result:")
         print("\n".join(f"  {line}" for line in missing))
     write_atomically(folder / "table.csv", row_frame(make_rows(records)).to_csv(index=False, lineterminator="\n"))
     write_atomically(folder / "table.md", as_markdown(tables, missing))
-    print(f"Also in {folder / 'table.md'} and {folder / 'table.csv'}")
+    print(f"\nAlso in {os.path.relpath(folder / 'table.md')} and {os.path.relpath(folder / 'table.csv')}")
     return 0
 
 

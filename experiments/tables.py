@@ -77,10 +77,12 @@ class Published:
     source: str
 
     def describes(self, subject: Subject) -> bool:
-        """Same model, data, layer and block size. A name counts in any spelling: Qwen/Qwen3-4B is qwen3_4b."""
+        """Same model, data, layer and block size, from the hub or from a local folder of that name."""
         same = ("layer_index", "layer_module", "out_features", "in_features", "block_size")
-        return all(getattr(self, name) == getattr(subject, name) for name in same) and all(
-            _plain(getattr(self, name)) == _plain(getattr(subject, name)) for name in ("model", "data")
+        return (
+            all(getattr(self, name) == getattr(subject, name) for name in same)
+            and _plain(subject.model) == _plain(self.model)
+            and _plain(subject.data).startswith(_plain(self.data))
         )
 
 
@@ -298,11 +300,11 @@ def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[
 def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> list[str]:
     runs = [run for row in rows for run in row.runs]
     notes = list(dict.fromkeys(run.model_origin for run in runs if run.model_origin))
-    split = f" ({subject.data_split})" if subject.data_split else ""
+    split = f", split {subject.data_split}" if subject.data_split else ""
     tokens = f"{subject.tokens_calibration or 0:,} calibration tokens"
     held_out = f"{subject.tokens_heldout:,} held out" if subject.tokens_heldout else "none held out"
     sequences = f"{subject.sequences} sequences of up to {subject.seq_len} tokens: " if subject.sequences else ""
-    notes.append(f"Data: {subject.data}{split}, {sequences}{tokens}, {held_out}; seed {subject.seed}")
+    notes.append(f"Data: {subject.data}{split}; {sequences}{tokens}, {held_out}; seed {subject.seed}")
     if any(run.substituted for run in runs):
         notes.append("Without a hub, an offline twin stands in for the model or the text that was configured.")
     commits = dict.fromkeys(_commit(run) for run in runs)
@@ -339,7 +341,9 @@ def _commit(record: RunRecord) -> str:
 
 
 def _plain(name: str | None) -> str:
-    return re.sub(r"[^a-z0-9]", "", (name or "").rpartition("/")[2].lower())
+    """The last part of a path, without remarks and punctuation: `Qwen3-4B (local)` is `Qwen/Qwen3-4B`."""
+    last = re.sub(r"\(.*\)", "", name or "").rpartition("/")[2]
+    return re.sub(r"[^a-z0-9]", "", last.lower())
 
 
 def _rank(order: dict[str, str], name: str) -> tuple[int, str]:

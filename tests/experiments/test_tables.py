@@ -84,7 +84,10 @@ def test_title_and_notes_name_what_the_numbers_stand_on():
     assert table.title == "tiny/Model, layer 0 mlp.down_proj (64 × 128), block size 16"
     text = "\n".join(table.notes)
     assert "They come from a 4-bit release." in table.notes
-    assert "Data: text (train), 8 sequences of up to 32 tokens: 4,096 calibration tokens, 512 held out; seed 0" in text
+    assert (
+        "Data: text, split train; 8 sequences of up to 32 tokens: 4,096 calibration tokens, 512 held out; seed 0"
+        in text
+    )
     assert "offline twin" in text
     assert "Device: Some GPU; commit 0123456789 with uncommitted changes" in text
     assert "NVFP4 global scale amax" in text
@@ -161,9 +164,10 @@ def test_settings_of_a_format_are_told_apart():
     ]
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "qwen3_4b"])
-def test_published_figures_stand_beside_their_model_only(name: str):
-    qwen = {"model": name, "data": "wikitext2", "out_features": 2560, "in_features": 9728}
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-4B", "Qwen3-4B (local)", "qwen3_4b"])
+@pytest.mark.parametrize("data", ["Salesforce/wikitext/wikitext-2-raw-v1", "wikitext2 (some-folder, local)"])
+def test_published_figures_stand_beside_their_model_only(model: str, data: str):
+    qwen = {"model": model, "data": data, "out_features": 2560, "in_features": 9728}
     table = only_table([make(**qwen)])
     published = {column: table.frame[column].tolist() for column in table.frame.columns if "Published" in column}
     assert published == {
