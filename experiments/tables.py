@@ -315,6 +315,8 @@ def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str
         for row in rows
     )
     notes.append("; ".join(settings))
+    if all(row.speedup is None for row in rows):
+        notes.append("No speed-up: Triton and the reference were not both timed on this device.")
     notes += [f"Published figures: {source}" for source in dict.fromkeys(p.source for p in published.values())]
     disagree = [
         f"{_format_label(row, rows)} {METHODS.get(row.method, row.method)}" for row in rows if not row.backends_agree

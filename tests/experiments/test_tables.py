@@ -91,6 +91,7 @@ def test_title_and_notes_name_what_the_numbers_stand_on():
     assert "offline twin" in text
     assert "Device: Some GPU; commit 0123456789 with uncommitted changes" in text
     assert "NVFP4 global scale amax" in text
+    assert "No speed-up" in text
     for shown in (table.markdown(), table.terminal()):
         assert table.title in shown
         assert all(note in shown for note in table.notes)
@@ -124,7 +125,9 @@ def test_speedup_is_the_ratio_of_medians_on_one_device():
     (row,) = tables.make_rows([triton, make()])
     assert row.speedup == 7.0
     assert [run.backend for run in row.runs] == ["reference", "triton"]
-    assert only_table([triton, make()]).frame["Triton speed-up"].tolist() == ["7.0×"]
+    table = only_table([triton, make()])
+    assert table.frame["Triton speed-up"].tolist() == ["7.0×"]
+    assert not any("No speed-up" in note for note in table.notes)
 
 
 @pytest.mark.parametrize(
