@@ -25,8 +25,6 @@ SEVEN = (
 )
 SENTENCE = "the quick brown fox jumps over the lazy dog while seven boxing wizards pack five dozen liquor jugs"
 WORDS = SENTENCE.split()
-    " "
-)
 
 
 def text(sentences: int, start: int = 0) -> str:
