@@ -75,17 +75,19 @@ def quantize(
     if check_finite and not use_triton:
         calibration.check_finite(weight, "weight")
     multiplier = _global_scale(matrix, fmt, global_scale)
-    factors = None if hessians is None else calibration.factorize(hessians)
 
     if use_triton:
         from quantkit.kernels import launch
 
-        codes, scales, candidates, nonfinite = launch.quantize(
-            matrix, fmt, block_size, method, multiplier, rule, factors, count_candidates
+        codes, scales, candidates, flags = launch.quantize(
+            matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates
         )
-        if check_finite and bool(nonfinite):
+        if check_finite and any(flags.tolist()):
             calibration.check_finite(weight, "weight")
+            if hessians is not None:
+                calibration.factorize(hessians)  # raises, and says why
     else:
+        factors = None if hessians is None else calibration.factorize(hessians)
         codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
 
     return QuantizedTensor(

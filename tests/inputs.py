@@ -71,6 +71,11 @@ WEIGHT_FAMILIES = (
 )
 
 
+def all_families(block_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Every family below one another, ``[n, block_size]``: for single-level scales, where no block sees another."""
+    return np.concatenate([weight_family(name, block_size, rng) for name in WEIGHT_FAMILIES])
+
+
 def hessian_family(name: str, block_size: int, rng: np.random.Generator) -> np.ndarray:
     """One float32 positive semi-definite Hessian ``[block_size, block_size]``."""
     if name == "activations":

@@ -1,4 +1,4 @@
-"""Starts the kernels: grid and tile sizes, outputs, and the float32 forms of the Hessian factors."""
+"""Starts the kernels: grid and tile sizes, outputs, flags. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import triton
 from torch import Tensor
 
 from quantkit import bounds
-from quantkit.calibration import HessianFactors
+from quantkit.calibration import MAX_RELATIVE_NEGATIVE, RELATIVE_DAMPING
 from quantkit.formats import BlockFormat
 from quantkit.kernels.device import FormatConstants, format_constants
+from quantkit.kernels.factorize import FLOOR, factorize_kernel
 from quantkit.kernels.hessian import hessian_kernel
 from quantkit.kernels.naive import naive_kernel
 from quantkit.kernels.sse import sse_kernel
 
-__all__ = ["quantize"]
+__all__ = ["factorize", "quantize"]
 
 INTERPRETED = triton.knobs.runtime.interpret
+# Elements a program of the naive and SSE kernels holds, and rows one of the Hessian kernel. The interpreter pays by the
+# operation, not by the element.
+TILE_ELEMENTS = 8192 if INTERPRETED else 2048
+TILE_ROWS = 1024 if INTERPRETED else 64
 
 
 @functools.cache
@@ -33,12 +38,14 @@ def quantize(
     method: str,
     global_scale: Tensor,
     rule: str,
-    factors: HessianFactors | None,
+    hessians: Tensor | None,
     count_candidates: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(packed codes, scale bytes, candidates or None, flag) of a bf16, fp16 or fp32 ``[rows, K]`` matrix.
+    """(packed codes, scale bytes, candidates or None, flags) of a bf16, fp16 or fp32 ``[rows, K]`` matrix.
 
-    The flag, int32 ``[1]``, is 1 where the matrix holds NaN or Inf; codes and scales are then undefined.
+    hessians: ``[K/block_size, block_size, block_size]`` on the matrix's device, for the method that needs them.
+    flags: int32 ``[2]``, 1 where the matrix, or the Hessians, hold what cannot be worked with (NaN, Inf, a clearly
+    indefinite Hessian); codes and scales are then undefined.
     """
     matrix = matrix.contiguous()
     rows, columns = matrix.shape
@@ -48,9 +55,9 @@ def quantize(
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
     candidates = torch.empty_like(scales) if count_candidates else None
-    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    flags = torch.zeros(2, dtype=torch.int32, device=device)
     if num_blocks == 0:
-        return codes, scales, candidates, flag
+        return codes, scales, candidates, flags
     constants = _constants(fmt, block_size)
     counted = scales if candidates is None else candidates  # any pointer will do where nothing is counted
     exact_fma = not INTERPRETED
@@ -58,13 +65,13 @@ def quantize(
     if method == "naive":
         if candidates is not None:
             candidates.fill_(1)
-        tile = 2048 // block_size
+        tile = TILE_ELEMENTS // block_size
         grid = (triton.cdiv(num_blocks, tile),)
         naive_kernel[grid](
-            matrix, global_scale, codes, scales, flag, num_blocks, FMT=constants, RULE=rule, BLOCK_N=tile
+            matrix, global_scale, codes, scales, flags, num_blocks, FMT=constants, RULE=rule, BLOCK_N=tile
         )
     elif method == "sse":
-        tile = 2048 // block_size
+        tile = TILE_ELEMENTS // block_size
         grid = (triton.cdiv(num_blocks, tile),)
         sse_kernel[grid](
             matrix,
@@ -72,7 +79,7 @@ def quantize(
             codes,
             scales,
             counted,
-            flag,
+            flags,
             num_blocks,
             FMT=constants,
             COUNT=count_candidates,
@@ -80,18 +87,19 @@ def quantize(
             BLOCK_N=tile,
         )
     else:
-        assert factors is not None
-        tile = 64
+        assert hessians is not None
+        factor, inverse_diagonal = factorize(hessians, flags[1:])
+        tile = TILE_ROWS
         grid = (column_blocks * triton.cdiv(rows, tile),)
         hessian_kernel[grid](
             matrix,
-            factors.factor.float(),
-            factors.inverse_diagonal.float(),
+            factor,
+            inverse_diagonal,
             global_scale,
             codes,
             scales,
             counted,
-            flag,
+            flags,
             rows,
             column_blocks,
             FMT=constants,
@@ -101,7 +109,32 @@ def quantize(
             SLACK=bounds.SLACK,
             BLOCK_M=tile,
         )
-    return codes, scales, candidates, flag
+    return codes, scales, candidates, flags
+
+
+def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 factor ``[num_blocks, block_size, block_size]`` and (H⁻¹)_ii ``[num_blocks, block_size]`` of
+    ``hessians``.
+
+    Sets ``flag``, int32 ``[1]``, to 1 for NaN, Inf or a clearly indefinite Hessian.
+    """
+    if hessians.dtype != torch.float64:
+        hessians = hessians.float()
+    hessians = hessians.contiguous()
+    num_blocks, block_size, _ = hessians.shape
+    factor = torch.empty_like(hessians, dtype=torch.float32)
+    inverse_diagonal = torch.empty(num_blocks, block_size, device=hessians.device)
+    factorize_kernel[(num_blocks,)](
+        hessians,
+        factor,
+        inverse_diagonal,
+        flag,
+        QBLOCK=block_size,
+        PIVOT_FLOOR=FLOOR,
+        DAMPING=RELATIVE_DAMPING,
+        MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
+    )
+    return factor, inverse_diagonal
 
 
 def _dot_precision() -> str:

@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from quantkit import FORMATS, quantize
-from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, hessian_family, weight_family
+from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, all_families, hessian_family, weight_family
 from tests.oracle import contract_violations
 
 LEVELS = [("nvfp4", "none"), ("nvfp4", "amax"), ("mxfp4", "none")]
+# A global scale ties a tensor's blocks together, so each family is a tensor of its own; without one they share a
+# tensor.
+CASES = [
+    *((format, "none", "all") for format in FORMATS),
+    *(("nvfp4", "amax", family) for family in WEIGHT_FAMILIES),
+]
 BLOCK_SIZES = [16, 32]
 
 
@@ -49,24 +55,26 @@ def check(
     )
 
 
-@pytest.mark.parametrize(("format", "global_scale"), LEVELS)
+def blocks_of(family: str, block_size: int, rng: np.random.Generator) -> np.ndarray:
+    return all_families(block_size, rng) if family == "all" else weight_family(family, block_size, rng)
+
+
+@pytest.mark.parametrize(("format", "global_scale", "family"), CASES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("family", WEIGHT_FAMILIES)
 def test_sse_scale_is_optimal(
     family: str, block_size: int, format: str, global_scale: str, backend: str, device: str
 ) -> None:
-    check(weight_family(family, block_size, np.random.default_rng(1)), format, global_scale, backend, device, None)
+    check(blocks_of(family, block_size, np.random.default_rng(1)), format, global_scale, backend, device, None)
 
 
-@pytest.mark.parametrize(("format", "global_scale"), LEVELS)
+@pytest.mark.parametrize(("format", "global_scale", "family"), CASES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("family", WEIGHT_FAMILIES)
 def test_hessian_scale_is_optimal(
     family: str, block_size: int, format: str, global_scale: str, backend: str, device: str
 ) -> None:
     rng = np.random.default_rng(2)
     hessians = np.stack([hessian_family(name, block_size, rng) for name in HESSIAN_FAMILIES])
-    check(weight_family(family, block_size, rng)[::3], format, global_scale, backend, device, hessians)
+    check(blocks_of(family, block_size, rng)[::3], format, global_scale, backend, device, hessians)
 
 
 finite_blocks = hnp.arrays(

@@ -274,6 +274,18 @@ def test_errors_name_the_value_and_the_remedy(change: dict[str, object], message
 
 
 @pytest.mark.parametrize(
+    ("hessian", "message"),
+    [
+        (-torch.eye(16), "block 0 is not positive semi-definite"),
+        (torch.full((16, 16), torch.nan), r"hessian holds 1024 NaN or Inf values, the first at index \(0, 0, 0\)"),
+    ],
+)
+def test_hessians_that_are_none(hessian: Tensor, message: str, backend: str, device: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(weight(), "nvfp4", 16, "hessian", backend, device, hessian=hessian.expand(4, 16, 16).to(device))
+
+
+@pytest.mark.parametrize(
     ("bad", "message"),
     [
         (torch.ones(2, 65), "K = 65, is not divisible by block size 16"),
