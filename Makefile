@@ -44,7 +44,7 @@ lint: $(READY)  ## ruff, mypy, import layers
 	$(BIN)/lint-imports --no-logo
 
 test: lint  ## lint, all tests, and the check that README and CSV files follow from the records
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8
 	$(BIN)/python experiments/report.py --check
 
 report: $(READY)  ## rebuild results/*.csv and the README's tables from results/records
