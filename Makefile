@@ -17,7 +17,9 @@ help:  ## this list
 
 # The stamp comes last: an interrupted set-up has none and is done again.
 $(READY): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "quantkit: no Python found. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(or $(PYTHON),false) -c "" 2>/dev/null || { \
+	    echo "quantkit: found no Python$(if $(PYTHON), named $(PYTHON))."; \
+	    echo "          Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	    echo "quantkit: $(PYTHON) is $$($(PYTHON) -V 2>&1); the locked packages need Python 3.11 to 3.13."; \
 	    echo "          Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
