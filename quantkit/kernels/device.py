@@ -44,6 +44,7 @@ class FormatConstants(NamedTuple):
     sse_lower: float
     sse_upper: float
     zeroing: float
+    clip_free: float
 
 
 def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
@@ -72,6 +73,9 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
         sse_lower=lower * (1 - bounds.SLACK),
         sse_upper=upper * (1 + bounds.SLACK),
         zeroing=4 * (1 + bounds.SLACK),
+        # The grid's next value would lie one more step above the largest; up to the tie between them nothing is
+        # clipped.
+        clip_free=(1 + bounds.SLACK) / (1.5 * element.max_value - element.value(element.max_code - 1) / 2),
     )
 
 
@@ -80,8 +84,13 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
 
 @triton.jit
 def round_magnitude(y, mantissa: tl.constexpr, min_exponent: tl.constexpr, max_value: tl.constexpr):
-    """Nearest grid value of float32 y ≥ 0, ties to even, saturated: adding 1.5·2^23 quanta rounds to whole quanta."""
-    y = tl.minimum(y, max_value)
+    """Nearest grid value of float32 y ≥ 0, ties to even, saturated."""
+    return round_to_quantum(tl.minimum(y, max_value), mantissa, min_exponent)
+
+
+@triton.jit
+def round_to_quantum(y, mantissa: tl.constexpr, min_exponent: tl.constexpr):
+    """Nearest value with the grid's mantissa of float32 y ≥ 0: adding 1.5·2^23 quanta rounds to whole quanta."""
     binade = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, (min_exponent + 127) << 23)
     magic = ((binade + ((23 - mantissa) << 23)) | 0x400000).to(tl.float32, bitcast=True)
     return (y + magic) - magic
@@ -170,27 +179,47 @@ def sse_window(ratio, FMT: tl.constexpr):
 
 
 @triton.jit
-def normalized_scale(code, global_scale, normalize, FMT: tl.constexpr):
-    """Effective scale times the block's normalizer, finite, and the reciprocal that elements are scaled with."""
-    scale = tl.minimum(scale_value(code, FMT) * global_scale * normalize, 1e38)
-    return scale, tl.minimum(tl.div_rn(1.0, scale), 1e38)
+def normalized_scale(code, unit, FMT: tl.constexpr, TIES_MATTER: tl.constexpr):
+    """Effective scale times the block's normalizer, and the reciprocal that elements are scaled with; both finite.
+
+    unit is global_scale times the normalizer, a power of two, so the product rounds as the effective scale itself does.
+    TIES_MATTER: the reciprocal is correctly rounded, as residual() wants it.
+    """
+    scale = tl.minimum(scale_value(code, FMT) * unit, 1e38)
+    reciprocal = tl.div_rn(1.0, scale) if TIES_MATTER else 1.0 / scale
+    return scale, tl.minimum(reciprocal, 5e37)  # times a magnitude below 4: finite
 
 
 @triton.jit
-def residual(magnitude, scale, reciprocal, FMT: tl.constexpr, TIES_MATTER: tl.constexpr, EXACT_FMA: tl.constexpr):
+def quotient(magnitude, scale, reciprocal, EXACT_FMA: tl.constexpr):
+    """Correctly rounded float32 magnitude / scale, from the correctly rounded reciprocal (Markstein 1990, one step)."""
+    if EXACT_FMA:
+        y = magnitude * reciprocal
+        return tl.fma(tl.fma(-y, scale, magnitude), reciprocal, y)
+    else:
+        return tl.div_rn(magnitude, tl.broadcast_to(scale, magnitude.shape))
+
+
+@triton.jit
+def residual(
+    magnitude,
+    scale,
+    reciprocal,
+    FMT: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    TIES_MATTER: tl.constexpr,
+    EXACT_FMA: tl.constexpr,
+):
     """Float32 ``|x| − S·Q(|x|/S)`` of a tile, scale and reciprocal broadcast to it; exact up to one rounding.
 
+    CLIPPED=False leaves the clamp to the largest level out, for scales at which no quotient reaches the tie above it.
     A product with the reciprocal may fall on the other side of a tie than the quotient that the codes are chosen from.
-    Squared error is the same on both sides; where the residual's sign matters, TIES_MATTER asks for the correctly
-    rounded quotient (one Newton step with a correctly rounded reciprocal: Markstein 1990).
+    Squared error is the same on both sides; where the residual's sign matters, TIES_MATTER asks for the quotient.
     """
-    y = magnitude * reciprocal
-    if TIES_MATTER:
-        if EXACT_FMA:
-            y = tl.where(y < 1e30, tl.fma(tl.fma(-y, scale, magnitude), reciprocal, y), y)
-        else:
-            y = tl.div_rn(magnitude, tl.broadcast_to(scale, magnitude.shape))
-    level = round_magnitude(y, FMT.element_mantissa, FMT.element_min_exponent, FMT.element_max)
+    y = quotient(magnitude, scale, reciprocal, EXACT_FMA) if TIES_MATTER else magnitude * reciprocal
+    if CLIPPED:
+        y = tl.minimum(y, FMT.element_max)
+    level = round_to_quantum(y, FMT.element_mantissa, FMT.element_min_exponent)
     if EXACT_FMA:
         return tl.fma(-level, scale, magnitude)
     else:
@@ -201,17 +230,25 @@ def residual(magnitude, scale, reciprocal, FMT: tl.constexpr, TIES_MATTER: tl.co
 
 
 @triton.jit
-def packed_codes(weight, code, global_scale, FMT: tl.constexpr):
-    """uint8 [tile, block_size / 2] element codes of float32 [tile, block_size] at int32 scale codes [tile]."""
-    scale = scale_value(code, FMT) * global_scale
-    level = round_magnitude(
-        tl.div_rn(tl.abs(weight), tl.broadcast_to(scale[:, None], weight.shape)),
-        FMT.element_mantissa,
-        FMT.element_min_exponent,
-        FMT.element_max,
-    )
-    magnitude = encode_magnitude(level, FMT.element_mantissa, 1 - FMT.element_min_exponent, FMT.element_min_exponent)
-    sign = (weight.to(tl.int32, bitcast=True) >> 31) & 1
-    nibbles = magnitude | (sign << FMT.element_sign_shift)
+def element_codes(y, FMT: tl.constexpr):
+    """int32 magnitude codes of float32 y ≥ 0: round_magnitude's quanta, counted on from the binade's first code."""
+    y = tl.minimum(y, FMT.element_max)
+    binade = tl.maximum(y.to(tl.int32, bitcast=True) & 0x7F800000, (FMT.element_min_exponent + 127) << 23)
+    magic = ((binade + ((23 - FMT.element_mantissa) << 23)) | 0x400000).to(tl.float32, bitcast=True)
+    quanta = (y + magic).to(tl.int32, bitcast=True) & ((4 << FMT.element_mantissa) - 1)
+    shift: tl.constexpr = 23 - FMT.element_mantissa
+    return quanta + ((binade >> shift) - ((FMT.element_min_exponent + 127) << FMT.element_mantissa))
+
+
+@triton.jit
+def packed_codes(weight, magnitude, code, unit, FMT: tl.constexpr, EXACT_FMA: tl.constexpr):
+    """uint8 [tile, block_size / 2] element codes of float32 [tile, block_size] at int32 scale codes [tile].
+
+    magnitude: the weight's, normalized; unit: global_scale times the normalizer [tile].
+    """
+    scale, reciprocal = normalized_scale(code, unit, FMT, True)
+    nibbles = element_codes(quotient(magnitude, scale[:, None], reciprocal[:, None], EXACT_FMA), FMT)
+    sign = weight.to(tl.int32, bitcast=True) >> (31 - FMT.element_sign_shift)
+    nibbles |= sign & (1 << FMT.element_sign_shift)
     even, odd = tl.split(tl.reshape(nibbles, [weight.shape[0], FMT.block_size // 2, 2]))
     return (even | (odd << 4)).to(tl.uint8)

@@ -30,11 +30,11 @@ def hessian_window(
 ):
     """(first, last) int32 codes outside which r H rᵀ exceeds the incumbent's error; see bounds.hessian_window."""
     reach = tl.sqrt_rn(error[:, None] * inverse_diagonal[None, :]) * (1 + SLACK)
-    unit = tl.minimum(tl.div_rn(1.0, normalize) / global_scale, 3e38)  # from normalized magnitudes to scales
+    to_scale = tl.minimum(tl.div_rn(1.0, normalize) / global_scale, 3e38)  # from normalized magnitudes
     clipping = tl.maximum(tl.max(magnitude - reach, axis=1), 0.0) / FMT.element_max
     beyond = tl.where(magnitude > reach, (magnitude + reach) / FMT.element_smallest, float("inf"))
-    first = tl.maximum(scale_ceil_code(clipping * unit * (1 - SLACK), FMT), FMT.scale_min_code)
-    last = tl.maximum(scale_floor_code(tl.min(beyond, axis=1) * unit * (1 + SLACK), FMT), FMT.scale_min_code)
+    first = tl.maximum(scale_ceil_code(clipping * to_scale * (1 - SLACK), FMT), FMT.scale_min_code)
+    last = tl.maximum(scale_floor_code(tl.min(beyond, axis=1) * to_scale * (1 + SLACK), FMT), FMT.scale_min_code)
     ratio = tl.div_rn(amax, tl.zeros_like(amax) + global_scale)
     return first, tl.minimum(last, zeroing_code(ratio, FMT))
 
@@ -48,8 +48,7 @@ def search(
     magnitude,
     negative,
     factor,
-    global_scale,
-    normalize,
+    unit,
     FMT: tl.constexpr,
     EXACT_FMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -57,8 +56,8 @@ def search(
     """Offers the codes first … last of each block; ties go to the smaller code."""
     for step in range(tl.max(last - first, axis=0) + 1):
         code = first + step
-        scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), global_scale, normalize, FMT)
-        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, True, EXACT_FMA)
+        scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), unit, FMT, True)
+        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, True, True, EXACT_FMA)
         r = tl.where(negative, -r, r)
         projected = tl.dot(r, factor, input_precision=PRECISION)
         error = tl.sum(projected * projected, axis=1)
@@ -106,6 +105,7 @@ def hessian_kernel(
     normalize = normalizer(amax)
     magnitude = tl.abs(weight) * normalize[:, None]
     negative = weight < 0
+    unit = global_scale * normalize
     search_first, search_last = sse_window(tl.div_rn(amax, tl.zeros_like(amax) + global_scale), FMT)
     code = search_first
     error = tl.full([BLOCK_M], float("inf"), tl.float32)
@@ -117,8 +117,7 @@ def hessian_kernel(
         magnitude,
         negative,
         factor,
-        global_scale,
-        normalize,
+        unit,
         FMT,
         EXACT_FMA,
         PRECISION,
@@ -126,14 +125,10 @@ def hessian_kernel(
     first, last = hessian_window(magnitude, error, inverse_diagonal, normalize, amax, global_scale, FMT, SLACK)
     below_last = tl.minimum(last, search_first - 1)
     above_first = tl.maximum(first, search_last + 1)
-    code, error = search(
-        code, error, first, below_last, magnitude, negative, factor, global_scale, normalize, FMT, EXACT_FMA, PRECISION
-    )
-    code, error = search(
-        code, error, above_first, last, magnitude, negative, factor, global_scale, normalize, FMT, EXACT_FMA, PRECISION
-    )
+    code, error = search(code, error, first, below_last, magnitude, negative, factor, unit, FMT, EXACT_FMA, PRECISION)
+    code, error = search(code, error, above_first, last, magnitude, negative, factor, unit, FMT, EXACT_FMA, PRECISION)
 
-    packed = packed_codes(weight, code, global_scale, FMT)
+    packed = packed_codes(weight, magnitude, code, unit, FMT, EXACT_FMA)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)

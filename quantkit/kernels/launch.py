@@ -68,7 +68,16 @@ def quantize(
         tile = TILE_ELEMENTS // block_size
         grid = (triton.cdiv(num_blocks, tile),)
         naive_kernel[grid](
-            matrix, global_scale, codes, scales, flags, num_blocks, FMT=constants, RULE=rule, BLOCK_N=tile
+            matrix,
+            global_scale,
+            codes,
+            scales,
+            flags,
+            num_blocks,
+            FMT=constants,
+            RULE=rule,
+            EXACT_FMA=exact_fma,
+            BLOCK_N=tile,
         )
     elif method == "sse":
         tile = TILE_ELEMENTS // block_size

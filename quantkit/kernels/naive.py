@@ -8,6 +8,7 @@ import triton.language as tl
 from quantkit.kernels.device import (
     block_amax,
     encode_magnitude,
+    normalizer,
     packed_codes,
     round_magnitude,
     scale_ceil_code,
@@ -48,6 +49,7 @@ def naive_kernel(
     num_blocks,
     FMT: tl.constexpr,
     RULE: tl.constexpr,
+    EXACT_FMA: tl.constexpr,
     BLOCK_N: tl.constexpr,  # blocks a program
 ):
     QBLOCK: tl.constexpr = FMT.block_size
@@ -57,9 +59,11 @@ def naive_kernel(
     weight = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
     global_scale = tl.load(global_scale_ptr)
 
-    code = naive_codes(block_amax(weight, flag_ptr), global_scale, FMT, RULE)
+    amax = block_amax(weight, flag_ptr)
+    code = naive_codes(amax, global_scale, FMT, RULE)
 
-    packed = packed_codes(weight, code, global_scale, FMT)
+    normalize = normalizer(amax)
+    packed = packed_codes(weight, tl.abs(weight) * normalize[:, None], code, global_scale * normalize, FMT, EXACT_FMA)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)

@@ -1,7 +1,8 @@
 """The representable scale of least squared error; the twin of reference/sse.py, where the formula is.
 
-A program holds a tile of blocks in registers and walks the steps that the widest window among them needs. Errors are
-float32 sums of exact residuals; with at most 32 addends they stay within the contract's 1e-6.
+A program holds a tile of blocks in registers and walks the steps that the widest window among them needs, first those
+at which some element of the tile may be clipped. Errors are float32 sums of exact residuals; with at most 32 addends
+they stay within the contract's 1e-6.
 """
 
 from __future__ import annotations
@@ -15,10 +16,37 @@ from quantkit.kernels.device import (
     normalizer,
     packed_codes,
     residual,
+    scale_floor_code,
     sse_window,
 )
 
 __all__ = ["sse_kernel"]
+
+
+@triton.jit
+def search(
+    best_code,
+    best_error,
+    first,
+    last,
+    start,
+    stop,
+    magnitude,
+    unit,
+    FMT: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    EXACT_FMA: tl.constexpr,
+):
+    """Offers the codes first + start … first + stop - 1 of each block, up to its last."""
+    for step in range(start, stop):
+        code = first + step
+        scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), unit, FMT, False)
+        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, CLIPPED, False, EXACT_FMA)
+        error = tl.sum(r * r, axis=1)
+        better = (error < best_error) & (code <= last)
+        best_code = tl.where(better, code, best_code)
+        best_error = tl.where(better, error, best_error)
+    return best_code, best_error
 
 
 @triton.jit
@@ -45,19 +73,22 @@ def sse_kernel(
     amax = block_amax(weight, flag_ptr)
     normalize = normalizer(amax)
     magnitude = tl.abs(weight) * normalize[:, None]
-    first, last = sse_window(tl.div_rn(amax, tl.zeros_like(amax) + global_scale), FMT)
+    unit = global_scale * normalize
+    ratio = tl.div_rn(amax, tl.zeros_like(amax) + global_scale)
+    first, last = sse_window(ratio, FMT)
+    steps = tl.max(last - first, axis=0) + 1
+    clip_free = scale_floor_code(ratio * FMT.clip_free, FMT) + 1
+    clipped_steps = tl.minimum(tl.max(clip_free - first, axis=0), steps)
     best_code = first
     best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
-    for step in range(tl.max(last - first, axis=0) + 1):
-        code = first + step
-        scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), global_scale, normalize, FMT)
-        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, False, EXACT_FMA)
-        error = tl.sum(r * r, axis=1)
-        better = (error < best_error) & (code <= last)
-        best_code = tl.where(better, code, best_code)
-        best_error = tl.where(better, error, best_error)
+    best_code, best_error = search(
+        best_code, best_error, first, last, 0, clipped_steps, magnitude, unit, FMT, True, EXACT_FMA
+    )
+    best_code, best_error = search(
+        best_code, best_error, first, last, clipped_steps, steps, magnitude, unit, FMT, False, EXACT_FMA
+    )
 
-    packed = packed_codes(weight, best_code, global_scale, FMT)
+    packed = packed_codes(weight, magnitude, best_code, unit, FMT, EXACT_FMA)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, best_code.to(tl.uint8), mask=inside)
