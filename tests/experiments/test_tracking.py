@@ -8,8 +8,10 @@ import logging
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +37,7 @@ CONFIG = {"format": {"name": "nvfp4"}, "block_size": 16}
 WANDB = TrackingConfig("wandb")
 
 
-def read_offline_run(path: Path) -> Iterator[object]:
+def read_offline_run(path: Path) -> Iterator[Any]:
     """The protobuf records of a `.wandb` file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
@@ -61,13 +63,23 @@ def offline_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
+def complete_run(file: Path) -> list[Any]:
+    """The records of an offline run. W&B's own process completes the file shortly after finish() returns."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = list(read_offline_run(file))
+        if any(r.HasField("exit") for r in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.05)
+
+
 def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     track(RECORD, CONFIG, WANDB, tmp_path)
     out, err = capfd.readouterr()
     assert out + err == ""
 
     (file,) = offline_files(tmp_path)
-    records = list(read_offline_run(file))
+    records = complete_run(file)
     (run,) = (r.run for r in records if r.HasField("run"))
     assert (run.run_id, run.display_name, run.project) == (RECORD.run_id, RECORD.run_id, "quantkit")
     assert run.run_group == RECORD.sweep
@@ -87,7 +99,7 @@ def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFi
     track(dataclasses.replace(RECORD, status="failed", reason="no"), CONFIG, WANDB, tmp_path)
     files = offline_files(tmp_path)
     assert len(files) == 2
-    exits = {r.exit.exit_code for f in files for r in read_offline_run(f) if r.HasField("exit")}
+    exits = {r.exit.exit_code for f in files for r in complete_run(f) if r.HasField("exit")}
     assert exits == {0, 1}
 
     # Neither the machine nor its user.
