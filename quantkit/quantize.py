@@ -218,7 +218,7 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Non
         and FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value
     ):
         raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
-    return torch.tensor(value, dtype=torch.float32, device=matrix.device)
+    return torch.full((), value, dtype=torch.float32, device=matrix.device)  # no copy from the host to wait for
 
 
 def _quantize_reference(
