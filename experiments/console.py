@@ -22,7 +22,7 @@ NEXT_COMMAND = "python experiments/report.py"
 # Overrides that every line shows already, or that change no result: they stay out of the heading.
 NOT_IN_HEADING = (
     *("format", "block_size", "method", "backend", "model", "data", "layer.index", "layer.module"),
-    *("cache", "experiment", "force", "offline", "output_dir", "sweep", "timing", "tracking"),
+    *("cache", "experiment", "force", "offline", "output_dir", "record", "sweep", "timing", "tracking"),
 )
 
 
@@ -113,7 +113,7 @@ class Console:
 
 def _in_every_line(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
-    return key in NOT_IN_HEADING or key.partition(".")[0] in ("cache", "timing", "tracking")
+    return key in NOT_IN_HEADING or key.partition(".")[0] in ("cache", "record", "timing", "tracking")
 
 
 def _label(record: RunRecord) -> str:

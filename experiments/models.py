@@ -6,6 +6,7 @@ Brings files to the disk and reads no weights; imports neither torch nor transfo
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -136,6 +137,16 @@ def tokenizer_folder(model: ModelConfig) -> Path:
         return Path(huggingface_hub.snapshot_download(str(model.repo), revision=model.revision, allow_patterns=wanted))
     except OSError as error:
         raise SourceError(f"{model.repo}: the tokenizer cannot be downloaded: {one_line(error)}") from None
+
+
+def count_layers(model: ModelConfig) -> int | None:
+    """How many decoder layers the model has; None for a source that is a layer, not a model. May fetch config.json."""
+    if model.source in (ModelSource.synthetic, ModelSource.bundle):
+        return None
+    if model.source == ModelSource.pypi_gguf:
+        return model.num_layers
+    path = checkpoint_files(model)("config.json")
+    return None if path is None else int(json.loads(path.read_text())["num_hidden_layers"])
 
 
 def shards_below(weight_map: dict[str, str], num_layers: int) -> list[str]:

@@ -18,6 +18,8 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
+BLOCKS_NAME = "blocks.parquet"
+LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts")  # records from before them have none
 STATUSES = ("ok", "unsupported", "failed")
 
 
@@ -55,6 +57,7 @@ class RunRecord:
     out_features: int | None = None
     in_features: int | None = None
     weight_dtype: str | None = None
+    weight_std: float | None = None
     seq_len: int | None = None
     sequences: int | None = None
     tokens_calibration: int | None = None
@@ -69,6 +72,9 @@ class RunRecord:
     scales_moved: float | None = None  # share of blocks whose scale differs from the naive one
     candidates_mean: float | None = None  # scales evaluated a block
     candidates_max: int | None = None
+    # With record.blocks=true: number of blocks by shift of the scale's index from naive, and by candidates.
+    scale_shifts: dict[str, int] | None = None
+    candidate_counts: dict[str, int] | None = None
 
     time_ms_median: float | None = None
     time_ms_p20: float | None = None
@@ -109,7 +115,7 @@ class RunRecord:
                 "delete it or run it again with force=true."
             )
         unknown = sorted(values.keys() - set(FIELDS))
-        missing = sorted(set(FIELDS) - values.keys())
+        missing = sorted(set(FIELDS) - values.keys() - set(LATER_FIELDS))
         if unknown or missing:
             parts = [f"unknown fields {', '.join(unknown)}"] if unknown else []
             parts += [f"missing fields {', '.join(missing)}"] if missing else []

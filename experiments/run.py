@@ -32,7 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import provenance, tracking
 from experiments.config import Config, ModelSource, config_hash, result_config, run_id, to_config
 from experiments.console import Console, full_errors, one_line
-from experiments.record import RECORD_NAME, RecordError, RunRecord, read_record
+from experiments.record import BLOCKS_NAME, RECORD_NAME, RecordError, RunRecord, read_record
+from experiments.sweep import layers_ahead
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(composed: DictConfig, console: Console) -> None:
     digest = config_hash([result_config(config, device, backend), sources])
     run_dir = Path(config.output_dir) / name
     console.heading(config)
-    previous = finished_record(run_dir, None if source_error else digest)
+    previous = finished_record(run_dir, None if source_error else digest, blocks=config.record.blocks)
     if previous is not None and not config.force:
         console.skipped(previous)
         return
@@ -77,7 +78,7 @@ def run(composed: DictConfig, console: Console) -> None:
                 raise source_error
             from experiments.stages import execute
 
-            fields |= execute(config, device, backend) | {"status": "ok", "reason": None}
+            fields |= execute(config, device, backend, run_dir, layers_ahead(config)) | {"status": "ok", "reason": None}
         except Exception as error:
             fields |= {"status": status_of(error), "reason": one_line(error)}
             log.info("%s: %s\n%s", fields["status"], fields["reason"], traceback.format_exc())
@@ -102,11 +103,13 @@ def resolve(config: Config) -> tuple[Config, Any, Exception | None]:
         return config, None, error
 
 
-def finished_record(run_dir: Path, digest: str | None) -> RunRecord | None:
+def finished_record(run_dir: Path, digest: str | None, blocks: bool = False) -> RunRecord | None:
     """The record of a run that ended well, from the sources of `digest` (None: from any, since they cannot be had).
 
-    One from another version of the schema counts for nothing.
+    One from another version of the schema counts for nothing, nor does one without its blocks where they are asked for.
     """
+    if blocks and not (run_dir / BLOCKS_NAME).is_file():
+        return None
     try:
         record = read_record(run_dir / RECORD_NAME)
     except (FileNotFoundError, RecordError):

@@ -138,7 +138,7 @@ def _replacement(group: str, name: str, schema: type[T], asked: DataConfig | Non
     if asked is not None:
         own = CONF_DIR / group / f"{asked.name}.yaml"
         defaults = OmegaConf.load(own) if own.is_file() else OmegaConf.create({})
-        for key in ("seq_len", "samples", "heldout"):
+        for key in ("seq_len", "samples", "heldout", "calibration_tokens"):
             value = getattr(asked, key)
             if value != OmegaConf.select(defaults, key, default=value):
                 OmegaConf.update(values, key, value)
@@ -158,6 +158,7 @@ def _resolve_bundle(config: Config) -> Config:
     known = {field.name for field in dataclasses.fields(DataConfig)}
     data = DataConfig(**{key: value for key, value in manifest["data"].items() if key in known})
     data.source = DataSource(data.source)
+    data.calibration_tokens = config.data.calibration_tokens  # chosen of the bundle's, whatever made it
     return dataclasses.replace(config, layer=layer, data=data, seed=manifest["seed"])
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiments import provenance, timing
-from experiments.activations import LayerInputs, load_layer_inputs
-from experiments.config import Config
+from experiments.activations import LayerInputs, limit_calibration, load_layer_inputs
+from experiments.blocks import block_columns, counts, write_blocks
+from experiments.config import Config, LayerConfig
+from experiments.record import BLOCKS_NAME
 from quantkit import QuantizedTensor, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
@@ -40,17 +43,25 @@ class Quantized:
     result: QuantizedTensor
     seconds: float  # that making the result took
     quantize: Callable[..., QuantizedTensor]
+    naive: QuantizedTensor
 
 
-def execute(config: Config, device: str, backend: str) -> Fields:
-    """Run all stages on `device`. What the library cannot do raises ValueError before anything is loaded."""
+def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Sequence[LayerConfig] = ()) -> Fields:
+    """Run all stages on `device`. What the library cannot do raises ValueError before anything is loaded.
+
+    ahead: layers that later runs of the sweep want of the same model and text.
+    """
     resolve_backend(backend, device)
     check_options(config)
-    inputs = load_layer_inputs(config)
+    inputs = load_layer_inputs(config, ahead)
+    if config.data.calibration_tokens is not None:
+        inputs = limit_calibration(inputs, config.data.calibration_tokens, config.data.seq_len, config.seed)
     work = quantize_layer(config, inputs, device, backend)
     log.info("quantized")
     fields = describe(config, inputs, work) | measure_errors(config, inputs, work)
     log.info("errors: %s", {name: value for name, value in fields.items() if "error" in name})
+    if config.record.blocks:
+        fields |= keep_blocks(inputs, work, run_dir)
     if config.verify:
         fields |= verify_scales(config, work)
     return fields | measure_time(config, work, device, backend)
@@ -81,7 +92,9 @@ def quantize_layer(config: Config, inputs: LayerInputs, device: str, backend: st
     call = partial(quantize, weight, backend=backend, **options(config))
     start = time.perf_counter()
     result = call(method=config.method.name, hessian=hessian, count_candidates=True)
-    return Quantized(weight, hessian, result, time.perf_counter() - start, call)
+    seconds = time.perf_counter() - start
+    naive = result if config.method.name == "naive" else call(method="naive")
+    return Quantized(weight, hessian, result, seconds, call, naive)
 
 
 def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
@@ -101,6 +114,7 @@ def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
         "out_features": work.weight.shape[0],
         "in_features": work.weight.shape[1],
         "weight_dtype": str(work.weight.dtype).removeprefix("torch."),
+        "weight_std": work.weight.double().std(correction=0).item(),
         "tokens_calibration": inputs.tokens_calibration,
         "tokens_heldout": inputs.tokens_heldout,
         "global_scale": layout.default_global_scale if scale is None else scale,
@@ -116,7 +130,7 @@ def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fiel
     def on_tokens(gram: Tensor | None) -> float | None:
         return None if gram is None else output_error_from_gram(work.weight, quantized, gram.to(quantized.device))
 
-    naive = result if config.method.name == "naive" else work.quantize(method="naive")
+    naive = work.naive
     fields: Fields = {
         "weight_error": weight_error(work.weight, quantized),
         "output_error": on_tokens(inputs.gram_calibration),
@@ -128,6 +142,12 @@ def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fiel
         fields["candidates_mean"] = result.candidates.double().mean().item()
         fields["candidates_max"] = int(result.candidates.max())
     return fields
+
+
+def keep_blocks(inputs: LayerInputs, work: Quantized, run_dir: Path) -> Fields:
+    blocks = block_columns(work.weight, work.result, work.naive, inputs.gram_calibration)
+    write_blocks(blocks, run_dir / BLOCKS_NAME)
+    return {"scale_shifts": counts(blocks["shift"]), "candidate_counts": counts(blocks.get("candidates"))}
 
 
 def verify_scales(config: Config, work: Quantized) -> Fields:

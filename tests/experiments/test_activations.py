@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments import activations, layers
-from experiments.activations import LayerInputs, load_layer_inputs, prefetch_layer_inputs
+from experiments.activations import LayerInputs, limit_calibration, load_layer_inputs, prefetch_layer_inputs
 from experiments.config import CONF_DIR, Config, LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
 from experiments.sources import layer_folder, resolve_sources
@@ -535,3 +535,45 @@ def test_synthetic_inputs_have_heavy_and_correlated_channels() -> None:
 def test_an_unknown_split_is_named() -> None:
     with pytest.raises(ValueError, match=r"split=train: use calibration or heldout"):
         load_layer_inputs(synthetic()).batches("train")
+
+
+def test_fewer_calibration_tokens_are_nested_and_leave_the_heldout_ones_alone(tiny: SimpleNamespace) -> None:
+    """12 calibration sequences of 32 tokens."""
+    whole = load_layer_inputs(config_for(tiny))
+    sequences = torch.cat(list(whole.batches())).double().split(32)
+
+    def limited(tokens: int, seed: int = 0) -> LayerInputs:
+        inputs = limit_calibration(whole, tokens, 32, seed)
+        assert inputs.tokens_calibration == tokens and inputs.tokens_heldout == whole.tokens_heldout
+        assert inputs.gram_heldout is whole.gram_heldout and inputs.weight is whole.weight
+        return inputs
+
+    def made_of(gram: torch.Tensor, x: torch.Tensor) -> bool:
+        return torch.allclose(gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+    first = [i for i, x in enumerate(sequences) if made_of(limited(32).gram_calibration, x)]
+    assert len(first) == 1
+    assert made_of(limited(10).gram_calibration, sequences[first[0]][:10])
+    more = limited(80).gram_calibration.double() - sequences[first[0]].T @ sequences[first[0]]
+    assert any(
+        made_of(more, torch.cat([x, y[:16]]))
+        for i, x in enumerate(sequences)
+        for j, y in enumerate(sequences)
+        if len({i, j, *first}) == 3
+    )
+    assert limit_calibration(whole, 12 * 32, 32, 0) is whole and limit_calibration(whole, 10**6, 32, 0) is whole
+    assert len({limited(32, seed).gram_calibration.sum().item() for seed in range(8)}) > 1
+
+
+def test_the_number_of_calibration_tokens_is_no_part_of_the_cache(tiny: SimpleNamespace) -> None:
+    config = config_for(tiny)
+    limited = change(config, data__calibration_tokens=32)
+    assert layer_folder(limited) == layer_folder(config)
+    load_layer_inputs(limited)
+    manifest = json.loads((layer_folder(config) / "manifest.json").read_text())
+    assert manifest["data"]["calibration_tokens"] is None
+    bundle = change(limited, model=ModelConfig("bundle", ModelSource.bundle, path=str(layer_folder(config))))
+    assert resolve_sources(bundle).data.calibration_tokens == 32
+    with pytest.raises(SourceError, match=r"cache\.activations=true"):
+        gram_only = load_layer_inputs(change(config, cache__activations=False, seed=5))
+        limit_calibration(gram_only, 32, 32, 0)

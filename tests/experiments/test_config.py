@@ -192,3 +192,23 @@ def test_the_entry_imports_nothing_heavy() -> None:
     heavy = ("torch", "triton", "transformers", "datasets", "wandb", "pandas", "quantkit")
     code = f"import sys, experiments.run; found = set({heavy}) & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO_ROOT, timeout=60)
+
+
+EXPERIMENTS = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_says_what_it_feeds_and_composes(name: str) -> None:
+    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# Feeds ") and f"-m experiment={name}\n" in text
+    assert "smollm2" not in text and "python_docs" not in text
+    config = compose([f"experiment={name}"])
+    assert config.output_dir == f"results/runs/{name}" and config.model.name in ("qwen3_4b", "synthetic")
+
+
+def test_settings_that_change_no_result_leave_the_identity_alone() -> None:
+    plain = run_id(compose(), "cpu", "reference")
+    assert run_id(compose(["record.blocks=true", "data.calibration_tokens=null"]), "cpu", "reference") == plain
+    assert run_id(compose(["data.calibration_tokens=128"]), "cpu", "reference") != plain
+    with pytest.raises(ValueError, match="calibration_tokens=0"):
+        compose(["data.calibration_tokens=0"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.record import FIELDS, RecordError, RunRecord, read_record, read_records
+from experiments.record import FIELDS, LATER_FIELDS, RecordError, RunRecord, read_record, read_records
 
 RECORD = RunRecord(
     run_id="nvfp4-b16-sse-1",
@@ -103,3 +103,10 @@ def test_a_folder_of_runs_and_of_lines(tmp_path: Path) -> None:
     (tmp_path / "main.jsonl").write_text(f"{RECORD.to_json()}\n{{\n", encoding="utf-8")
     with pytest.raises(RecordError, match=r"main\.jsonl:2"):
         read_records(tmp_path)
+
+
+def test_a_record_from_before_a_field_has_none(tmp_path: Path) -> None:
+    values = RECORD.to_dict()
+    for name in LATER_FIELDS:
+        del values[name]
+    assert RunRecord.from_dict(values) == RECORD

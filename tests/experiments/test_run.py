@@ -7,27 +7,29 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
 from experiments import run as entry
 from experiments import stages
-from experiments.config import CONF_DIR, REPO_ROOT, Config
+from experiments.config import CONF_DIR, REPO_ROOT, Config, LayerConfig
 from experiments.console import Console, _milliseconds
-from experiments.record import RunRecord, read_record, read_records
+from experiments.record import BLOCKS_NAME, RunRecord, read_record, read_records
 from quantkit import quantize
 from quantkit.metrics import output_error, weight_error
+from tests.experiments import tiny_models
 
 SMALL = ("model=synthetic", "model.out_features=32", "model.in_features=64", "data=synthetic", "data.samples=4",
          "data.seq_len=16", "tracking=none", "timing=none")  # fmt: skip
 
 
-def layer_inputs(config: Config) -> SimpleNamespace:
+def layer_inputs(config: Config, ahead: Sequence[LayerConfig] = ()) -> SimpleNamespace:
     """A layer of the configured shape, three quarters of its tokens for calibration."""
     generator = torch.Generator().manual_seed(config.seed)
     width = config.model.in_features
@@ -73,8 +75,8 @@ def run(output: Path, *overrides: str, console: Console | None = None) -> list[R
     return read_records(output)
 
 
-def fail_with(error: BaseException) -> Callable[[Config], object]:
-    def load(config: Config) -> object:
+def fail_with(error: BaseException) -> Callable[..., object]:
+    def load(config: Config, ahead: Sequence[LayerConfig] = ()) -> object:
         raise error
 
     return load
@@ -320,3 +322,65 @@ def test_a_typo_is_hydras_own_message() -> None:
 )
 def test_times_are_legible(milliseconds: float, text: str) -> None:
     assert _milliseconds(milliseconds) == text
+
+
+@pytest.mark.parametrize("method", ["naive", "sse", "hessian"])
+def test_blocks_are_kept_beside_the_record(output: Path, method: str) -> None:
+    (record,) = run(output, f"method={method}", "model.std=1")
+    assert record.scale_shifts is None and not (output / record.run_id / BLOCKS_NAME).exists()
+    (record,) = run(output, f"method={method}", "model.std=1", "record.blocks=true")  # the same run, not finished yet
+    blocks = pd.read_parquet(output / record.run_id / BLOCKS_NAME)
+
+    assert len(blocks) == 32 * 64 // 16 and blocks["block"].max() == 3 and blocks["row"].max() == 31
+    assert record.weight_error == pytest.approx((blocks.squared_error.sum() / blocks.squared_norm.sum()) ** 0.5)
+    assert record.scales_moved == pytest.approx((blocks["shift"] != 0).mean())
+    assert record.scale_shifts == {str(k): n for k, n in blocks["shift"].value_counts().sort_index().items()}
+    assert ("candidates" in blocks) == (record.candidate_counts is not None)
+    if record.candidate_counts is not None:
+        assert record.candidates_mean == pytest.approx(blocks["candidates"].mean())
+        assert sum(record.candidate_counts.values()) == len(blocks)
+    assert (blocks["squared_output_error"] >= 0).all()
+
+    console = Console()
+    run(output, f"method={method}", "model.std=1", "record.blocks=true", console=console)
+    run(output, f"method={method}", "model.std=1", console=console)
+    assert console.counts["skipped"] == 2
+
+
+# The command itself: which layers one capture takes
+
+
+@pytest.mark.slow
+def test_a_sweep_captures_its_layers_in_one_pass(tmp_path: Path) -> None:
+    tiny_models.qwen3(tmp_path / "model")
+    tiny_models.write_text(tmp_path / "text")
+    # Counted in the process: a pass over the text is one call of _one_pass.
+    code = (
+        "import runpy, sys\n"
+        "from experiments import activations\n"
+        "passes, one = [], activations._Capture._one_pass\n"
+        "activations._Capture._one_pass = lambda self, layers: (passes.append(len(layers)), one(self, layers))[1]\n"
+        "sys.argv = ['experiments/run.py', *sys.argv[1:]]\n"
+        "try:\n"
+        "    runpy.run_path('experiments/run.py', run_name='__main__')\n"
+        "except SystemExit as exit:\n"
+        "    print('passes', passes, 'status', exit.code)\n"
+    )
+    common = ["-m", "experiment=layers", f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'text'}",
+              "model.dtype=float32", "data.seq_len=32", "data.samples=16", "format=nvfp4", "method=naive",
+              f"output_dir={tmp_path / 'runs'}"]  # fmt: skip
+
+    def passes(*more: str) -> str:
+        done = command("-c", code, *common, *more, QUANTKIT_CACHE=str(tmp_path / "cache"))
+        return done.stdout.splitlines()[-1] + done.stderr[-2000:] * (not done.stdout)
+
+    modules = "layer.module=self_attn.q_proj,self_attn.k_proj,mlp.down_proj"
+    assert passes(modules, "layer.index=0") == "passes [3] status 0"
+    # Every layer of the model; what is cached is not captured again.
+    assert passes(modules) == "passes [9] status 0"
+    assert len(read_records(tmp_path / "runs")) == 12
+    assert passes(modules, "method=sse", "block_size=16,32") == "passes [] status 0"
+    # Another seed is another choice of sequences.
+    assert passes(modules, "layer.index=0,1", "seed=1,2") == "passes [6, 6] status 0"
+    # A layer that does not exist fails alone.
+    assert passes("layer.module=mlp.up_proj", "layer.index=0,99") == "passes [1] status 1"

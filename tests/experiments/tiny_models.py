@@ -107,6 +107,7 @@ def configuration(folder: Path | None = None, texts: Path | None = None, **chang
             "words", c.DataSource.hub, path=None if texts is None else str(texts), seq_len=32, samples=16, heldout=0.25
         ),
         cache=c.CacheConfig(shard_mib=1),
+        record=c.RecordConfig(),
         tracking=c.TrackingConfig("none"),
         timing=c.TimingConfig(enabled=False),
         device="cpu",

@@ -1,0 +1,65 @@
+"""What each block became: one line a block, in the order of the weight's blocks. For histograms, beside the record.
+
+shift                  index of the chosen scale minus that of the naive one, in steps of representable scales
+candidates             scales evaluated; absent where nothing was searched
+squared_error          ‖q − w‖² of the block
+squared_norm           ‖w‖²
+squared_output_error   r H rᵀ with r = q − w and H the block's Hessian from the calibration tokens
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit import QuantizedTensor
+from quantkit.calibration import block_hessians
+
+
+def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTensor, gram: Tensor) -> dict[str, Tensor]:
+    """Column → its values [out_features · num_blocks], on the CPU. weight [out_features, K]; gram [K, K].
+
+    A positive scale's byte is its index in both scale grids.
+    """
+    rows, num_blocks = result.scales.shape
+    size = weight.shape[1] // num_blocks
+    blocks = weight.float().unflatten(1, (num_blocks, size))
+    residual = result.dequantize().unflatten(1, (num_blocks, size)) - blocks
+    hessians = block_hessians(gram, size).to(residual.device)
+    columns = {
+        "row": torch.arange(rows, dtype=torch.int32).repeat_interleave(num_blocks),
+        "block": torch.arange(num_blocks, dtype=torch.int32).repeat(rows),
+        "scale": result.scales,
+        "shift": result.scales.short() - naive.scales.short(),
+        "squared_error": residual.square().sum(-1),
+        "squared_norm": blocks.square().sum(-1),
+        "squared_output_error": torch.einsum("mkb,kbc,mkc->mk", residual, hessians, residual),
+    }
+    if result.candidates is not None:
+        columns["candidates"] = result.candidates
+    return {name: values.cpu().flatten() for name, values in columns.items()}
+
+
+def counts(values: Tensor | None) -> dict[str, int] | None:
+    """Value → how often it occurs, in rising order. The keys are text, as JSON's are."""
+    if values is None:
+        return None
+    found, times = values.unique(return_counts=True)
+    return {str(value): count for value, count in zip(found.tolist(), times.tolist(), strict=True)}
+
+
+def write_blocks(columns: Mapping[str, Tensor], path: Path) -> None:
+    """One Parquet file, written under a temporary name and renamed."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table: Any = pyarrow.table({name: values.numpy() for name, values in columns.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    parquet.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
