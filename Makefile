@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint report clean
+.PHONY: help setup run paper test lint report clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,20 @@ run: $(READY)  ## the main sweep (2 formats x 3 methods), then its tables; ARGS=
 	@status=0; \
 	$(BIN)/python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian $(ARGS) || status=$$?; \
 	$(BIN)/python experiments/report.py --runs || status=$$?; \
+	exit $$status
+
+# The order is from quick to slow. A sweep that was interrupted goes on where it stopped.
+EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers timing
+
+paper: $(READY)  ## every experiment of conf/experiment, their records, then the report; resumable
+	@status=0; \
+	for name in $(EXPERIMENTS); do \
+	    echo "== $$name"; \
+	    $(BIN)/python experiments/run.py -m experiment=$$name $(ARGS) || status=$$?; \
+	    test $$status -ne 130 || exit 130; \
+	    $(BIN)/python experiments/report.py --collect $$name --from results/runs/$$name || status=$$?; \
+	done; \
+	$(BIN)/python experiments/report.py || status=$$?; \
 	exit $$status
 
 lint: $(READY)  ## ruff, mypy, import layers
