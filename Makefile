@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run paper test lint report clean
+.PHONY: help setup run paper test lint report docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,13 @@ test: lint  ## lint, all tests, and the check that README and CSV files follow f
 
 report: $(READY)  ## rebuild results/*.csv and the README's tables from results/records
 	$(BIN)/python experiments/report.py
+
+docs: $(VENV)/.docs-ready  ## the documentation, in docs/_build/html
+	$(MAKE) -C docs html SPHINXBUILD="$(CURDIR)/$(BIN)/python -m sphinx"
+
+$(VENV)/.docs-ready: docs/requirements.txt | $(READY)
+	@$(PIP) install --requirement docs/requirements.txt
+	@touch $@
 
 clean:  ## remove .venv, raw runs and tool caches (not the activation cache)
 	rm -rf $(VENV) results/runs multirun outputs wandb build dist *.egg-info

@@ -1,0 +1,177 @@
+"""The documentation's tables, from the library's own description of the formats and from the records. Imports no torch.
+
+Each function returns Markdown; `write` puts them where pages include them.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from quantkit.bounds import sse_window_factors
+from quantkit.formats import FORMATS, BlockFormat, ElementGrid, ScaleGrid
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"<!-- BEGIN GENERATED: (\S+) -->\n(.*?)<!-- END GENERATED: \1 -->", re.DOTALL)
+
+
+def write(folder: Path) -> None:
+    """Every generated text as a file of `folder`; an unchanged one is left alone, so that Sphinx need not read it."""
+    texts = {
+        "formats": formats_table(),
+        "elements": elements_table(FORMATS["nvfp4"].element),
+        "ties": ties_table(FORMATS["nvfp4"].element),
+        "scale_grids": scale_grids_table(),
+        "e4m3": fractional_scales_table(FORMATS["nvfp4"].scale),
+        "windows": windows_table(),
+        "results": results(ROOT),
+    }
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        path = folder / f"{name}.md"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def formats_table() -> str:
+    return markdown_table(
+        ("Format", "Elements", "Scales", "Block sizes", "Bits per weight", "Global scale", "Naive scale rules"),
+        (
+            (
+                f"`{fmt.name}`",
+                fmt.element.name.upper(),
+                fmt.scale.name.upper(),
+                ", ".join(map(str, fmt.block_sizes)),
+                ", ".join(f"{fmt.bits_per_weight(size):g}" for size in fmt.block_sizes),
+                f"`{fmt.default_global_scale}`" + ("" if fmt.two_level else " (it has no other)"),
+                ", ".join(f"`{rule}`" for rule in fmt.scale_rules),
+            )
+            for fmt in FORMATS.values()
+        ),
+    )
+
+
+def elements_table(grid: ElementGrid) -> str:
+    width = grid.bits - 1
+    return markdown_table(
+        ("Code", *(f"`{code:0{width}b}`" for code in range(grid.max_code + 1))),
+        (("Magnitude", *(f"{value:g}" for value in grid.magnitudes)),),
+    )
+
+
+def ties_table(grid: ElementGrid) -> str:
+    """The midpoints of neighbouring levels and the level with the even code, to which they are rounded."""
+    ties = []
+    for code in range(grid.max_code):
+        even = code if code % 2 == 0 else code + 1
+        ties.append(((grid.value(code) + grid.value(code + 1)) / 2, grid.value(even)))
+    return markdown_table(
+        ("Midpoint", *(f"{tie:g}" for tie, _ in ties)), (("is rounded to", *(f"{value:g}" for _, value in ties)),)
+    )
+
+
+def scale_grids_table() -> str:
+    grids = dict.fromkeys(fmt.scale for fmt in FORMATS.values())
+    return markdown_table(
+        ("Grid", "Exponent bits", "Mantissa bits", "Bias", "Codes", "Smallest scale", "Largest scale"),
+        (
+            (
+                grid.name.upper(),
+                grid.exponent_bits,
+                grid.mantissa_bits,
+                grid.bias,
+                f"{grid.min_code} … {grid.max_code}",
+                _power(grid.min_value),
+                _power(grid.max_value) if grid.is_power_of_two else f"{grid.max_value:g}",
+            )
+            for grid in grids
+        ),
+    )
+
+
+def fractional_scales_table(grid: ScaleGrid) -> str:
+    """Every positive value of a grid with a mantissa: a row a binade, the subnormals first."""
+    steps = 1 << grid.mantissa_bits
+    rows = []
+    for start in range(0, grid.max_code + 1, steps):
+        codes = range(start, start + steps)
+        cells = [f"{grid.value(c):.6g}" if grid.min_code <= c <= grid.max_code else "–" for c in codes]
+        rows.append((f"{start} … {start + steps - 1}", *cells))
+    return markdown_table(("Codes", *(f"+{step}" for step in range(steps))), rows)
+
+
+def windows_table() -> str:
+    rows = []
+    for fmt in FORMATS.values():
+        for size in fmt.block_sizes:
+            lower, upper = sse_window_factors(fmt.element, size)
+            rows.append(
+                (
+                    f"`{fmt.name}`",
+                    size,
+                    f"{lower:.4f}",
+                    f"{upper:.4f}",
+                    f"{upper / lower:.2f}",
+                    most_candidates(fmt, size),
+                    fmt.scale.max_code - fmt.scale.min_code + 1,
+                )
+            )
+    return markdown_table(
+        ("Format", "Block size", "Above … × amax", "Below … × amax", "Ratio", "Most scales inside", "Of all"), rows
+    )
+
+
+def most_candidates(fmt: BlockFormat, block_size: int) -> int:
+    """The most scales that an open window holds, wherever it lies among those that have a half and a double.
+
+    The count can only be largest with a scale just inside the lower end.
+    """
+    lower, upper = sse_window_factors(fmt.element, block_size)
+    grid = fmt.scale
+    values = [grid.value(code) for code in range(grid.last_code_without_half + 1, grid.max_code + 1)]
+    ratio = upper / lower
+    return max(
+        sum(first <= value < first * ratio for value in values) for first in values if first * ratio <= grid.max_value
+    )
+
+
+def results(root: Path) -> str:
+    """The README's generated tables, the figures, and the CSV files, as far as each is there."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    parts = [block[2].strip() for block in BLOCK.finditer(readme)]
+    # README's links are relative to the root
+    text = "\n\n".join(re.sub(r"(!\[[^\]]*\]\()(?!https?:)", r"\1/../", part) for part in parts)
+    figures = sorted((root / "results" / "figures").glob("*.png"))
+    if figures:
+        text += "\n\n## Figures\n\n"
+        text += "\n\n".join(
+            f"### {_title(path)}\n\n![{_title(path)}](/../results/figures/{path.name})" for path in figures
+        )
+    files = [path for folder in ("", "published") for path in sorted((root / "results" / folder).glob("*.csv"))]
+    listed = markdown_table(("File", "Rows", "Columns"), (_csv_row(root, path) for path in files))
+    return f"{text}\n\n## Files\n\n{listed}"
+
+
+def _title(path: Path) -> str:
+    return path.stem.replace("_", " ").replace("-", " ").capitalize()
+
+
+def _csv_row(root: Path, path: Path) -> tuple[str, int, int]:
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    return f"`{path.relative_to(root).as_posix()}`", len(rows), len(header)
+
+
+def _power(value: float) -> str:
+    """A power of two as one."""
+    exponent = (struct.unpack("<q", struct.pack("<d", value))[0] >> 52) - 1023
+    assert value == 2.0**exponent, value
+    return f"$2^{{{exponent}}}$"
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
