@@ -73,6 +73,19 @@ $(VENV)/.docs-ready: docs/requirements.txt | $(READY)
 	@$(PIP) install --requirement docs/requirements.txt
 	@touch $@
 
+# The pages stand in for torch, so their own environment is small.
+DOCS_READY := .venv-docs/.ready
+
+$(DOCS_READY): docs/requirements.txt
+	@test -n "$(PYTHON)" || { echo "quantkit: no Python found. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@rm -f $(DOCS_READY)
+	@.venv-docs/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check --quiet install --requirement docs/requirements.txt
+	@touch $(DOCS_READY)
+
+docs: $(DOCS_READY)  ## build the documentation in docs/_build/html
+	$(MAKE) -C docs html SPHINXBUILD="$(CURDIR)/.venv-docs/bin/python -m sphinx"
+
 clean:  ## remove .venv, raw runs and tool caches (not the activation cache)
-	rm -rf $(VENV) results/runs multirun outputs wandb build dist *.egg-info
+	rm -rf $(VENV) .venv-docs docs/_build docs/_generated results/runs multirun outputs wandb build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

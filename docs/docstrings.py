@@ -40,7 +40,7 @@ def _paragraph(lines: list[str], is_summary: bool) -> list[str]:
     entries: list[tuple[str, list[str]]] = [("", [])]
     for line in lines:
         described = None if is_summary else DESCRIPTION.match(line)
-        if described and len(described[1]) <= 80:
+        if described and len(described[1]) <= 120:
             entries.append((described[1], [line[described.end() :]]))
         else:
             entries[-1][1].append(line.strip())

@@ -93,12 +93,12 @@ def scale_grids_table() -> str:
 
 
 def fractional_scales_table(grid: ScaleGrid) -> str:
-    """Every positive value of a grid with a mantissa: a row a binade, the subnormals first."""
+    """Every positive value of a grid with a mantissa, in units of the smallest: a row a binade, the subnormals first."""
     steps = 1 << grid.mantissa_bits
     rows = []
     for start in range(0, grid.max_code + 1, steps):
         codes = range(start, start + steps)
-        cells = [f"{grid.value(c):.6g}" if grid.min_code <= c <= grid.max_code else "–" for c in codes]
+        cells = [f"{grid.value(c) / grid.min_value:.0f}" if grid.min_code <= c <= grid.max_code else "–" for c in codes]
         rows.append((f"{start} … {start + steps - 1}", *cells))
     return markdown_table(("Codes", *(f"+{step}" for step in range(steps))), rows)
 
