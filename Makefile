@@ -66,13 +66,6 @@ test: lint  ## lint, all tests, and the check that README and CSV files follow f
 report: $(READY)  ## rebuild results/*.csv and the README's tables from results/records
 	$(BIN)/python experiments/report.py
 
-docs: $(VENV)/.docs-ready  ## the documentation, in docs/_build/html
-	$(MAKE) -C docs html SPHINXBUILD="$(CURDIR)/$(BIN)/python -m sphinx"
-
-$(VENV)/.docs-ready: docs/requirements.txt | $(READY)
-	@$(PIP) install --requirement docs/requirements.txt
-	@touch $@
-
 # The pages stand in for torch, so their own environment is small.
 DOCS_READY := .venv-docs/.ready
 
