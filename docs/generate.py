@@ -93,7 +93,7 @@ def scale_grids_table() -> str:
 
 
 def fractional_scales_table(grid: ScaleGrid) -> str:
-    """Every positive value of a grid with a mantissa, in units of the smallest: a row a binade, the subnormals first."""
+    """Every positive value of a grid with a mantissa, in units of the smallest: a row a binade, the subnormals first."""  # noqa: E501
     steps = 1 << grid.mantissa_bits
     rows = []
     for start in range(0, grid.max_code + 1, steps):
