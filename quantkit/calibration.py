@@ -26,9 +26,8 @@ __all__ = [
 ]
 
 CHUNK_ELEMENTS = 1 << 26  # of activations converted to float32 at a time (256 MiB)
-RELATIVE_DAMPING = (
-    1e-12  # of the mean diagonal; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
-)
+RELATIVE_DAMPING = 1e-12  # of each H_ii; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
+DEAD_CHANNEL = 1e-24  # of the mean diagonal, where H_ii = 0: an error there must not outweigh one that H sees
 MAX_RELATIVE_NEGATIVE = 1e-4  # an eigenvalue below minus this share of the largest is no rounding error
 
 
@@ -135,33 +134,37 @@ class HessianFactors:
 def factorize(hessians: Tensor) -> HessianFactors:
     """Factors of positive semi-definite ``hessians`` ``[num_blocks, block_size, block_size]``.
 
-    RELATIVE_DAMPING times the mean diagonal is added (1 for an all-zero Hessian), so what H cannot tell apart is told
-    apart by squared error. A block whose Cholesky factorization fails all the same, because rounding made it
-    indefinite, is replaced by the nearest positive definite matrix. Raises ValueError for NaN, Inf, or a matrix that
-    is clearly indefinite.
+    Each H_ii is raised by RELATIVE_DAMPING of itself, and where it is zero set to DEAD_CHANNEL times the mean diagonal
+    (1 for an all-zero Hessian), so what H cannot tell apart is told apart by squared error. A block whose Cholesky
+    factorization fails all the same, because rounding made it indefinite, is replaced by the nearest positive definite
+    matrix. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite.
     """
     check_finite(hessians, "hessian")
     hessians = hessians.double()
-    mean = hessians.diagonal(dim1=1, dim2=2).mean(-1)
-    scale = torch.where(mean > 0, mean, 1.0)[:, None, None]
-    hessians = (hessians + hessians.mT) / (2 * scale)
-    damping = torch.where(mean == 0, 1.0, RELATIVE_DAMPING)
-    identity = torch.eye(hessians.shape[-1], dtype=torch.float64, device=hessians.device)
-    factor, failed = torch.linalg.cholesky_ex(hessians + damping[:, None, None] * identity)
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(-1, keepdim=True)
+    relative = torch.where(mean > 0, diagonal / mean, 1.0)
+    root = torch.where(relative > 0, relative, DEAD_CHANNEL).sqrt().unsqueeze(-1)
+    # Equilibrated: unit diagonal, so damping and rounding are relative to each channel.
+    scale = root * root.mT * torch.where(mean > 0, mean, 1.0).unsqueeze(-1)
+    equilibrated = (hessians + hessians.mT) / (2 * scale)
+    equilibrated.diagonal(dim1=1, dim2=2).masked_fill_(diagonal == 0, 1.0)
+    damping = RELATIVE_DAMPING * torch.eye(hessians.shape[-1], dtype=torch.float64, device=hessians.device)
+    factor, failed = torch.linalg.cholesky_ex(equilibrated + damping)
     if bool(failed.any()):
         which = failed.nonzero().flatten()
-        eigenvalues, vectors = torch.linalg.eigh(hessians[which])
+        eigenvalues, vectors = torch.linalg.eigh(equilibrated[which])
         bad = eigenvalues[:, 0] < -MAX_RELATIVE_NEGATIVE * eigenvalues[:, -1].abs()
         if bool(bad.any()):
             block = int(which[bad.nonzero()[0]])
             raise ValueError(
-                f"hessian block {block} is not positive semi-definite: its eigenvalues, relative to its mean diagonal, "
+                f"hessian block {block} is not positive semi-definite: its eigenvalues, relative to its diagonal, "
                 f"run from {eigenvalues[bad][0, 0]:.3g} to {eigenvalues[bad][0, -1]:.3g}; "
                 "accumulate it as XᵀX in float32 or better"
             )
-        factor[which] = vectors * eigenvalues.clamp(min=damping[which, None]).sqrt().unsqueeze(1)
-    inverse = torch.linalg.inv(factor)
-    return HessianFactors(factor.contiguous(), inverse.square().sum(1))
+        factor[which] = vectors * eigenvalues.clamp(min=RELATIVE_DAMPING).sqrt().unsqueeze(1)
+    inverse = torch.linalg.inv(factor) / root.mT
+    return HessianFactors((factor * root).contiguous(), inverse.square().sum(1))
 
 
 def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ def factorize_kernel(
     QBLOCK: tl.constexpr,
     PIVOT_FLOOR: tl.constexpr,
     DAMPING: tl.constexpr,
+    DEAD: tl.constexpr,
     MAX_NEGATIVE: tl.constexpr,
 ):
     base = tl.program_id(0).to(tl.int64) * QBLOCK * QBLOCK
@@ -55,8 +56,8 @@ def factorize_kernel(
         chosen = tl.min(tl.where(pending & (offered >= pivot), lane, QBLOCK - 1), axis=0)
         lowest = tl.minimum(lowest, tl.min(tl.where(pending, pivots, 0.0), axis=0))
         dead = tl.sum(tl.where(lane == chosen, tl.where(alive, 0, 1), 0), axis=0) > 0
-        # Below the floor only the diagonal of what remains is kept; a dead channel gets the damping alone.
-        kept = tl.where(pivot > PIVOT_FLOOR, pivot, tl.where(dead, DAMPING * mean, tl.maximum(pivot, DAMPING)))
+        # Below the floor only the diagonal of what remains is kept; a dead channel has DEAD alone.
+        kept = tl.where(pivot > PIVOT_FLOOR, pivot, tl.where(dead, DEAD * mean, tl.maximum(pivot, DAMPING)))
         kept = tl.sqrt(tl.where(kept > 0, kept, 1.0))
         step = tl.sum(tl.where(column == chosen, rest, 0.0), axis=1) / kept
         step = tl.where(pending & (lane != chosen), tl.where(pivot > PIVOT_FLOOR, step, 0.0), 0.0)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from quantkit import bounds
-from quantkit.calibration import MAX_RELATIVE_NEGATIVE, RELATIVE_DAMPING
+from quantkit.calibration import DEAD_CHANNEL, MAX_RELATIVE_NEGATIVE, RELATIVE_DAMPING
 from quantkit.formats import BlockFormat
 from quantkit.kernels.device import FormatConstants, format_constants
 from quantkit.kernels.factorize import FLOOR, factorize_kernel
@@ -141,6 +141,7 @@ def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
         QBLOCK=block_size,
         PIVOT_FLOOR=FLOOR,
         DAMPING=RELATIVE_DAMPING,
+        DEAD=DEAD_CHANNEL,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
     )
     return factor, inverse_diagonal
