@@ -66,7 +66,7 @@ def quantize(
     fmt = get_format(format)
     rule = _check_options(weight, fmt, block_size, method, scale_rule)
     use_triton = resolve_backend(backend, weight.device) == "triton"
-    hessians = _hessians(weight, block_size, method, activations, gram, hessian)
+    hessians = _hessians(weight, block_size, method, activations, gram, hessian, use_triton)
 
     leading = weight.shape[:-1]
     matrix = weight.reshape(math.prod(leading), weight.shape[-1])
@@ -74,7 +74,7 @@ def quantize(
         matrix = matrix.float()
     if check_finite and not use_triton:
         calibration.check_finite(weight, "weight")
-    multiplier = _global_scale(matrix, fmt, global_scale)
+    multiplier = _global_scale(matrix, fmt, global_scale, use_triton)
 
     if use_triton:
         from quantkit.kernels import launch
@@ -156,6 +156,7 @@ def _hessians(
     activations: Tensor | None,
     gram: Tensor | None,
     hessian: Tensor | None,
+    use_triton: bool,
 ) -> Tensor | None:
     """Block Hessians on the weight's device, from whichever of the three was given."""
     given = [
@@ -175,8 +176,11 @@ def _hessians(
         )
     columns = weight.shape[-1]
     if activations is not None:
-        calibration.check_activations(activations, columns)
-        result = calibration.hessians_from_activations(activations, block_size)
+        if use_triton and activations.is_cuda and activations.dtype != torch.float64:
+            result = _hessians_from_activations(activations, columns, block_size)
+        else:
+            calibration.check_activations(activations, columns)
+            result = calibration.hessians_from_activations(activations, block_size)
     elif gram is not None:
         if gram.shape != (columns, columns):
             raise ValueError(
@@ -195,7 +199,19 @@ def _hessians(
     return result.to(weight.device)
 
 
-def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | None) -> Tensor:
+def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
+    """Block Hessians by the kernel; NaN and Inf are looked for in them, not in a pass over the activations."""
+    from quantkit.kernels import launch
+
+    calibration.check_activations(activations[:0], in_features)
+    result = launch.block_hessians(activations, block_size)
+    if not bool(result.isfinite().all()):
+        calibration.check_finite(activations, "activations")
+        raise ValueError("activations are too large: their squares exceed float32; scale them down")
+    return result
+
+
+def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | None, use_triton: bool = False) -> Tensor:
     """Float32 scalar: the decode multiplier. amax is taken from the weight and computed with in float32."""
     requested = fmt.default_global_scale if requested is None else requested
     if not fmt.two_level and requested != "none":
@@ -205,8 +221,13 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Non
     if requested == "amax":
         if matrix.numel() == 0:
             return torch.ones((), device=matrix.device)
+        if use_triton:
+            from quantkit.kernels import launch
+
+            return launch.global_scale(matrix, fmt)
         amax = torch.linalg.vector_norm(matrix, torch.inf).float()
-        multiplier = amax / (fmt.element.max_value * fmt.scale.max_value)
+        # Divided by a tensor: by a number, CUDA would multiply with its reciprocal and may miss the quotient by an ulp.
+        multiplier = amax / torch.full_like(amax, fmt.element.max_value * fmt.scale.max_value)
         # Zero weights have no scale; below float32's normal range a multiplier would lose the precision that it is
         # there to give.
         return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)

@@ -9,6 +9,7 @@ not in the swizzled order that a tensor core reads.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from quantkit.formats import BlockFormat, get_format
 
 __all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FILE_FORMAT_VERSION = "1"
 
 
@@ -78,9 +80,16 @@ class QuantizedTensor:
         return self.format.element.decode_signed(unpack_codes(self.codes))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that the codes stand for, ``[..., K]`` in ``dtype``; computed in float32."""
+        """The weight that the codes stand for, ``[..., K]`` in ``dtype``; computed in float32.
+
+        On a GPU, with Triton installed and for bfloat16, float16 and float32, by one fused kernel.
+        """
         if not dtype.is_floating_point:
             raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
+        if self.codes.is_cuda and dtype in KERNEL_DTYPES and importlib.util.find_spec("triton"):
+            from quantkit.kernels import launch
+
+            return launch.dequantize(self.codes, self.scales, self.global_scale, self.format, self.block_size, dtype)
         blocks = self.values().unflatten(-1, (self.scales.shape[-1], self.block_size))
         return (blocks * self.scale_values().unsqueeze(-1)).flatten(-2).to(dtype)
 

@@ -10,20 +10,26 @@ from torch import Tensor
 
 from quantkit import bounds
 from quantkit.calibration import DEAD_CHANNEL, MAX_RELATIVE_NEGATIVE, RELATIVE_DAMPING
-from quantkit.formats import BlockFormat
+from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat
+from quantkit.kernels.block_hessians import block_hessians_kernel
+from quantkit.kernels.dequantize import dequantize_kernel
 from quantkit.kernels.device import FormatConstants, format_constants
-from quantkit.kernels.factorize import FLOOR, factorize_kernel
+from quantkit.kernels.factorize import FIRST_SHIFT, factorize_kernel
+from quantkit.kernels.global_scale import global_scale_kernel
 from quantkit.kernels.hessian import hessian_kernel
 from quantkit.kernels.naive import naive_kernel
 from quantkit.kernels.sse import sse_kernel
 
-__all__ = ["factorize", "quantize"]
+__all__ = ["block_hessians", "dequantize", "factorize", "global_scale", "quantize"]
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Elements a program of the naive and SSE kernels holds, and rows one of the Hessian kernel. The interpreter pays by the
-# operation, not by the element.
-TILE_ELEMENTS = 8192 if INTERPRETED else 2048
-TILE_ROWS = 1024 if INTERPRETED else 64
+# Sizes that were fastest on an H200 (docs/log.md); the interpreter pays by the operation, not by the element.
+TILE_ELEMENTS = 8192 if INTERPRETED else 1024  # a program of the naive and SSE kernels, one warp
+AMAX_ELEMENTS = 8192  # a step, and programs at most
+AMAX_PROGRAMS = 528
+DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
+HESSIAN_WIDTH = 64  # columns, and tokens, a program
+HESSIAN_TOKENS = 2048
 
 
 @functools.cache
@@ -78,6 +84,7 @@ def quantize(
             RULE=rule,
             EXACT_FMA=exact_fma,
             BLOCK_N=tile,
+            num_warps=1,
         )
     elif method == "sse":
         tile = TILE_ELEMENTS // block_size
@@ -94,16 +101,17 @@ def quantize(
             COUNT=count_candidates,
             EXACT_FMA=exact_fma,
             BLOCK_N=tile,
+            num_warps=1,
         )
     else:
         assert hessians is not None
-        factor, inverse_diagonal = factorize(hessians, flags[1:])
-        tile = TILE_ROWS
-        grid = (column_blocks * triton.cdiv(rows, tile),)
+        factor, inverse_root = factorize(hessians, flags[1:])
+        product, tile, tiles, warps = _product(block_size)
+        grid = (column_blocks * triton.cdiv(rows, tile * tiles),)
         hessian_kernel[grid](
             matrix,
             factor,
-            inverse_diagonal,
+            inverse_root,
             global_scale,
             codes,
             scales,
@@ -114,16 +122,18 @@ def quantize(
             FMT=constants,
             COUNT=count_candidates,
             EXACT_FMA=exact_fma,
-            PRECISION=_dot_precision(),
+            PRODUCT=product,
             SLACK=bounds.SLACK,
             BLOCK_M=tile,
+            TILES=tiles,
+            num_warps=warps,
         )
     return codes, scales, candidates, flags
 
 
 def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 factor ``[num_blocks, block_size, block_size]`` and (H⁻¹)_ii ``[num_blocks, block_size]`` of
-    ``hessians``.
+    """Float32 lower triangular A ``[num_blocks, block_size, block_size]`` and √(H⁻¹)_ii ``[num_blocks, block_size]``
+    of ``hessians``.
 
     Sets ``flag``, int32 ``[1]``, to 1 for NaN, Inf or a clearly indefinite Hessian.
     """
@@ -132,21 +142,91 @@ def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
     hessians = hessians.contiguous()
     num_blocks, block_size, _ = hessians.shape
     factor = torch.empty_like(hessians, dtype=torch.float32)
-    inverse_diagonal = torch.empty(num_blocks, block_size, device=hessians.device)
+    inverse_root = torch.empty(num_blocks, block_size, device=hessians.device)
     factorize_kernel[(num_blocks,)](
         hessians,
         factor,
-        inverse_diagonal,
+        inverse_root,
         flag,
         QBLOCK=block_size,
-        PIVOT_FLOOR=FLOOR,
         DAMPING=RELATIVE_DAMPING,
         DEAD=DEAD_CHANNEL,
+        SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
+        num_warps=1 if block_size == 16 else 2,
     )
-    return factor, inverse_diagonal
+    return factor, inverse_root
 
 
-def _dot_precision() -> str:
-    """Triton's name of a float32-accurate product: three tf32 products on NVIDIA's tensor cores, float32 elsewhere."""
-    return "tf32x3" if torch.version.cuda else "ieee"
+def global_scale(matrix: Tensor, fmt: BlockFormat) -> Tensor:
+    """Float32 scalar: the decode multiplier of ``matrix``, bf16, fp16 or fp32 of any shape, from its amax."""
+    matrix = matrix.contiguous()
+    multiplier = torch.empty((), dtype=torch.float32, device=matrix.device)
+    workspace = torch.zeros(2, dtype=torch.int32, device=matrix.device)
+    size = matrix.numel()
+    programs = min(triton.cdiv(size, AMAX_ELEMENTS), AMAX_PROGRAMS)
+    global_scale_kernel[(max(programs, 1),)](
+        matrix,
+        workspace,
+        workspace[1:],
+        multiplier,
+        size,
+        LARGEST_PRODUCT=fmt.element.max_value * fmt.scale.max_value,
+        SMALLEST_NORMAL=FLOAT32_SMALLEST_NORMAL,
+        BLOCK_N=AMAX_ELEMENTS,
+        num_warps=8,
+    )
+    return multiplier
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, global_scale: Tensor, fmt: BlockFormat, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight ``[..., K]`` in ``dtype`` (bf16, fp16 or fp32) of packed codes ``[..., K/2]`` and scale bytes."""
+    codes, scales = codes.contiguous(), scales.contiguous()
+    weight = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype, device=codes.device)
+    num_chunks = weight.numel() // 8
+    if num_chunks:
+        dequantize_kernel[(triton.cdiv(num_chunks, DEQUANTIZE_CHUNKS),)](
+            codes,
+            scales,
+            global_scale,
+            weight,
+            num_chunks,
+            FMT=_constants(fmt, block_size),
+            BLOCK_N=DEQUANTIZE_CHUNKS,
+        )
+    return weight
+
+
+def block_hessians(activations: Tensor, block_size: int) -> Tensor:
+    """Float32 ``[K/block_size, block_size, block_size]`` of bf16, fp16 or fp32 activations ``[tokens, K]``."""
+    activations = activations.contiguous()
+    tokens, in_features = activations.shape
+    num_blocks = in_features // block_size
+    splits = max(1, triton.cdiv(tokens, HESSIAN_TOKENS))
+    shape = (splits, num_blocks, block_size, block_size)
+    parts = torch.empty(shape, dtype=torch.float32, device=activations.device)
+    if parts.numel():
+        block_hessians_kernel[(triton.cdiv(in_features, HESSIAN_WIDTH), splits)](
+            activations,
+            parts,
+            tokens,
+            in_features,
+            HESSIAN_TOKENS,
+            QBLOCK=block_size,
+            WIDTH=HESSIAN_WIDTH,
+            BLOCK_T=128 if activations.element_size() == 2 else 32,
+            UPCAST=INTERPRETED,
+            num_warps=4,
+        )
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _product(block_size: int) -> tuple[str, int, int, int]:
+    """How the Hessian kernel multiplies (see there), rows a tile, tiles a program, and warps."""
+    if INTERPRETED:
+        return "dot", 1024, 1, 1
+    if block_size == 16:
+        return "registers", 32, 4, 1
+    return "tf32" if torch.version.cuda else "dot", 128, 4, 4

@@ -8,9 +8,10 @@ import triton.language as tl
 from quantkit.kernels.device import (
     block_amax,
     encode_magnitude,
+    load_blocks,
     normalizer,
     packed_codes,
-    round_magnitude,
+    round_to_grid,
     scale_ceil_code,
 )
 
@@ -22,9 +23,8 @@ def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr):
     """int32 scale codes for float32 amax."""
     if FMT.scale_mantissa > 0:
         wanted = tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max * global_scale)
-        wanted = round_magnitude(wanted, FMT.scale_mantissa, FMT.scale_min_exponent, FMT.scale_max)
-        wanted = tl.maximum(wanted, FMT.scale_min)
-        return encode_magnitude(wanted, FMT.scale_mantissa, FMT.scale_bias, FMT.scale_min_exponent)
+        wanted = round_to_grid(tl.minimum(wanted, FMT.scale_max), FMT.scale_mantissa, FMT.scale_min_exponent)
+        return encode_magnitude(tl.maximum(wanted, FMT.scale_min), FMT.scale_mantissa, FMT.scale_bias)
     elif RULE == "rceil":
         return tl.maximum(
             scale_ceil_code(tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max), FMT), FMT.scale_min_code
@@ -55,8 +55,8 @@ def naive_kernel(
     QBLOCK: tl.constexpr = FMT.block_size
     block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
-    offsets = block[:, None] * QBLOCK + tl.arange(0, QBLOCK)[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
+    weight = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32)
     global_scale = tl.load(global_scale_ptr)
 
     amax = block_amax(weight, flag_ptr)

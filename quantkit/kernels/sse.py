@@ -12,11 +12,14 @@ import triton.language as tl
 
 from quantkit.kernels.device import (
     block_amax,
-    normalized_scale,
+    clip_free_code,
+    load_blocks,
+    nearest_level,
     normalizer,
     packed_codes,
     residual,
-    scale_floor_code,
+    scale_value,
+    search_unit,
     sse_window,
 )
 
@@ -37,13 +40,18 @@ def search(
     CLIPPED: tl.constexpr,
     EXACT_FMA: tl.constexpr,
 ):
-    """Offers the codes first + start … first + stop - 1 of each block, up to its last."""
+    """Offers the codes first + start … first + stop - 1 of each block; past its last, the last again.
+
+    Codes rise and a tie is no improvement, so ties go to the smaller code.
+    """
     for step in range(start, stop):
-        code = first + step
-        scale, reciprocal = normalized_scale(tl.minimum(code, FMT.scale_max_code), unit, FMT, False)
-        r = residual(magnitude, scale[:, None], reciprocal[:, None], FMT, CLIPPED, False, EXACT_FMA)
+        code = tl.minimum(first + step, last)
+        scale = scale_value(code, FMT) * unit
+        reciprocal = 1.0 / scale
+        level = nearest_level(magnitude, scale[:, None], reciprocal[:, None], FMT, CLIPPED, False, EXACT_FMA)
+        r = residual(magnitude, level, scale[:, None], EXACT_FMA)
         error = tl.sum(r * r, axis=1)
-        better = (error < best_error) & (code <= last)
+        better = error < best_error
         best_code = tl.where(better, code, best_code)
         best_error = tl.where(better, error, best_error)
     return best_code, best_error
@@ -66,19 +74,18 @@ def sse_kernel(
     QBLOCK: tl.constexpr = FMT.block_size
     block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
-    offsets = block[:, None] * QBLOCK + tl.arange(0, QBLOCK)[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
+    weight = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32)
     global_scale = tl.load(global_scale_ptr)
 
     amax = block_amax(weight, flag_ptr)
     normalize = normalizer(amax)
     magnitude = tl.abs(weight) * normalize[:, None]
-    unit = global_scale * normalize
+    unit = search_unit(global_scale, normalize, FMT)
     ratio = tl.div_rn(amax, tl.zeros_like(amax) + global_scale)
     first, last = sse_window(ratio, FMT)
     steps = tl.max(last - first, axis=0) + 1
-    clip_free = scale_floor_code(ratio * FMT.clip_free, FMT) + 1
-    clipped_steps = tl.minimum(tl.max(clip_free - first, axis=0), steps)
+    clipped_steps = tl.minimum(tl.max(clip_free_code(ratio, FMT) - first, axis=0), steps)
     best_code = first
     best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
     best_code, best_error = search(
@@ -88,7 +95,7 @@ def sse_kernel(
         best_code, best_error, first, last, clipped_steps, steps, magnitude, unit, FMT, False, EXACT_FMA
     )
 
-    packed = packed_codes(weight, magnitude, best_code, unit, FMT, EXACT_FMA)
+    packed = packed_codes(weight, magnitude, best_code, global_scale * normalize, FMT, EXACT_FMA)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, best_code.to(tl.uint8), mask=inside)

@@ -15,8 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def run(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    factor, inverse_diagonal = factorize(hessians.to(DEVICE), flag)
-    return factor.cpu().double(), inverse_diagonal.cpu().double(), int(flag)
+    factor, inverse_root = factorize(hessians.to(DEVICE), flag)
+    return factor.cpu().double(), inverse_root.cpu().double().square(), int(flag)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -30,6 +30,7 @@ def test_factors_reproduce_the_hessian(family: str, block_size: int, dtype: torc
     regularized = want.factor @ want.factor.mT
     largest = torch.linalg.eigvalsh(regularized)[:, -1]
     assert flag == 0
+    assert torch.equal(factor, factor.tril())
     assert ((factor @ factor.mT - regularized).abs().amax((1, 2)) <= 3e-7 * largest).all()
     assert torch.isfinite(inverse_diagonal).all() and (inverse_diagonal > 0).all()
     if family != "rank_deficient":  # there the inverse is rounding noise, in either

@@ -1,0 +1,46 @@
+"""The weight that codes and scales stand for, ``value · (scale · global_scale)`` in float32; the twin of
+QuantizedTensor.dequantize.
+
+A thread takes four bytes of codes, so that its eight values leave in one or two stores of full width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.device import scale_value
+
+__all__ = ["dequantize_kernel"]
+
+
+@triton.jit
+def element_values(nibbles, FMT: tl.constexpr):
+    """Float32 signed element values of int32 codes: moved to float32's place for them, then scaled to its bias."""
+    magnitude = (nibbles & ((1 << FMT.element_sign_shift) - 1)) << (23 - FMT.element_mantissa)
+    sign = (nibbles & (1 << FMT.element_sign_shift)) << (31 - FMT.element_sign_shift)
+    return (magnitude | sign).to(tl.float32, bitcast=True) * 2.0 ** (127 - FMT.element_bias)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes_ptr,  # [num_blocks, block_size / 2] uint8
+    scales_ptr,  # [num_blocks] uint8
+    global_scale_ptr,  # [1] fp32
+    weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
+    num_chunks,  # of eight elements
+    FMT: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # chunks a program
+):
+    CHUNK: tl.constexpr = 8
+    chunk = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = chunk < num_chunks
+    half = chunk[:, None] * (CHUNK // 2) + tl.arange(0, CHUNK // 2)[None, :]
+    packed = tl.load(codes_ptr + half, mask=inside[:, None], other=0).to(tl.int32)
+    code = tl.load(scales_ptr + chunk // (FMT.block_size // CHUNK), mask=inside, other=0).to(tl.int32)
+    scale = scale_value(code, FMT) * tl.load(global_scale_ptr)
+
+    nibbles = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_N, CHUNK])
+    weight = element_values(nibbles, FMT) * scale[:, None]
+    offsets = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=inside[:, None])

@@ -1,0 +1,115 @@
+"""The kernels' parts on their own, and the kernels that no method's test reaches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from quantkit import E2M1, E4M3, FORMATS, quantize
+from quantkit.calibration import hessians_from_activations
+from quantkit.formats import ElementGrid, ScaleGrid
+from quantkit.kernels import launch
+from quantkit.kernels.device import round_to_grid
+from quantkit.kernels.hessian import load_factor, projected_error
+from quantkit.quantize import _global_scale
+from tests.inputs import all_families
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter rounds to bfloat16 otherwise than to nearest.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+@triton.jit
+def _round_kernel(y_ptr, rounded_ptr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(rounded_ptr + lane, round_to_grid(tl.load(y_ptr + lane), MANTISSA, MIN_EXPONENT))
+
+
+@pytest.mark.parametrize("grid", [E2M1, E4M3], ids=lambda grid: grid.name)
+def test_rounding_is_exact_around_every_value_and_tie(grid: ElementGrid | ScaleGrid) -> None:
+    """±40 ulps around every grid value and tie, and random values of every binade."""
+    values = grid.decode(torch.arange(grid.max_code + 1))
+    centres = torch.cat([values, (values[1:] + values[:-1]) / 2]).float()
+    near = (centres[1:].view(torch.int32)[:, None] + torch.arange(-40, 41)).flatten().view(torch.float32)
+    random = torch.rand(20000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 2.5, 20000)
+    y = torch.cat([near, random, centres]).clamp(0, grid.max_value)
+    y = torch.nn.functional.pad(y, (0, -len(y) % 1024)).to(DEVICE)
+    rounded = torch.empty_like(y)
+    _round_kernel[(len(y) // 1024,)](
+        y, rounded, MANTISSA=grid.mantissa_bits, MIN_EXPONENT=grid.min_exponent, BLOCK=1024
+    )
+    assert torch.equal(rounded.cpu(), nearest(y.cpu(), values.float()))
+
+
+def nearest(y: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The nearest of ``values``, ties to the one of even index, in float64."""
+    distance = (y.double()[:, None] - values.double()).abs()
+    best = distance.amin(1, keepdim=True)
+    odd = torch.arange(len(values)) % 2
+    return values[torch.where(distance == best, odd, 2).argmin(1)]
+
+
+@triton.jit
+def _projection_kernel(r_ptr, factor_ptr, error_ptr, ROWS: tl.constexpr, QBLOCK: tl.constexpr, PRODUCT: tl.constexpr):
+    row, lane = tl.arange(0, ROWS), tl.arange(0, QBLOCK)
+    r = tl.load(r_ptr + row[:, None] * QBLOCK + lane[None, :])
+    factor = load_factor(factor_ptr, QBLOCK, PRODUCT)
+    tl.store(error_ptr + row, projected_error(r, factor, QBLOCK, PRODUCT))
+
+
+@pytest.mark.parametrize("product", ["registers", "tf32", "dot"])
+def test_products_agree(product: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randn(32, 16, generator=generator)
+    factor = torch.randn(16, 16, generator=generator).tril()
+    error = torch.empty(32, device=DEVICE)
+    _projection_kernel[(1,)](r.to(DEVICE), factor.to(DEVICE), error, ROWS=32, QBLOCK=16, PRODUCT=product)
+    want = (r.double() @ factor.double()).square().sum(1)
+    torch.testing.assert_close(error.cpu().double(), want, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(300, 128), (37, 96), (2, 3, 32), (0, 32)])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantize(format: str, block_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    q = quantize(weight, format, block_size)
+    on = q.to(DEVICE)
+    got = launch.dequantize(on.codes, on.scales, on.global_scale, q.format, block_size, dtype)
+    assert got.dtype == dtype and got.shape == weight.shape
+    integer = torch.int32 if dtype == torch.float32 else torch.int16  # bits, for −0
+    assert torch.equal(got.cpu().view(integer), q.dequantize(dtype).view(integer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(300, 128), (1, 16), (513, 33)])
+def test_global_scale(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype)
+    for matrix in (weight, weight * 0, -weight.abs()):
+        assert launch.global_scale(matrix.to(DEVICE), FORMATS["nvfp4"]).cpu() == _global_scale(
+            matrix, FORMATS["nvfp4"], "amax"
+        )
+
+
+def test_global_scale_of_adversarial_weights() -> None:
+    for block in torch.tensor(all_families(16, np.random.default_rng(4))).split(48):
+        assert launch.global_scale(block.to(DEVICE), FORMATS["nvfp4"]).cpu() == _global_scale(
+            block, FORMATS["nvfp4"], "amax"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "columns"), [(300, 128), (5000, 96), (1, 32), (0, 64)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_block_hessians(block_size: int, tokens: int, columns: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(3)).to(dtype)
+    got = launch.block_hessians(x.to(DEVICE), block_size).cpu()
+    want = hessians_from_activations(x.double(), block_size)
+    assert got.dtype == torch.float32
+    scale = want.diagonal(dim1=1, dim2=2).amax() if tokens else 1.0
+    assert (got - want).abs().amax() <= 1e-5 * scale
