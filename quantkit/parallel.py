@@ -7,12 +7,13 @@ thread of Python works through pieces of its own, with one thread of PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["for_each"]
+__all__ = ["for_each", "one_torch_thread"]
 
 MAX_THREADS = 16  # beyond, they wait for Python's lock
 
@@ -22,16 +23,22 @@ def for_each(work: Callable[..., None], pieces: Sequence[tuple[object, ...]], de
 
     The pieces must not depend on each other. The first exception is raised again.
     """
-    threads = torch.get_num_threads()
-    workers = min(threads, MAX_THREADS, len(pieces)) if device.type == "cpu" else 1
+    workers = min(torch.get_num_threads(), MAX_THREADS, len(pieces)) if device.type == "cpu" else 1
     if workers <= 1:
         for piece in pieces:
             work(*piece)
         return
+    with one_torch_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(work, *piece) for piece in pieces]:
+            done.result()
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch computes on one core within: for many small operations."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(work, *piece) for piece in pieces]:
-                done.result()
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -87,7 +87,8 @@ def quantize(
             if hessians is not None:
                 calibration.factorize(hessians)  # raises, and says why
     else:
-        factors = None if hessians is None else calibration.factorize(hessians)
+        with parallel.one_torch_thread():
+            factors = None if hessians is None else calibration.factorize(hessians)
         codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
 
     return QuantizedTensor(
