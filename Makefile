@@ -40,7 +40,7 @@ run: $(READY)  ## the main sweep (2 formats x 3 methods), then its tables; ARGS=
 	exit $$status
 
 # The order is from quick to slow. A sweep that was interrupted goes on where it stopped.
-EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers timing
+EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers optimality timing
 
 paper: $(READY)  ## every experiment of conf/experiment, their records, then the report; resumable
 	@status=0; \

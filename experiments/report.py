@@ -34,6 +34,7 @@ RECORDS = Path("results/records")
 RUNS = Path("results/runs")
 DOCUMENTS = (Path("README.md"),)
 PUBLISHED = "published"
+OPTIMALITY = "optimality"  # its table is of what verify found
 MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 DIFF_LINES = 40  # shown of each file
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
@@ -162,7 +163,7 @@ def expected_files(root: Path) -> dict[Path, str]:
 
 def fill(text: str, document: str, groups: dict[str, list[RunRecord]], root: Path) -> str:
     """`text` with every generated block written anew."""
-    from experiments.tables import make_tables, published_tables, read_published, unfinished
+    from experiments.tables import make_tables, published_tables, read_published, unfinished, verification_tables
 
     published = read_published(root / "results" / PUBLISHED)
     parts, position = [], 0
@@ -174,6 +175,8 @@ def fill(text: str, document: str, groups: dict[str, list[RunRecord]], root: Pat
             raise ReportError(f"{document}:{line}: a generated block needs its BEGIN and then its END line ({name})")
         if name == PUBLISHED:
             block = as_markdown(published_tables(published))
+        elif name in groups and name == OPTIMALITY:
+            block = as_markdown(verification_tables(groups[name]), unfinished(groups[name]))
         elif name in groups:
             block = as_markdown(make_tables(groups[name], published), unfinished(groups[name]))
         else:

@@ -190,6 +190,40 @@ def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = (
     ]
 
 
+def verification_tables(records: Iterable[RunRecord]) -> list[Table]:
+    """What verify found in the runs that asked for it, one table a model and text; a line a setting."""
+    verified = sorted((r for r in records if r.verified_blocks is not None), key=record_order)
+    by_source: dict[tuple[str | None, str | None], dict[tuple[Any, ...], RunRecord]] = {}
+    for record in verified:
+        setting = (record.layer_index, record.layer_module, record.format, record.global_scale, record.block_size)
+        lines = by_source.setdefault((record.model, record.data), {})
+        lines[(*setting, record.method, record.backend)] = record
+    return [
+        _verification_table(f"{model}, {data}: every scale against all representable ones", list(lines.values()))
+        for (model, data), lines in by_source.items()
+    ]
+
+
+def _verification_table(title: str, records: list[RunRecord]) -> Table:
+    notes = list(dict.fromkeys(r.model_origin for r in records if r.model_origin))
+    notes.append(f"Device: {', '.join(dict.fromkeys(r.device_name or NONE for r in records))}")
+    notes.append(f"Commit {', '.join(dict.fromkeys(_commit(r) for r in records))}")
+    total, broken = sum(r.verified_blocks or 0 for r in records), sum(r.verified_violations or 0 for r in records)
+    notes.append(f"In all {total:,} blocks, {broken:,} violations of the contract of docs/theory.md")
+    columns = {
+        "Format": [FORMATS.get(r.format, r.format) for r in records],
+        "Method": [METHODS.get(r.method, r.method) for r in records],
+        "Backend": [BACKENDS.get(r.backend, r.backend) for r in records],
+        "Layer": [f"{r.layer_index} {r.layer_module}" for r in records],
+        "Block size": [str(r.block_size) for r in records],
+        "Global scale": [str(r.global_scale) for r in records],
+        "Blocks": [f"{r.verified_blocks:,}" for r in records],
+        "Violations": [f"{r.verified_violations:,}" for r in records],
+        "Worst excess": [_number(r.verified_worst_excess) for r in records],
+    }
+    return Table(title, tuple(notes), pd.DataFrame(columns))
+
+
 def published_tables(published: Iterable[Published]) -> list[Table]:
     """The published figures alone, one table a model, layer and block size."""
     by_subject: dict[tuple[Any, ...], list[Published]] = {}

@@ -74,12 +74,12 @@ class _Grid:
         """Float32 values of integer ``codes``, any shape. A code outside the grid is the caller's mistake."""
         return self._values_on(codes.device)[codes.long()]
 
-    def round(self, magnitudes: Tensor) -> Tensor:
-        """Nearest grid value of non-negative float32 ``magnitudes``, ties to even code, saturated at ``max_value``."""
-        magnitudes = magnitudes.clamp(max=self.max_value)
-        binade = (magnitudes.view(torch.int32) & FLOAT32_EXPONENT_MASK).clamp_(min=self._smallest_binade)
+    def round(self, values: Tensor) -> Tensor:
+        """Nearest grid value of float32 ``values``, ties to even code, saturated at ``max_value``; the sign is kept."""
+        values = values.clamp(-self.max_value, self.max_value)
+        binade = (values.view(torch.int32) & FLOAT32_EXPONENT_MASK).clamp_(min=self._smallest_binade)
         quantum = binade.view(torch.float32).mul_(2.0**-self.mantissa_bits)
-        return (magnitudes / quantum).round_().mul_(quantum)
+        return values.div_(quantum).round_().mul_(quantum)
 
     def encode(self, values: Tensor) -> Tensor:
         """int32 codes of float32 grid values; a value between two codes gets the smaller one (truncation)."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from quantkit import calibration
+from quantkit import calibration, parallel
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
 from quantkit.reference import hessian as reference_hessian
 from quantkit.reference import naive as reference_naive
@@ -21,9 +22,8 @@ __all__ = ["BACKENDS", "METHODS", "BackendUnavailableError", "quantize", "resolv
 
 METHODS = ("naive", "sse", "hessian")
 BACKENDS = ("auto", "reference", "triton")
-REFERENCE_CHUNK_ELEMENTS = (
-    1 << 17
-)  # weights the reference holds in float64 at a time: a few arrays of it fit a core's cache
+# Weights that the reference holds in float64 at a time: on a CPU, a few arrays of them fit a core's cache.
+REFERENCE_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 class BackendUnavailableError(ValueError):
@@ -87,7 +87,8 @@ def quantize(
             if hessians is not None:
                 calibration.factorize(hessians)  # raises, and says why
     else:
-        factors = None if hessians is None else calibration.factorize(hessians)
+        with parallel.one_torch_thread():
+            factors = None if hessians is None else calibration.factorize(hessians)
         codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
 
     return QuantizedTensor(
@@ -251,25 +252,39 @@ def _quantize_reference(
     rule: str,
     factors: calibration.HessianFactors | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed codes, scale bytes, candidates) of a float ``[rows, K]`` matrix, a few rows at a time."""
+    """(packed codes, scale bytes, candidates) of a float ``[rows, K]`` matrix, a few blocks at a time."""
     rows, columns = matrix.shape
     num_blocks = columns // block_size
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(rows, num_blocks, dtype=torch.uint8, device=matrix.device)
     candidates = torch.empty_like(scales)
-    chunk = max(1, REFERENCE_CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows if columns else 0, chunk):
-        part = slice(start, start + chunk)
-        blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size))
+    packed_codes = codes.unflatten(-1, (num_blocks, block_size // 2))
+    matrix = matrix.detach().unflatten(-1, (num_blocks, block_size))
+
+    def quantize_chunk(part: slice, which: slice) -> None:
+        blocks = matrix[part, which].float()
         if method == "naive":
             choice = reference_naive.choose_scales(blocks, fmt, global_scale, rule)
         elif method == "sse":
             choice = reference_sse.choose_scales(blocks, fmt, global_scale)
         else:
             assert factors is not None
-            choice = reference_hessian.choose_scales(blocks, fmt, global_scale, factors)
+            own = calibration.HessianFactors(factors.factor[which], factors.inverse_diagonal[which])
+            choice = reference_hessian.choose_scales(blocks, fmt, global_scale, own)
         scaled = blocks / effective_scale(choice.codes, fmt, global_scale).unsqueeze(-1)
-        codes[part] = pack_codes(fmt.element.encode_signed(scaled).flatten(-2))
-        scales[part] = choice.codes.to(torch.uint8)
-        candidates[part] = choice.candidates.to(torch.uint8)
+        packed_codes[part, which] = pack_codes(fmt.element.encode_signed(scaled))
+        scales[part, which] = choice.codes.to(torch.uint8)
+        candidates[part, which] = choice.candidates.to(torch.uint8)
+
+    parallel.for_each(quantize_chunk, list(_chunks(rows, num_blocks, block_size, matrix.device)), matrix.device)
     return codes, scales, candidates
+
+
+def _chunks(rows: int, num_blocks: int, block_size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """(rows, block columns) of one chunk after another; a chunk is as tall as it can be: few Hessians, many blocks."""
+    blocks = max(1, REFERENCE_CHUNK_ELEMENTS.get(device.type, REFERENCE_CHUNK_ELEMENTS["cpu"]) // block_size)
+    height = math.ceil(rows / math.ceil(rows / blocks)) if rows else 1
+    width = blocks // height
+    for row in range(0, rows, height):
+        for column in range(0, num_blocks, width):
+            yield slice(row, row + height), slice(column, column + width)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit import parallel
 from quantkit.calibration import check_finite
 from quantkit.formats import BlockFormat
 from quantkit.tensor import QuantizedTensor
@@ -28,7 +29,7 @@ __all__ = ["CONTRACT", "HESSIAN_SLACK", "Verification", "verify"]
 
 CONTRACT = 1e-6
 HESSIAN_SLACK = 1e-7
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 LISTED = 10
 
 
@@ -68,26 +69,33 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
     check_finite(weight, "weight")
     q = q.to(weight.device)
     rows = weight.numel() // max(1, weight.shape[-1])
-    matrix = weight.reshape(rows, weight.shape[-1])
+    matrix = weight.detach().reshape(rows, weight.shape[-1])
     scales, packed = q.scales.reshape(rows, num_blocks), q.codes.reshape(rows, q.codes.shape[-1])
     judge = _Judge(q.format, q.global_scale, hessian, weight.device)
 
-    violations = wrong_codes = 0
-    worst = 0.0
-    where: list[tuple[int, int]] = []
     step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
-    for start in range(0, rows if num_blocks else 0, step):
+    starts = range(0, rows if num_blocks else 0, step)
+    found: dict[
+        int, tuple[int, Tensor, float]
+    ] = {}  # first row → wrong codes, (row, block) of violations, worst excess
+
+    def judge_rows(start: int) -> None:
         part = slice(start, start + step)
         # [num_blocks, rows, block_size]: one product with H a block column
         blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size)).transpose(0, 1).contiguous()
         codes = scales[part].T.int()
         stored = QuantizedTensor(packed[part], scales[part], q.global_scale, q.format, block_size)
-        wrong_codes += int((stored.values() != judge.levels(blocks, codes).transpose(0, 1).flatten(1)).sum())
+        wrong = int((stored.values() != judge.levels(blocks, codes).transpose(0, 1).flatten(1)).sum())
         excess = judge.excess(blocks, codes).T
-        worst = max(worst, float(excess.max()))
-        broken = (excess > CONTRACT).nonzero()
-        violations += len(broken)
-        where += [(start + int(row), int(block)) for row, block in broken[: LISTED - len(where)]]
+        found[start] = wrong, (excess > CONTRACT).nonzero(), float(excess.max())
+
+    parallel.for_each(judge_rows, [(start,) for start in starts], weight.device)
+    wrong_codes = sum(found[start][0] for start in starts)
+    violations = sum(len(found[start][1]) for start in starts)
+    worst = max((found[start][2] for start in starts), default=0.0)
+    where: list[tuple[int, int]] = []
+    for start in starts:
+        where += [(start + int(row), int(block)) for row, block in found[start][1][: LISTED - len(where)]]
     return Verification(rows * num_blocks, violations, worst, tuple(where), wrong_codes)
 
 

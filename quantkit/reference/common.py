@@ -1,10 +1,14 @@
-"""What the three methods share: the effective scale, the residual of round-to-nearest, and the record of a search.
+"""What the three methods share: the effective scale, the residual of round-to-nearest, and the search among pairs.
 
-S = scale · global_scale   (float32),   y = |x| / S   (float32, IEEE),   r = |x| − S·Q(y)   (float64, exact)
+S = scale · global_scale   (float32),   y = x / S   (float32, IEEE),   r = x − S·Q(y)   (float64, exact)
+
+The blocks' windows differ in length, a few of them by a factor of ten. So what is evaluated is not one scale after
+another for all blocks, but a list of pairs (block, scale code) that holds each block's window and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +17,13 @@ from torch import Tensor
 from quantkit.formats import BlockFormat
 
 __all__ = ["ScaleChoice", "Search", "effective_scale", "residual"]
+
+# Weights evaluated at a time: on a CPU few enough that the arrays stay in a core's cache.
+CPU_ELEMENTS = 1 << 17
+GPU_ELEMENTS = 1 << 22
+# Errors closer than this are equal: a matrix product may round one row differently at another place in the matrix.
+TIE = 2.0**-48
+NO_CODE = 1 << 30  # above every code
 
 
 @dataclass(frozen=True)
@@ -28,29 +39,50 @@ def effective_scale(codes: Tensor, fmt: BlockFormat, global_scale: Tensor) -> Te
     return fmt.scale.decode(codes) * global_scale
 
 
-def residual(magnitudes: Tensor, exact_magnitudes: Tensor, scale: Tensor, fmt: BlockFormat) -> Tensor:
-    """Float64 ``|x| − S·Q(|x|/S)``, ``[..., block_size]``; the magnitudes in both precisions."""
+def residual(blocks: Tensor, scale: Tensor, fmt: BlockFormat) -> Tensor:
+    """Float64 ``x − S·Q(x/S)`` of float32 ``blocks [..., block_size]`` at float32 effective ``scale [...]``."""
     scale = scale.unsqueeze(-1)
-    levels = fmt.element.round(magnitudes / scale)
-    return torch.addcmul(exact_magnitudes, levels.double(), scale.double(), value=-1)
+    levels = fmt.element.round(blocks / scale)
+    return levels.double().mul_(-scale.double()).add_(blocks)  # the product is exact: 24 bits by 2
 
 
 class Search:
-    """The best scale seen so far for each block; ties go to the smaller code."""
+    """The best scale seen so far of each block of float32 ``blocks [..., block_size]``; ties go to the smaller code.
 
-    def __init__(self, first: Tensor) -> None:
-        self.codes = first.clone()
-        self.error = torch.full(first.shape, torch.inf, dtype=torch.float64, device=first.device)
-        self.candidates = torch.zeros_like(first)
+    Inside, blocks have flat indices.
+    """
 
-    def offer(self, codes: Tensor, error: Tensor, wanted: Tensor) -> None:
-        """Takes ``codes`` where ``wanted`` and their float64 ``error`` is less, or equal at a smaller code."""
-        better = (error < self.error) | ((error == self.error) & (codes < self.codes))
-        better &= wanted
-        self.codes = torch.where(better, codes, self.codes)
-        self.error = torch.where(better, error, self.error)
-        self.candidates += wanted
+    def __init__(self, blocks: Tensor) -> None:
+        self.shape = blocks.shape[:-1]
+        self.blocks = blocks.flatten(0, -2)
+        number, device = len(self.blocks), blocks.device
+        self.codes = torch.zeros(number, dtype=torch.int64, device=device)
+        self.error = torch.full((number,), torch.inf, dtype=torch.float64, device=device)
+        self.candidates = torch.zeros(number, dtype=torch.int32, device=device)
+
+    def pairs(self, first: Tensor, last: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(index of the block, code), two int64 lists, for the codes ``first … last`` of every block: a piece at a time
+        in the blocks' order. first, last: int32 ``[...]``; a block with ``first > last`` has none.
+        """
+        first, last = first.flatten(), last.flatten()
+        count = (last - first + 1).clamp(min=0)
+        self.candidates += count
+        end = count.cumsum(0)
+        block = torch.arange(len(count), device=count.device).repeat_interleave(count)
+        codes = (first + count - end).index_select(0, block) + torch.arange(len(block), device=count.device)
+        elements = CPU_ELEMENTS if count.device.type == "cpu" else GPU_ELEMENTS
+        piece = elements // self.blocks.shape[-1]
+        for start in range(0, len(block), piece):
+            yield block[start : start + piece], codes[start : start + piece]
+
+    def offer(self, block: Tensor, codes: Tensor, error: Tensor) -> None:
+        """Takes, for each block, the one of ``codes`` with the least float64 ``error``, if that is the best so far."""
+        least = self.error.scatter_reduce(0, block, error, "amin")
+        kept = torch.where(self.error <= least * (1 + TIE), self.codes, NO_CODE)
+        ties = error <= least.index_select(0, block) * (1 + TIE)
+        self.codes = kept.scatter_reduce(0, block, torch.where(ties, codes, NO_CODE), "amin")
+        self.error = least
 
     @property
     def choice(self) -> ScaleChoice:
-        return ScaleChoice(self.codes, self.candidates)
+        return ScaleChoice(self.codes.int().view(self.shape), self.candidates.view(self.shape))

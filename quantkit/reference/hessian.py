@@ -24,27 +24,30 @@ __all__ = ["choose_scales"]
 
 def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factors: HessianFactors) -> ScaleChoice:
     """Hessian-optimal scale of ``blocks [rows, num_blocks, block_size]``; Hessian j is of ``blocks[:, j]``."""
-    blocks = blocks.transpose(0, 1)  # [num_blocks, rows, block_size]: one product with A a block column
-    magnitudes = blocks.abs()
-    exact_magnitudes = magnitudes.double()
-    signs = torch.ones_like(exact_magnitudes).copysign_(blocks)
+    blocks = blocks.transpose(0, 1)  # [num_blocks, rows, block_size]: the blocks of one Hessian lie together
+    rows, magnitudes = blocks.shape[1], blocks.abs()
     search_first, search_last = bounds.sse_window(
         magnitudes.amax(-1), fmt.element, fmt.scale, global_scale, blocks.shape[-1]
     )
-    search = Search(search_first)
+    search = Search(blocks)
 
     def evaluate(first: Tensor, last: Tensor) -> None:
-        for step in range(max(0, int((last - first).max()) + 1) if first.numel() else 0):
-            codes = (first + step).clamp(max=fmt.scale.max_code)
-            scale = effective_scale(codes, fmt, global_scale)
-            signed = residual(magnitudes, exact_magnitudes, scale, fmt).mul_(signs)
-            error = torch.matmul(signed, factors.factor).square_().sum(-1)
-            search.offer(codes, error, first + step <= last)
+        for block, codes in search.pairs(first, last):
+            r = residual(search.blocks.index_select(0, block), effective_scale(codes, fmt, global_scale), fmt)
+            columns, pairs = torch.unique_consecutive(block // rows, return_counts=True)
+            parts = zip(r.split(pairs.tolist()), factors.factor[columns], strict=True)
+            projected = torch.cat([part @ factor for part, factor in parts])
+            search.offer(block, codes, projected.square_().sum(-1))
 
     evaluate(search_first, search_last)
     first, last = bounds.hessian_window(
-        exact_magnitudes, search.error, factors.inverse_diagonal.unsqueeze(1), fmt.element, fmt.scale, global_scale
+        magnitudes.double(),
+        search.error.view(blocks.shape[:-1]),
+        factors.inverse_diagonal.unsqueeze(1),
+        fmt.element,
+        fmt.scale,
+        global_scale,
     )
     evaluate(first, torch.minimum(last, search_first - 1))
     evaluate(torch.maximum(first, search_last + 1), last)
-    return ScaleChoice(search.codes.T, search.candidates.T)
+    return ScaleChoice(search.choice.codes.T, search.choice.candidates.T)

@@ -19,13 +19,10 @@ __all__ = ["choose_scales"]
 
 def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor) -> ScaleChoice:
     """SSE-optimal scale of float32 ``blocks [..., block_size]``."""
-    magnitudes = blocks.abs()
-    exact_magnitudes = magnitudes.double()
-    first, last = bounds.sse_window(magnitudes.amax(-1), fmt.element, fmt.scale, global_scale, blocks.shape[-1])
-    search = Search(first)
-    for step in range(int((last - first).max()) + 1 if first.numel() else 0):
-        codes = (first + step).clamp(max=fmt.scale.max_code)
-        scale = effective_scale(codes, fmt, global_scale)
-        error = residual(magnitudes, exact_magnitudes, scale, fmt).square_().sum(-1)
-        search.offer(codes, error, first + step <= last)
+    amax = blocks.abs().amax(-1)
+    window = bounds.sse_window(amax, fmt.element, fmt.scale, global_scale, blocks.shape[-1])
+    search = Search(blocks)
+    for block, codes in search.pairs(*window):
+        r = residual(search.blocks.index_select(0, block), effective_scale(codes, fmt, global_scale), fmt)
+        search.offer(block, codes, r.square_().sum(-1))
     return search.choice

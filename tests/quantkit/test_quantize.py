@@ -316,3 +316,31 @@ def test_import_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert heavy == "[]" and float(seconds) < 1
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    weight = torch.randn(40, 16384, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            results.append(quantize(weight, "nvfp4", 16, "sse", backend="reference", count_candidates=True))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    one, three = results
+    assert torch.equal(one.scales, three.scales) and torch.equal(one.codes, three.codes)
+    assert one.candidates is not None and three.candidates is not None
+    assert torch.equal(one.candidates, three.candidates)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 700])
+def test_a_hessian_scale_does_not_depend_on_the_rows_beside_it(rows: int) -> None:
+    """One block in many rows: where the rows end, a matrix product may round differently, and ties must not notice."""
+    generator = torch.Generator().manual_seed(1)
+    block = torch.randn(1, 64, generator=generator)
+    hessian = torch.eye(16).repeat(4, 1, 1) * torch.rand(4, 1, 1, generator=generator)
+    alone = quantize(block, "mxfp4", 16, "hessian", hessian=hessian, backend="reference")
+    many = quantize(block.repeat(rows, 1), "mxfp4", 16, "hessian", hessian=hessian, backend="reference")
+    assert torch.equal(many.scales, alone.scales.expand(rows, -1))
