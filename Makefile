@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run paper test lint report docs clean
+.PHONY: help setup run paper test lint report figures docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,8 +63,10 @@ test: lint  ## lint, all tests, and the check that README and CSV files follow f
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8
 	$(BIN)/python experiments/report.py --check
 
-report: $(READY)  ## rebuild results/*.csv and the README's tables from results/records
+figures: $(READY)  ## rebuild every table and figure from results/records, without torch
 	$(BIN)/python experiments/report.py
+
+report: figures
 
 # The pages stand in for torch, so their own environment is small.
 DOCS_READY := .venv-docs/.ready

@@ -139,24 +139,17 @@ def most_candidates(fmt: BlockFormat, block_size: int) -> int:
 
 
 def results(root: Path) -> str:
-    """The README's generated tables, the figures, and the CSV files, as far as each is there."""
+    """The README's generated tables, all figures with their captions, and the CSV files, as far as each is there."""
     readme = (root / "README.md").read_text(encoding="utf-8")
-    parts = [block[2].strip() for block in BLOCK.finditer(readme)]
-    # README's links are relative to the root
-    text = "\n\n".join(re.sub(r"(!\[[^\]]*\]\()(?!https?:)", r"\1/../", part) for part in parts)
-    figures = sorted((root / "results" / "figures").glob("*.png"))
-    if figures:
-        text += "\n\n## Figures\n\n"
-        text += "\n\n".join(
-            f"### {_title(path)}\n\n![{_title(path)}](/../results/figures/{path.name})" for path in figures
-        )
+    text = "\n\n".join(b[2].strip() for b in BLOCK.finditer(readme) if not b[1].startswith("figure:"))
+    page = root / "results" / "figures" / "README.md"
+    if page.exists():
+        figures = re.sub(r"^#", "##", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        # The page's links are relative to its own folder.
+        text += "\n\n" + re.sub(r"(!\[[^\]]*\]\()", r"\1/../results/figures/", figures)
     files = [path for folder in ("", "published") for path in sorted((root / "results" / folder).glob("*.csv"))]
     listed = markdown_table(("File", "Rows", "Columns"), (_csv_row(root, path) for path in files))
     return f"{text}\n\n## Files\n\n{listed}"
-
-
-def _title(path: Path) -> str:
-    return path.stem.replace("_", " ").replace("-", " ").capitalize()
 
 
 def _csv_row(root: Path, path: Path) -> tuple[str, int, int]:

@@ -1,12 +1,14 @@
-"""Records → CSV files and tables. Imports no torch.
+"""Records → CSV files, tables and figures. Imports no torch.
 
-    python experiments/report.py                  rebuild results/*.csv and the README's tables from results/records
-    python experiments/report.py --check          exit 1 where they differ from the records; change nothing
+    python experiments/report.py                  rebuild results/*.csv, results/figures and the generated blocks
+                                                  of the README, from results/records
+    python experiments/report.py --check          exit 1 where they differ from the records; change nothing. Of figures
+                                                  the data are compared; that its picture is there is enough
     python experiments/report.py --runs [DIR]     print the tables of the runs in DIR; write its table.csv and table.md
     python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed
 
 A generated block of a document stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`; its
-name is that of a file in results/records, or `published`. Text outside is left alone.
+name is that of a file in results/records, `published`, or `figure:NAME`. Text outside is left alone.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ if __name__ == "__main__":
 from experiments.record import RecordError, RunRecord, read_records, write_atomically
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from experiments.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +39,8 @@ RUNS = Path("results/runs")
 DOCUMENTS = (Path("README.md"),)
 PUBLISHED = "published"
 OPTIMALITY = "optimality"  # its table is of what verify found
+FIGURE = "figure:"
+FIGURES_PAGE = "README.md"  # in the figures' folder
 MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 DIFF_LINES = 40  # shown of each file
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
@@ -73,16 +79,35 @@ def parse(argv: list[str] | None, root: Path) -> argparse.Namespace:
 
 
 def rebuild(root: Path) -> int:
-    for path, text in expected_files(root).items():
-        if read(path) != text:
-            write_atomically(path, text)
+    from experiments.figures import FIGURES, FOLDER
+
+    groups = read_groups(root)
+    frames = figure_frames(root, groups)
+    files: dict[Path, str | bytes] = {**expected_files(root, groups, frames)}
+    for plot in FIGURES:
+        if len(frames[plot.name]):
+            files |= {root / FOLDER / name: data for name, data in plot.pictures(frames[plot.name]).items()}
+        else:
+            print(f"no figure {plot.name}: {plot.needs}", file=sys.stderr)
+    for path, content in files.items():
+        data = content.encode() if isinstance(content, str) else content
+        if not path.exists() or path.read_bytes() != data:
+            write_atomically(path, data)
             print(f"wrote {path.relative_to(root)}")
+    for path in unexpected_figures(root, frames):
+        path.unlink()
+        print(f"removed {path.relative_to(root)}: it follows from no record")
     return 0
 
 
 def check(root: Path) -> int:
-    differing = 0
-    for path, text in expected_files(root).items():
+    groups = read_groups(root)
+    frames = figure_frames(root, groups)
+    wrong = [f"{path.relative_to(root)} follows from no record" for path in unexpected_figures(root, frames)]
+    wrong += [f"{path.relative_to(root)} is not there" for path in pictures(root, frames) if not path.exists()]
+    differing = len(wrong)
+    print("".join(f"{line}\n" for line in wrong), end="")
+    for path, text in expected_files(root, groups, frames).items():
         name = str(path.relative_to(root))
         diff = list(
             difflib.unified_diff(
@@ -98,7 +123,7 @@ def check(root: Path) -> int:
         message = f"{differing} file{'s' * (differing > 1)} differ from the records"
         print(f"error: {message}; run `python experiments/report.py` and commit the result", file=sys.stderr)
         return 1
-    print("README and CSV files agree with the records.")
+    print("README, CSV files and figures agree with the records.")
     return 0
 
 
@@ -148,24 +173,63 @@ def collect(name: str, source: Path, root: Path) -> int:
     return 0
 
 
-def expected_files(root: Path) -> dict[Path, str]:
-    """Path → the text that follows from the records."""
-    from experiments.tables import records_csv
-
+def read_groups(root: Path) -> dict[str, list[RunRecord]]:
+    """Name → the committed records of that name."""
     groups = {path.stem: read_lines(path) for path in sorted((root / RECORDS).glob("*.jsonl"))}
     if not any(groups.values()):
         raise ReportError(f"{RECORDS} has no records; {HOW_TO_RECORD}")
+    return groups
+
+
+def figure_frames(root: Path, groups: dict[str, list[RunRecord]]) -> dict[str, pd.DataFrame]:
+    """Name → data of every figure; empty where its records are absent."""
+    from experiments.figures import Sources, make_frames
+
+    return make_frames(Sources.read(root, groups))
+
+
+def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> dict[Path, str]:
+    """Path → the text that follows from the records. The CSV files come first."""
+    from experiments.figures import FOLDER, figures_page, frame_csv
+    from experiments.tables import records_csv
+
+    drawn = {name: frame for name, frame in frames.items() if len(frame)}
     files = {root / "results" / f"{name}.csv": records_csv(records) for name, records in groups.items()}
+    files |= {root / FOLDER / f"{name}.csv": frame_csv(frame) for name, frame in drawn.items()}
+    if drawn:
+        files[root / FOLDER / FIGURES_PAGE] = figures_page(frames)
     for document in DOCUMENTS:
-        files[root / document] = fill(read(root / document), str(document), groups, root)
+        files[root / document] = fill(read(root / document), str(document), groups, frames, root)
     return files
 
 
-def fill(text: str, document: str, groups: dict[str, list[RunRecord]], root: Path) -> str:
+def pictures(root: Path, frames: dict[str, pd.DataFrame]) -> list[Path]:
+    from experiments.figures import FOLDER, PICTURES
+
+    return [root / FOLDER / f"{name}.{kind}" for name, frame in frames.items() if len(frame) for kind in PICTURES]
+
+
+def unexpected_figures(root: Path, frames: dict[str, pd.DataFrame]) -> list[Path]:
+    """Pictures and data of figures that have lost their records."""
+    from experiments.figures import FOLDER, PICTURES
+
+    return [
+        path
+        for name, frame in frames.items()
+        for kind in ("csv", *PICTURES)
+        if not len(frame) and (path := root / FOLDER / f"{name}.{kind}").exists()
+    ]
+
+
+def fill(
+    text: str, document: str, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame], root: Path
+) -> str:
     """`text` with every generated block written anew."""
+    from experiments.figures import FIGURES, FOLDER
     from experiments.tables import make_tables, published_tables, read_published, unfinished, verification_tables
 
     published = read_published(root / "results" / PUBLISHED)
+    drawn = {f"{FIGURE}{plot.name}": plot for plot in FIGURES if len(frames[plot.name])}
     parts, position = [], 0
     markers = list(MARKER.finditer(text))
     for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
@@ -177,6 +241,12 @@ def fill(text: str, document: str, groups: dict[str, list[RunRecord]], root: Pat
             block = as_markdown(published_tables(published))
         elif name in groups and name == OPTIMALITY:
             block = as_markdown(verification_tables(groups[name]), unfinished(groups[name]))
+        elif name in drawn:
+            block = drawn[name].markdown(frames[drawn[name].name], f"{FOLDER.as_posix()}/")
+        elif name.startswith(FIGURE):
+            raise ReportError(
+                f"{document} shows {name}, which no figure with data is called; see experiments/figures.py"
+            )
         elif name in groups:
             block = as_markdown(make_tables(groups[name], published), unfinished(groups[name]))
         else:

@@ -191,7 +191,7 @@ def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = (
 
 
 def verification_tables(records: Iterable[RunRecord]) -> list[Table]:
-    """What verify found in the runs that asked for it, one table a model and text; a line a setting."""
+    """What verify found in the runs that asked for it, one table a model and text; a line for the layers of a setting."""
     verified = sorted((r for r in records if r.verified_blocks is not None), key=record_order)
     by_source: dict[tuple[str | None, str | None], dict[tuple[Any, ...], RunRecord]] = {}
     for record in verified:
@@ -210,18 +210,30 @@ def _verification_table(title: str, records: list[RunRecord]) -> Table:
     notes.append(f"Commit {', '.join(dict.fromkeys(_commit(r) for r in records))}")
     total, broken = sum(r.verified_blocks or 0 for r in records), sum(r.verified_violations or 0 for r in records)
     notes.append(f"In all {total:,} blocks, {broken:,} violations of the contract of docs/theory.md")
+    lines: dict[tuple[Any, ...], list[RunRecord]] = {}
+    for r in records:
+        lines.setdefault((r.format, r.method, r.backend, r.block_size, r.global_scale), []).append(r)
+    excess = [[r.verified_worst_excess for r in line if r.verified_worst_excess is not None] for line in lines.values()]
     columns = {
-        "Format": [FORMATS.get(r.format, r.format) for r in records],
-        "Method": [METHODS.get(r.method, r.method) for r in records],
-        "Backend": [BACKENDS.get(r.backend, r.backend) for r in records],
-        "Layer": [f"{r.layer_index} {r.layer_module}" for r in records],
-        "Block size": [str(r.block_size) for r in records],
-        "Global scale": [str(r.global_scale) for r in records],
-        "Blocks": [f"{r.verified_blocks:,}" for r in records],
-        "Violations": [f"{r.verified_violations:,}" for r in records],
-        "Worst excess": [_number(r.verified_worst_excess) for r in records],
+        "Format": [FORMATS.get(key[0], key[0]) for key in lines],
+        "Method": [METHODS.get(key[1], key[1]) for key in lines],
+        "Backend": [BACKENDS.get(key[2], key[2]) for key in lines],
+        "Block size": [str(key[3]) for key in lines],
+        "Global scale": [str(key[4]) for key in lines],
+        "Layers": [_layers(line) for line in lines.values()],
+        "Blocks": [f"{sum(r.verified_blocks or 0 for r in line):,}" for line in lines.values()],
+        "Violations": [f"{sum(r.verified_violations or 0 for r in line):,}" for line in lines.values()],
+        "Worst excess": [_number(max(values, default=None)) for values in excess],
     }
     return Table(title, tuple(notes), pd.DataFrame(columns))
+
+
+def _layers(records: list[RunRecord]) -> str:
+    """``0, 10, 20 mlp.down_proj``: the indices of each module's layers."""
+    modules: dict[str, list[int]] = {}
+    for r in records:
+        modules.setdefault(r.layer_module, []).append(r.layer_index)
+    return "; ".join(f"{', '.join(map(str, sorted(set(found))))} {module}" for module, found in modules.items())
 
 
 def published_tables(published: Iterable[Published]) -> list[Table]:

@@ -1,0 +1,299 @@
+"""Records → the data of each figure: one tidy frame a figure, the CSV file beside its picture.
+
+A frame holds one subject (a model, a text, a layer and so on, but for what the figure compares), so that no figure
+mixes models, and carries in its last columns what its numbers stand on. An empty frame: there is nothing to draw.
+Errors are fractions, times are microseconds. Needs pandas; torch and matplotlib are not imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.record import RunRecord
+from experiments.tables import BACKENDS, FORMATS, METHODS
+
+ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
+BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device
+
+SETTINGS = ("format", "block_size", "method")
+# What a figure's lines have in common, unless the figure compares it.
+SUBJECT = (
+    *("model", "model_revision", "data", "data_hash", "data_split", "layer_index", "layer_module", "block_size"),
+    *("seq_len", "tokens_calibration", "tokens_heldout", "seed"),
+)
+# The global scale and naive rule of the main tables; another choice is for a figure that compares it.
+DEFAULTS = {"nvfp4": ("amax", "nearest"), "mxfp4": ("none", "floor")}
+STANDS_ON = (
+    *("model", "model_origin", "data", "layer_index", "layer_module", "block_size"),
+    *("tokens_calibration", "tokens_heldout", "commit"),
+)
+ORDER = {name: list(labels) for name, labels in (("format", FORMATS), ("method", METHODS), ("backend", BACKENDS))}
+ORDER["layer_module"] = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+    f"mlp.{n}_proj" for n in ("gate", "up", "down")
+]
+ORDER["dtype"] = ["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What figures are made of."""
+
+    records: dict[str, list[RunRecord]]  # by the name of their file in results/records
+    one_block: dict[str, Any] | None = None
+    bench: pd.DataFrame | None = None
+
+    @classmethod
+    def read(cls, root: Path, records: dict[str, list[RunRecord]]) -> Sources:
+        path = root / ONE_BLOCK
+        one_block = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        frames = [
+            pd.read_csv(path, keep_default_na=False, na_values=[""]) for path in sorted((root / BENCH).glob("*.csv"))
+        ]
+        return cls(records, one_block, pd.concat(frames, ignore_index=True) if frames else None)
+
+    def runs(
+        self, name: str, by: Sequence[str], values: Sequence[str], also: Sequence[str] = (), free: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """`by`, `values`, `also` and STANDS_ON of the runs that have all `values`, one line for each `by`, in order.
+
+        free: what else may differ within the subject.
+
+        The subject is the one with the most lines; of several, a model in its original precision goes before a
+        quantized release, then more calibration tokens before fewer. The reference goes before Triton, and a newer run
+        before an older one.
+        """
+        found = [record.to_dict() for record in self.records.get(name, ()) if record.status == "ok"]
+        if "global_scale" not in by:
+            found = [run for run in found if _has_default_settings(run)]
+        found = [run for run in found if all(run[value] is not None for value in values)]
+        columns = [*by, *values, *also, *(fact for fact in STANDS_ON if fact not in by)]
+        if not found:
+            return pd.DataFrame(columns=columns)
+        runs = pd.DataFrame(found)
+        subjects = runs.groupby([fact for fact in SUBJECT if fact not in (*by, *free)], dropna=False, sort=False)
+        _, runs = max(subjects, key=lambda subject: _preference(subject[1], by))
+        runs = runs.sort_values(["backend", "started_at"], ascending=[False, True], kind="stable", na_position="first")
+        return in_order(runs.drop_duplicates(list(by), keep="last"), by)[columns].reset_index(drop=True)
+
+
+def in_order(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Sorted by the columns `by`; names as tables list them, unknown ones last."""
+
+    def rank(column: pd.Series) -> pd.Series:
+        names = ORDER.get(str(column.name))
+        return column if names is None else column.map(lambda v: (names.index(v) if v in names else len(names), str(v)))
+
+    return frame.sort_values(list(by), key=rank, kind="stable")
+
+
+def output_error(sources: Sources) -> pd.DataFrame:
+    return sources.runs("main", SETTINGS, ["output_error"], also=["output_error_heldout"])
+
+
+def weight_and_output_error(sources: Sources) -> pd.DataFrame:
+    return sources.runs("main", SETTINGS, ["weight_error", "output_error"])
+
+
+def block_size(sources: Sources) -> pd.DataFrame:
+    return sources.runs("block_size", ["layer_module", *SETTINGS], ["output_error", "output_error_heldout"])
+
+
+def scale_shift(sources: Sources) -> pd.DataFrame:
+    return _histogram(sources, "scale_shifts", "shift")
+
+
+def candidates(sources: Sources) -> pd.DataFrame:
+    return _histogram(sources, "candidate_counts", "candidates")
+
+
+def _histogram(sources: Sources, counts: str, value: str) -> pd.DataFrame:
+    """A line for each `value` that occurred: its number of blocks and their share. Naive searches nothing."""
+    runs = sources.runs("scale_distance", SETTINGS, [counts])
+    facts = [fact for fact in STANDS_ON if fact in runs.columns and fact not in SETTINGS]
+    lines = [
+        {name: run[name] for name in SETTINGS}
+        | {value: int(key), "blocks": count, "share": count / sum(run[counts].values())}
+        | {name: run[name] for name in facts}
+        for run in runs[runs["method"] != "naive"].to_dict("records")
+        for key, count in sorted(run[counts].items(), key=lambda item: int(item[0]))
+    ]
+    return pd.DataFrame(lines, columns=[*SETTINGS, value, "blocks", "share", *facts])
+
+
+def one_block(sources: Sources) -> pd.DataFrame:
+    """A line for each objective and scale code. `chosen_by`: the methods that take this code, joined by +."""
+    columns = [
+        "objective",
+        "code",
+        "error",
+        "error_to_least",
+        "in_window",
+        "chosen_by",
+        "format",
+        "block_size",
+        "row",
+        "block",
+    ]
+    facts = [fact for fact in STANDS_ON if fact not in (*columns, "tokens_calibration", "tokens_heldout")]
+    found = sources.one_block
+    if found is None:
+        return pd.DataFrame(columns=columns)
+    lines = []
+    for objective, name in (("sse", "squared_error"), ("hessian", "hessian_error")):
+        first, last = found["windows"][objective]
+        for code, error in zip(found["code"], found[name], strict=True):
+            chosen = [method for method in ("naive", objective) if found["chosen"][method] == code]
+            lines.append(
+                {"objective": objective, "code": code, "error": error, "error_to_least": error / min(found[name])}
+                | {"in_window": first <= code <= last, "chosen_by": "+".join(chosen)}
+                | {fact: found.get(fact) for fact in ("format", "block_size", "row", "block", *facts)}
+            )
+    return pd.DataFrame(lines, columns=[*columns, *facts])
+
+
+def layers(sources: Sources) -> pd.DataFrame:
+    """`reduction`: the share of the naive scales' held-out output error that a method takes away."""
+    by = ["format", "method", "layer_module", "layer_index"]
+    runs = sources.runs("layers", by, ["output_error", "output_error_heldout"])
+    naive = runs[runs["method"] == "naive"].set_index(["format", "layer_module", "layer_index"])["output_error_heldout"]
+    keys = zip(runs["format"], runs["layer_module"], runs["layer_index"], strict=True)
+    before = pd.Series([naive.get(key, float("nan")) for key in keys], index=runs.index, dtype=float)
+    runs.insert(len(by) + 2, "reduction", 1 - runs["output_error_heldout"].astype(float) / before)
+    return runs[(runs["method"] != "naive") & runs["reduction"].notna()].reset_index(drop=True)
+
+
+def calibration_size(sources: Sources) -> pd.DataFrame:
+    """The Hessian scales of each number of tokens and seed; with them SSE's, which need no tokens (written as 0)."""
+    by = ["format", "method", "tokens_calibration", "seed"]
+    values = ["output_error", "output_error_heldout"]
+    runs = sources.runs("calibration_size", by, values)
+    if runs.empty:
+        return runs
+    same = {
+        name: runs[name].iloc[0]
+        for name in ("model", "data", "layer_index", "layer_module", "block_size", "tokens_heldout")
+    }
+    seeds = set(runs["seed"])
+    without = [
+        record
+        for record in sources.records.get("main", ())
+        if record.method == "sse" and record.seed in seeds and all(getattr(record, k) == v for k, v in same.items())
+    ]
+    sse = Sources({"main": without}).runs("main", by, values).assign(tokens_calibration=0)
+    return in_order(pd.concat([runs, sse], ignore_index=True) if len(sse) else runs, by).reset_index(drop=True)
+
+
+def global_scale(sources: Sources) -> pd.DataFrame:
+    # The hash of a synthetic source covers its deviation.
+    by = ["format", "global_scale", "method", "weight_std"]
+    return sources.runs("global_scale", by, ["weight_error"], free=["data_hash"])
+
+
+TIMES = ("us_median", "us_20", "us_80")
+MATRIX = ("rows", "columns", "dtype", "device")
+
+
+def speed_up(sources: Sources) -> pd.DataFrame:
+    """The reference's time over Triton's, of whole calls. `low`: its 20 % over Triton's 80 %; `high`: the reverse."""
+    times = timings(sources, "call_us")
+    columns = [*SETTINGS, "speed_up", "low", "high", "reference_us", "triton_us", *MATRIX, "commit"]
+    both = pd.merge(
+        times[times["backend"] == "reference"].drop(columns="commit"),
+        times[times["backend"] == "triton"],
+        on=[*SETTINGS, *MATRIX],
+        suffixes=("_r", "_t"),
+    )
+    both["reference_us"], both["triton_us"] = both["us_median_r"], both["us_median_t"]
+    both["speed_up"] = both["us_median_r"] / both["us_median_t"]
+    both["low"] = both["us_20_r"] / both["us_80_t"]
+    both["high"] = both["us_80_r"] / both["us_20_t"]
+    return in_order(both, SETTINGS)[columns].reset_index(drop=True)
+
+
+def time_error(sources: Sources) -> pd.DataFrame:
+    """Triton's time on the GPU, and beside it the output error of the same settings on the main table's layer."""
+    times = timings(sources, "gpu_us")
+    times = times[times["backend"] == "triton"].drop(columns="backend").rename(columns={"commit": "commit_timing"})
+    errors = output_error(sources).rename(columns={"commit": "commit_error"})
+    both = pd.merge(times, errors, on=list(SETTINGS))
+    first = [*SETTINGS, *TIMES, "floor_us", "output_error", "output_error_heldout"]
+    return in_order(both, SETTINGS)[[*first, *both.columns.difference(first, sort=False)]].reset_index(drop=True)
+
+
+def timings(sources: Sources, kind: str) -> pd.DataFrame:
+    """SETTINGS, backend, TIMES, floor_us, MATRIX, commit; of one matrix on one device. The benchmark's, else records'.
+
+    kind: gpu_us or call_us, the benchmark's two measurements; records have the whole call alone.
+    """
+    columns = [*SETTINGS, "backend", *TIMES, "floor_us", *MATRIX, "commit"]
+    times = _bench_timings(sources.bench, kind)
+    if times.empty:
+        times = _record_timings(sources)
+    if times.empty:
+        return pd.DataFrame(columns=columns)
+    matrices = in_order(times, ["dtype"]).groupby(["model", *MATRIX], dropna=False, sort=False)
+    _, times = max(matrices, key=lambda group: _most_timed(group[1]))
+    return in_order(times, [*SETTINGS, "backend"])[columns].reset_index(drop=True)
+
+
+def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
+    if bench is None:
+        return pd.DataFrame()
+    times = (
+        bench[
+            (bench["kind"] == "kernel")
+            & (bench["tool"] == "quantkit")
+            & bench["operation"].isin(list(METHODS))
+            & bench["format"].isin(list(FORMATS))
+        ]
+        .rename(columns={"operation": "method"})
+        .assign(model="")
+    )
+    default = times["format"].map({name: scale for name, (scale, _) in DEFAULTS.items()})
+    times = times[times["global_scale"].fillna(default) == default]
+    for name in TIMES:
+        times[name] = times[f"{kind}_{name.removeprefix('us_')}"]
+    times = times.astype({name: int for name in ("block_size", "rows", "columns")})
+    return times.dropna(subset=["us_median"]).drop_duplicates([*SETTINGS, "backend", *MATRIX], keep="last")
+
+
+def _record_timings(sources: Sources) -> pd.DataFrame:
+    """Of the records whose settings both backends were timed with, by one timer on one device."""
+    runs = [
+        run
+        for name in ("timing", "main")
+        for record in sources.records.get(name, ())
+        if record.status == "ok"
+        and record.time_ms_median is not None
+        and _has_default_settings(run := record.to_dict())
+    ]
+    if not runs:
+        return pd.DataFrame()
+    times = pd.DataFrame(runs).sort_values("started_at", kind="stable", na_position="first")
+    times = times.rename(columns={"out_features": "rows", "in_features": "columns", "weight_dtype": "dtype"})
+    times = times.assign(device=times["time_device"], floor_us=float("nan"))
+    for name, field in zip(TIMES, ("time_ms_median", "time_ms_p20", "time_ms_p80"), strict=True):
+        times[name] = 1e3 * times[field].astype(float)
+    same = [*SETTINGS, "model", *MATRIX, "time_timer"]
+    times = times.drop_duplicates([*same, "backend"], keep="last")
+    return times[times.groupby(same, dropna=False)["backend"].transform("nunique") == len(BACKENDS)]
+
+
+def _has_default_settings(run: dict[str, Any]) -> bool:
+    used = (run["global_scale"], run["scale_rule"])
+    return all(have in (None, default) for have, default in zip(used, DEFAULTS.get(run["format"], used), strict=True))
+
+
+def _preference(runs: pd.DataFrame, by: Sequence[str]) -> tuple[Any, ...]:
+    lines = len(runs.drop_duplicates(list(by)))
+    return lines, bool(runs["model_origin"].isna().all()), runs["tokens_calibration"].fillna(0).max()
+
+
+def _most_timed(times: pd.DataFrame) -> tuple[int, float]:
+    return len(times.drop_duplicates([*SETTINGS, "backend"])), float(times["rows"].iloc[0] * times["columns"].iloc[0])

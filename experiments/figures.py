@@ -1,0 +1,562 @@
+"""Frames → figures: `FIGURES` lists them all, with what each shows, where its data come from and how large it is.
+
+A figure is drawn at its final size in a two-column paper and written as PDF and PNG, beside the CSV file of its data.
+Method is told by colour and by hatch or marker, so that it is seen without colour too. Its subject stands in its
+caption, with the text of `figures_page`. Needs matplotlib (no window, no pyplot), not torch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from experiments import figure_data
+from experiments.figure_data import Sources
+from experiments.tables import FORMATS, METHODS
+
+STYLE = Path(__file__).with_name("paper.mplstyle")
+FOLDER = Path("results/figures")
+PICTURES = ("pdf", "png")
+NARROW, WIDE = 3.4, 7.0  # inches: one column, two columns
+
+COLOR = {"naive": "#E69F00", "sse": "#0072B2", "hessian": "#009E73", "nvfp4": "#0072B2", "mxfp4": "#D55E00"}
+MARKER = {"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4": "s"}
+HATCH = {"naive": "", "sse": "//////", "hessian": "xxxxxx"}
+LINE = {"naive": ":", "sse": "--", "hessian": "-", "nvfp4": "-", "mxfp4": "--"}
+GREY = "#666666"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the paper. `data` gives an empty frame where records are absent, `needs` says which those are."""
+
+    name: str
+    title: str
+    caption: str
+    needs: str
+    data: Callable[[Sources], pd.DataFrame]
+    draw: Callable[[Figure, pd.DataFrame], None]
+    width: float
+    height: float
+
+    def figure(self, frame: pd.DataFrame) -> Figure:
+        with matplotlib.style.context(STYLE):
+            figure = Figure(figsize=(self.width, self.height))
+            self.draw(figure, frame)
+            return figure
+
+    def pictures(self, frame: pd.DataFrame) -> dict[str, bytes]:
+        """File name → bytes, the same for the same frame."""
+        files = {}
+        with matplotlib.style.context(STYLE):
+            figure = self.figure(frame)
+            for kind, metadata in (("pdf", {"CreationDate": None, "Producer": None}), ("png", {"Software": None})):
+                out = io.BytesIO()
+                figure.savefig(out, format=kind, metadata=metadata)
+                files[f"{self.name}.{kind}"] = out.getvalue()
+        return files
+
+    def markdown(self, frame: pd.DataFrame, folder: str = "") -> str:
+        return f"![{self.title}]({folder}{self.name}.png)\n\n{self.caption} {stands_on(frame)}\n"
+
+
+def make_frames(sources: Sources) -> dict[str, pd.DataFrame]:
+    """Name → data of every figure; empty where its records are absent."""
+    return {plot.name: plot.data(sources) for plot in FIGURES}
+
+
+def frame_csv(frame: pd.DataFrame) -> str:
+    # Ten digits: the last ones of a float64 may differ between machines.
+    return frame.to_csv(index=False, lineterminator="\n", float_format="%.10g")
+
+
+def figures_page(frames: dict[str, pd.DataFrame]) -> str:
+    """All figures with their captions, as Markdown beside the pictures. Those without data say what they need."""
+    parts = [
+        "# Figures\n\nWritten by `python experiments/report.py`, with the data of each in the CSV file of its name.\n"
+    ]
+    for plot in FIGURES:
+        frame = frames[plot.name]
+        shown = plot.markdown(frame) if len(frame) else f"Not drawn: {plot.needs}.\n"
+        parts.append(f"## {plot.title}\n\n{shown}")
+    return "\n".join(parts)
+
+
+def stands_on(frame: pd.DataFrame) -> str:
+    """What all lines of a frame have in common, in sentences: model, layer, text, matrix, device, commits."""
+
+    def all_of(name: str) -> list[Any]:
+        return list(frame[name].dropna().unique()) if name in frame else []
+
+    def only(name: str) -> Any:
+        values = all_of(name)
+        return values[0] if len(values) == 1 else None
+
+    layer = [f"layer {only('layer_index')}"] if only("layer_index") is not None else []
+    layer += [str(only("layer_module"))] if only("layer_module") is not None else []
+    size = [f"block size {only('block_size')}"] if only("block_size") is not None else []
+    calibration = [f"{only('tokens_calibration'):,.0f} calibration tokens"] if only("tokens_calibration") else []
+    heldout = [f"{only('tokens_heldout'):,.0f} held out"] if only("tokens_heldout") else []
+    measured = [str(only("model")), " ".join(layer), *size, f"text {only('data')}", *calibration, *heldout]
+    sentences = []
+    if only("model") is not None:
+        sentences += [f"{', '.join(part for part in measured if part)}.", *all_of("model_origin")]
+    if only("rows") is not None:
+        sentences.append(f"Timed on a {only('rows')} × {only('columns')} {only('dtype')} matrix, {only('device')}.")
+    names = ("commit", "commit_error", "commit_timing")
+    commits = dict.fromkeys(str(value)[:10] for name in names for value in all_of(name))
+    if commits:
+        sentences.append(f"Commit{'s' * (len(commits) > 1)} {', '.join(commits)}.")
+    return " ".join(sentences)
+
+
+def draw_output_error(figure: Figure, frame: pd.DataFrame) -> None:
+    panels = _panels(figure, frame, "block_size", sharey=True)
+    for axes, (size, part) in panels:
+        for method, place, rows in _bars(axes, part):
+            axes.bar(place, 100 * rows["output_error"], BAR, **_filled(method))
+            axes.plot(
+                place, 100 * rows["output_error_heldout"], ls="", marker="D", ms=3, mfc="white", mec="black", mew=0.7
+            )
+        axes.set_title(f"block size {size}")
+    figure.axes[0].set_ylabel("output error, %")
+    held_out = Line2D([], [], ls="", marker="D", ms=3, mfc="white", mec="black", mew=0.7, label="held out")
+    _legend(figure, [*_method_patches(frame), *([held_out] if frame["output_error_heldout"].notna().any() else [])])
+
+
+def draw_block_size(figure: Figure, frame: pd.DataFrame) -> None:
+    modules = list(frame["layer_module"].unique())
+    for axes, (fmt, part) in _panels(figure, frame, "format", sharey=True):
+        for offset, (method, rows) in zip((-0.25, 0, 0.25), _by(part, "method"), strict=False):
+            table = rows.pivot(index="layer_module", columns="block_size", values="output_error_heldout").reindex(
+                modules
+            )
+            place = [index + offset for index in range(len(modules))]
+            axes.vlines(place, 100 * table.min(axis=1), 100 * table.max(axis=1), color=COLOR[method], lw=1)
+            for size, fill in zip(table.columns, ("full", "none"), strict=False):
+                axes.plot(place, 100 * table[size], ls="", marker=MARKER[method], color=COLOR[method], ms=3.8,
+                          mfc=COLOR[method] if fill == "full" else "white", mew=0.8)  # fmt: skip
+        axes.set_xticks(range(len(modules)), [name.rpartition(".")[2].removesuffix("_proj") for name in modules])
+        axes.tick_params(axis="x", length=0)
+        axes.set_title(FORMATS.get(fmt, fmt))
+    figure.axes[0].set_ylabel("output error, held out, %")
+    figure.axes[0].set_ylim(bottom=0)
+    _legend(figure, [*_method_markers(frame), *_size_markers(frame)])
+
+
+def draw_weight_and_output_error(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    _trails(axes, frame, 100 * frame["weight_error"])
+    axes.grid(True, axis="x")
+    axes.set(xlabel="weight error, %", ylabel="output error, %")
+    _legend(figure, _method_markers(frame), [*_size_markers(frame), *_format_lines(frame)])
+
+
+def draw_scale_shift(figure: Figure, frame: pd.DataFrame) -> None:
+    _histograms(figure, frame, "shift", "scale index, optimal − naive")
+
+
+def draw_candidates(figure: Figure, frame: pd.DataFrame) -> None:
+    _histograms(figure, frame, "candidates", "scales evaluated")
+
+
+def draw_one_block(figure: Figure, frame: pd.DataFrame) -> None:
+    labels = {"sse": "squared error", "hessian": "r H rᵀ"}
+    inside = frame.loc[frame["in_window"], "code"]
+    near = (inside.min() - 6, inside.max() + 6)
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.4))
+    for axes, limits in zip(panels, ((frame["code"].min(), frame["code"].max()), near), strict=True):
+        for height, (objective, part) in zip((0.95, 0.85), _by(frame, "objective"), strict=True):
+            color = COLOR[objective]
+            window = part.loc[part["in_window"], "code"]
+            ends = (window.min() - 0.5, window.max() + 0.5)
+            axes.axvspan(*ends, color=color, alpha=0.1, lw=0)
+            axes.plot(
+                ends, (height, height), color=color, lw=4, solid_capstyle="butt", transform=axes.get_xaxis_transform()
+            )
+            if axes is panels[1]:
+                axes.text(
+                    ends[1] + 0.3,
+                    height,
+                    f"window of {labels[objective]}",
+                    va="center",
+                    transform=axes.get_xaxis_transform(),
+                )
+            close = {"marker": MARKER[objective], "ms": 2.6} if axes is panels[1] else {}
+            axes.plot(part["code"], part["error_to_least"], LINE[objective], color=color, **close)
+            if axes is panels[1]:
+                best = part.sort_values("error_to_least")["code"].iloc[0]
+                axes.plot(best, 1, "*", ms=9, mfc=color, mec="black", mew=0.5, zorder=5)
+        for code in frame.loc[frame["chosen_by"].str.contains("naive"), "code"].unique():
+            axes.axvline(code, color=COLOR["naive"], ls=LINE["naive"])
+        axes.set(xlabel="scale code", yscale="log", xlim=limits, ylim=(0.7, 6 * frame["error_to_least"].max()))
+    panels[0].set(title="all scales", ylabel="error / least error")
+    panels[1].set(title="around the windows")
+    _legend(
+        figure,
+        [
+            *(
+                Line2D([], [], color=COLOR[name], ls=LINE[name], marker=MARKER[name], ms=3, label=label)
+                for name, label in labels.items()
+            ),
+            Line2D([], [], ls="", marker="*", ms=7, mfc="white", mec="black", mew=0.5, label="optimum"),
+            Line2D([], [], color=COLOR["naive"], ls=LINE["naive"], label="naive scale"),
+        ],
+    )
+
+
+def draw_layers(figure: Figure, frame: pd.DataFrame) -> None:
+    formats, methods = list(frame["format"].unique()), list(frame["method"].unique())
+    modules, indices = list(frame["layer_module"].unique()), sorted(frame["layer_index"].unique())
+    grid = figure.subplots(len(formats), len(methods), sharex=True, sharey=True, squeeze=False)
+    percent = ScalarMappable(Normalize(100 * frame["reduction"].min(), 100 * frame["reduction"].max()))
+    for row, fmt in zip(grid, formats, strict=True):
+        for axes, method in zip(row, methods, strict=True):
+            part = frame[(frame["format"] == fmt) & (frame["method"] == method)]
+            table = part.pivot(index="layer_module", columns="layer_index", values="reduction").reindex(
+                modules, columns=indices
+            )
+            axes.imshow(100 * table.to_numpy(dtype=float), aspect="auto", norm=percent.norm)
+            axes.grid(False)
+            axes.set_title(f"{FORMATS.get(fmt, fmt)}, {METHODS.get(method, method)}")
+            axes.set_yticks(range(len(modules)), [name.rpartition(".")[2].removesuffix("_proj") for name in modules])
+            step = max(1, round(len(indices) / 6))
+            axes.set_xticks(range(0, len(indices), step), indices[::step])
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+    for axes in grid[-1]:
+        axes.set_xlabel("decoder layer")
+    figure.colorbar(percent, ax=grid, label="less output error than naive, %", aspect=30, pad=0.01)
+
+
+def draw_calibration_size(figure: Figure, frame: pd.DataFrame) -> None:
+    styles: dict[str, dict[str, Any]] = {
+        "output_error_heldout": {"color": COLOR["hessian"], "marker": MARKER["hessian"], "label": "Hessian, held out"},
+        "output_error": {"color": GREY, "ls": "--", "label": "Hessian, calibration tokens"},
+    }
+    for axes, (fmt, part) in _panels(figure, frame, "format"):
+        hessian = part[part["method"] == "hessian"]
+        for column, style in styles.items():
+            spread = 100 * hessian.groupby("tokens_calibration")[column].agg(["mean", "min", "max"])
+            axes.fill_between(spread.index, spread["min"], spread["max"], color=style["color"], alpha=0.2, lw=0)
+            axes.plot(spread.index, spread["mean"], **style)
+        for value in part.loc[part["method"] == "sse", "output_error_heldout"]:
+            axes.axhline(100 * value, color=COLOR["sse"], ls=LINE["naive"])
+        axes.set(xscale="log", xlabel="calibration tokens", title=FORMATS.get(fmt, fmt))
+    figure.axes[0].set_ylabel("output error, %")
+    handles = [Line2D([], [], **style) for style in styles.values()]
+    if (frame["method"] == "sse").any():
+        handles.append(Line2D([], [], color=COLOR["sse"], ls=LINE["naive"], label="SSE, held out"))
+    _legend(figure, handles)
+
+
+def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    for method, part in _by(frame, "method"):
+        for scale, line, fill in (("none", "-", "full"), ("amax", "--", "none")):
+            rows = part[part["global_scale"] == scale]
+            axes.plot(rows["weight_std"], 100 * rows["weight_error"], line, color=COLOR[method], marker=MARKER[method],
+                      mfc=COLOR[method] if fill == "full" else "white", ms=3)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="standard deviation of the weight", ylabel="weight error, %")
+    axes.yaxis.set_major_locator(FixedLocator([8, 10, 15, 20, 30, 50, 100]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    styles = [
+        Line2D([], [], color=GREY, ls=line, label=label)
+        for line, label in (("-", "no global scale"), ("--", "global scale amax"))
+    ]
+    _legend(figure, _method_markers(frame), styles)
+
+
+def draw_speed_up(figure: Figure, frame: pd.DataFrame) -> None:
+    for axes, (size, part) in _panels(figure, frame, "block_size", sharey=True):
+        for method, place, rows in _bars(axes, part):
+            spread = [rows["speed_up"] - rows["low"], rows["high"] - rows["speed_up"]]
+            axes.bar(place, rows["speed_up"], BAR, yerr=spread, error_kw={"elinewidth": 0.8}, **_filled(method))
+            for x, high, value in zip(place, rows["high"], rows["speed_up"], strict=True):
+                axes.annotate(
+                    f"{value:.0f}" if value >= 10 else f"{value:.1f}",
+                    (x, high),
+                    (0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                )
+        axes.set(title=f"block size {size}", yscale="log")
+    figure.axes[0].set_ylim(min(1, frame["low"].min() / 2), frame["high"].max() * 2)
+    figure.axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    figure.axes[0].set_ylabel("PyTorch time / Triton time")
+    _legend(figure, _method_patches(frame))
+
+
+def draw_time_error(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    floor = frame["floor_us"].dropna()
+    if len(floor):
+        axes.axvspan(floor.min() * 0.98, floor.max() * 1.02, color=GREY, alpha=0.35, lw=0)
+    axes.hlines(100 * frame["output_error"], frame["us_20"], frame["us_80"], color=GREY, lw=0.8)
+    _trails(axes, frame, frame["us_median"])
+    axes.grid(True, axis="x")
+    axes.set(xscale="log", xlabel="time on the GPU, µs", ylabel="output error, %")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    floors = [Patch(color=GREY, alpha=0.35, lw=0, label="memory floor")] if len(floor) else []
+    _legend(figure, [*_method_markers(frame), *floors], [*_size_markers(frame), *_format_lines(frame)])
+
+
+BAR = 0.26  # width, in units of the distance between two formats
+
+
+def _panels(
+    figure: Figure, frame: pd.DataFrame, by: str, **options: Any
+) -> Iterator[tuple[Axes, tuple[Any, pd.DataFrame]]]:
+    parts = list(_by(frame, by))
+    row = figure.subplots(1, len(parts), squeeze=False, **options)[0]
+    return zip(row, parts, strict=True)
+
+
+def _by(frame: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """The parts of a frame, in the order in which they first occur."""
+    return iter(frame.groupby(column, sort=False))
+
+
+def _bars(axes: Axes, frame: pd.DataFrame) -> Iterator[tuple[str, list[float], pd.DataFrame]]:
+    """Method, places and rows of grouped bars, a group a format."""
+    formats, methods = list(frame["format"].unique()), list(frame["method"].unique())
+    axes.set_xticks(range(len(formats)), [FORMATS.get(name, name) for name in formats])
+    axes.tick_params(axis="x", length=0)
+    for index, method in enumerate(methods):
+        rows = frame[frame["method"] == method]
+        shift = (index - (len(methods) - 1) / 2) * (BAR + 0.03)
+        yield method, [formats.index(name) + shift for name in rows["format"]], rows
+
+
+def _trails(axes: Axes, frame: pd.DataFrame, x: pd.Series) -> None:
+    """Output error over `x`: a mark a method, a thin line through the methods of one format and block size."""
+    sizes = sorted(frame["block_size"].unique())
+    for (fmt, size), part in frame.groupby(["format", "block_size"], sort=False):
+        axes.plot(x[part.index], 100 * part["output_error"], LINE[str(fmt)], color=GREY, lw=0.7, zorder=1)
+        for at, error, method in zip(x[part.index], part["output_error"], part["method"], strict=True):
+            axes.plot(at, 100 * error, MARKER[method], color=COLOR[method], ms=4.5, mew=0.9,
+                      mfc=COLOR[method] if size == sizes[0] else "white")  # fmt: skip
+
+
+def _histograms(figure: Figure, frame: pd.DataFrame, value: str, label: str) -> None:
+    """Panels: a column a format, a row a block size; the methods' bars side by side."""
+    formats, sizes = list(frame["format"].unique()), list(frame["block_size"].unique())
+    spans = [frame.loc[frame["format"] == name, value] for name in formats]
+    widths = [span.max() - span.min() + 8 for span in spans]
+    grid = figure.subplots(len(sizes), len(formats), sharex="col", sharey="col", squeeze=False, width_ratios=widths)
+    methods = list(frame["method"].unique())
+    width = 0.9 / len(methods)
+    behind = {"facecolor": "white", "lw": 0, "pad": 1}
+    for axes_row, size in zip(grid, sizes, strict=True):
+        for axes, fmt in zip(axes_row, formats, strict=True):
+            part = frame[(frame["format"] == fmt) & (frame["block_size"] == size)]
+            for index, method in enumerate(methods):
+                rows = part[part["method"] == method]
+                place = rows[value] + (index - (len(methods) - 1) / 2) * width
+                axes.bar(place, rows["share"], width, **_outlined(method))
+            axes.text(0.98, 0.97, f"block {size}", transform=axes.transAxes, ha="right", va="top", bbox=behind)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axes, fmt in zip(grid[0], formats, strict=True):
+        axes.set_title(FORMATS.get(fmt, fmt))
+    figure.supylabel("share of blocks")
+    figure.supxlabel(label)
+    _legend(figure, [Patch(**_outlined(name), label=METHODS.get(name, name)) for name in methods])
+
+
+def _filled(method: str) -> dict[str, Any]:
+    return {"facecolor": COLOR[method], "hatch": HATCH[method], "edgecolor": "white", "lw": 0.4}
+
+
+def _outlined(method: str) -> dict[str, Any]:
+    """For bars too narrow for a hatch: the Hessian's are open."""
+    return {"facecolor": "white" if method == "hessian" else COLOR[method], "edgecolor": COLOR[method], "lw": 0.6}
+
+
+def _method_patches(frame: pd.DataFrame) -> list[Patch]:
+    return [Patch(**_filled(name), label=METHODS.get(name, name)) for name in frame["method"].unique()]
+
+
+def _method_markers(frame: pd.DataFrame) -> list[Line2D]:
+    return [
+        Line2D([], [], ls="", marker=MARKER[name], color=COLOR[name], label=METHODS.get(name, name))
+        for name in frame["method"].unique()
+    ]
+
+
+def _size_markers(frame: pd.DataFrame) -> list[Line2D]:
+    sizes = sorted(frame["block_size"].unique())
+    return [
+        Line2D([], [], ls="", marker="o", color=GREY, mfc=fill, label=f"block {size}")
+        for size, fill in zip(sizes, (GREY, "white"), strict=False)
+    ]
+
+
+def _format_lines(frame: pd.DataFrame) -> list[Line2D]:
+    return [
+        Line2D([], [], ls=LINE[name], color=GREY, lw=0.7, label=FORMATS.get(name, name))
+        for name in frame["format"].unique()
+    ]
+
+
+def _legend(figure: Figure, *rows: list[Any]) -> None:
+    """Above the panels, in these rows."""
+    columns = max(map(len, rows))
+    nothing = Line2D([], [], ls="", label="")
+    padded = [[*row, *[nothing] * (columns - len(row))] for row in rows]
+    # matplotlib fills a legend column by column.
+    figure.legend(handles=[row[i] for i in range(columns) for row in padded], loc="outside upper center", ncols=columns)
+
+
+def _experiment(name: str) -> str:
+    return (
+        f"results/records/{name}.jsonl has no such runs; run `python experiments/run.py -m experiment={name}` and "
+        f"`python experiments/report.py --collect {name} --from results/runs/{name}`"
+    )
+
+
+TIMES_MISSING = (
+    "no device has timed both what is compared; run `python experiments/run.py -m experiment=timing` on a GPU and "
+    "`python experiments/report.py --collect timing --from results/runs/timing`, or put a benchmark in results/bench"
+)
+
+FIGURES = (
+    Plot(
+        "output_error",
+        "Output error by format and method",
+        "Relative output error ‖XW_qᵀ − XWᵀ‖ / ‖XWᵀ‖ on the calibration tokens (bars) and on tokens held out (marks).",
+        _experiment("main"),
+        figure_data.output_error,
+        draw_output_error,
+        NARROW,
+        2.0,
+    ),
+    Plot(
+        "weight_and_output_error",
+        "Weight error and output error",
+        "The least weight error is not the least output error: the Hessian scales give up some of the one for the "
+        "other. Thin lines join the methods of one format and block size: solid NVFP4, dashed MXFP4.",
+        _experiment("main"),
+        figure_data.weight_and_output_error,
+        draw_weight_and_output_error,
+        NARROW,
+        2.4,
+    ),
+    Plot(
+        "block_size",
+        "Error against block size",
+        "Output error on held-out tokens at block size 16 (filled) and 32 (open), for the linear modules of one "
+        "decoder layer.",
+        _experiment("block_size"),
+        figure_data.block_size,
+        draw_block_size,
+        WIDE,
+        2.2,
+    ),
+    Plot(
+        "scale_shift",
+        "How far the optimal scale lies from the naive one",
+        "Share of blocks by the index of the chosen scale minus that of the naive one, in steps of representable "
+        "scales. A step is one E4M3 value for NVFP4 and a factor of two for MXFP4.",
+        _experiment("scale_distance"),
+        figure_data.scale_shift,
+        draw_scale_shift,
+        NARROW,
+        2.6,
+    ),
+    Plot(
+        "candidates",
+        "Scales evaluated for a block",
+        "Share of blocks by the number of scales that the exact search evaluated. Exhaustive search would evaluate all "
+        "126 positive E4M3 scales for NVFP4, all 255 UE8M0 scales for MXFP4.",
+        _experiment("scale_distance"),
+        figure_data.candidates,
+        draw_candidates,
+        NARROW,
+        2.6,
+    ),
+    Plot(
+        "one_block",
+        "The error of one block at every scale, with the proven windows",
+        "Squared error and Hessian error r H rᵀ of one block at every scale, each over its least value. The "
+        "bars and bands are the windows that provably hold the optima (stars). This block's Hessian optimum lies "
+        "outside the window of the squared error: each objective needs its own.",
+        "results/records/one_block.json is not there; run `python experiments/one_block.py`",
+        figure_data.one_block,
+        draw_one_block,
+        WIDE,
+        2.3,
+    ),
+    Plot(
+        "layers",
+        "Output error saved in every layer and module",
+        "Share of the naive scales' output error, on held-out tokens, that the searched scales take away.",
+        _experiment("layers"),
+        figure_data.layers,
+        draw_layers,
+        WIDE,
+        3.0,
+    ),
+    Plot(
+        "calibration_size",
+        "Calibration tokens and output error",
+        "Output error of Hessian scales by the number of calibration tokens: mean over the seeds, band from the least "
+        "to the largest. Dotted: SSE scales, which need no tokens, on the held-out tokens of the seed that has them.",
+        _experiment("calibration_size"),
+        figure_data.calibration_size,
+        draw_calibration_size,
+        WIDE,
+        2.1,
+    ),
+    Plot(
+        "global_scale",
+        "What NVFP4's global scale is for",
+        "Weight error of NVFP4 with and without a global scale, by the standard deviation of a Gaussian weight. "
+        "Without one, block scales fall among E4M3's subnormals on the left, and saturate on the right.",
+        _experiment("global_scale"),
+        figure_data.global_scale,
+        draw_global_scale,
+        NARROW,
+        2.3,
+    ),
+    Plot(
+        "time_error",
+        "Time and output error",
+        "Output error over the median time of the Triton kernels, with bars from the 20 % to the 80 % point. Memory "
+        "floor: the time in which the device copies the bytes that must be read and written. Times and errors "
+        "are of different matrices. Thin lines: solid NVFP4, dashed MXFP4.",
+        TIMES_MISSING,
+        figure_data.time_error,
+        draw_time_error,
+        NARROW,
+        2.5,
+    ),
+    Plot(
+        "speed_up",
+        "Triton speed-up",
+        "Median time of the PyTorch reference over that of Triton, same device, whole calls. Bars pair the 20 % "
+        "point of one with the 80 % point of the other.",
+        TIMES_MISSING,
+        figure_data.speed_up,
+        draw_speed_up,
+        NARROW,
+        2.2,
+    ),
+)
