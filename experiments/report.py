@@ -167,6 +167,7 @@ def track(group: str, root: Path) -> int:
         raise ReportError(f"--track {group}: use up to 64 letters, digits, '.', - and _, or leave the group out")
     results, runs = root / "results", root / RUNS
     tables = {path.stem: path for path in sorted(results.glob("*.csv"))}
+    tables |= {f"figures/{path.stem}": path for path in sorted((results / "figures").glob("*.csv"))}
     figures = {path.stem: path for path in sorted((results / "figures").glob("*.png"))}
     facts = {"records": len(records), "commits": sorted({record.commit for record in records if record.commit})}
     try:

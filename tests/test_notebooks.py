@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 
@@ -31,9 +32,16 @@ def test_a_notebook_is_kept_with_clean_outputs(path: Path) -> None:
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
     assert not any(cell.metadata for cell in notebook.cells)
     outputs = [output for cell in code for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert "Warning" not in "".join(o.get("text", "") for o in outputs)
+
+
+def test_the_figures_shown_are_those_of_results() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "02_results.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    shown = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+    kept = [path.read_bytes() for path in sorted((ROOT / "results" / "figures").glob("*.png"))]
+    assert shown == kept, "run `make notebooks`"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -154,9 +154,11 @@ def test_a_group_has_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     picture = results / "figures" / "error.png"
     Image.new("RGB", (3, 2), "red").save(picture)
 
+    (results / "figures" / "error.csv").write_text("method,error\nsse,0.5\n", encoding="utf-8")
+
     assert report.main(["--track"], tmp_path) == 0
     out, err = capfd.readouterr()
-    assert out == "Logged to W&B: 2 tables and 1 figures as report-newer\n" and err == ""
+    assert out == "Logged to W&B: 3 tables and 1 figures as report-newer\n" and err == ""
     (file,) = offline_files(results / "runs")
     records = complete_run(file)
     (run,) = (r.run for r in records if r.HasField("run"))
@@ -164,9 +166,10 @@ def test_a_group_has_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["records"] == 3 and config["commits"] == ["0123"]
     summary = summary_of(records)
-    assert summary["tables"] == 2 and summary["figures"] == 1
+    assert summary["tables"] == 3 and summary["figures"] == 1
     logged = logged_by(records)
-    assert {name for name in logged if "/" in name} == {"tables/main", "tables/other", "figures/error"}
+    names = {"tables/main", "tables/other", "tables/figures/error", "figures/error"}
+    assert {name for name in logged if "/" in name} == names
     image = logged["figures/error"]
     assert image["_type"] == "image-file" and image["caption"] == "error"
     assert (file.parent / "files" / image["path"]).read_bytes() == picture.read_bytes()
