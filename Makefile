@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run paper test lint report figures docs clean
+.PHONY: help setup run paper test lint report figures bench notebooks docs clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp comes last: an interrupted set-up has none and is done again.
 $(READY): requirements.lock pyproject.toml
@@ -59,14 +59,17 @@ lint: $(READY)  ## ruff, mypy, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint  ## lint, all tests, and the check that README and CSV files follow from the records
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8
+test: lint  ## lint, all tests, the notebooks, and the check that README and CSV files follow from the records
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --nbmake tests notebooks
 	$(BIN)/python experiments/report.py --check
 
 figures: $(READY)  ## rebuild every table and figure from results/records, without torch
 	$(BIN)/python experiments/report.py
 
 report: figures
+
+notebooks: $(READY)  ## run the notebooks and keep their outputs
+	$(BIN)/python notebooks/execute.py
 
 # The pages stand in for torch, so their own environment is small.
 DOCS_READY := .venv-docs/.ready

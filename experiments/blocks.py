@@ -20,6 +20,8 @@ from torch import Tensor
 from quantkit import QuantizedTensor
 from quantkit.calibration import block_hessians
 
+ERROR_BINS = 64
+
 
 def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTensor, gram: Tensor) -> dict[str, Tensor]:
     """Column → its values [out_features · num_blocks], on the CPU. weight [out_features, K]; gram [K, K].
@@ -43,6 +45,29 @@ def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTenso
     if result.candidates is not None:
         columns["candidates"] = result.candidates
     return {name: values.cpu().flatten() for name, values in columns.items()}
+
+
+def histograms(columns: Mapping[str, Tensor]) -> dict[str, tuple[list[int], list[float]]]:
+    """Name → (counts, edges) of what block_columns() made: a bin a whole number for the shift of the scale and the
+    candidates, 64 bins from 0 for the relative error ‖q − w‖ / ‖w‖. Blocks of zeros have error 0. Empty without blocks.
+    """
+    if not len(columns["shift"]):
+        return {}
+    whole = {"scale_shift": columns["shift"], "candidates": columns.get("candidates")}
+    found = {name: _whole_numbers(values) for name, values in whole.items() if values is not None}
+    norm = columns["squared_norm"].double()
+    error = torch.where(norm > 0, columns["squared_error"].double() / norm, 0.0).sqrt()
+    top = error.max().item() or 1.0
+    counted, edges = torch.histogram(error, bins=ERROR_BINS, range=(0.0, top))
+    return found | {"relative_error": (counted.long().tolist(), edges.tolist())}
+
+
+def _whole_numbers(values: Tensor) -> tuple[list[int], list[float]]:
+    """Counts of the integers from the least to the largest of ``values``, and the edges halfway between them."""
+    values = values.long()
+    least = int(values.min())
+    counted = torch.bincount(values - least).tolist()
+    return counted, [least - 0.5 + step for step in range(len(counted) + 1)]
 
 
 def counts(values: Tensor | None) -> dict[str, int] | None:

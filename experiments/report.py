@@ -6,6 +6,7 @@
                                                   the data are compared; that its picture is there is enough
     python experiments/report.py --runs [DIR]     print the tables of the runs in DIR; write its table.csv and table.md
     python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed
+    python experiments/report.py --track [GROUP]  log the CSV files and figures of results/ to W&B, offline by default
 
 A generated block of a document stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`; its
 name is that of a file in results/records, `published`, or `figure:NAME`. Text outside is left alone.
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             return report_runs(arguments.runs, root)
         if arguments.collect:
             return collect(arguments.collect, arguments.source or root / RUNS, root)
+        if arguments.track is not None:
+            return track(arguments.track, root)
         return check(root) if arguments.check else rebuild(root)
     except (ReportError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -71,6 +74,9 @@ def parse(argv: list[str] | None, root: Path) -> argparse.Namespace:
         "--runs", metavar="DIR", nargs="?", type=Path, const=root / RUNS, help="print the tables of raw runs"
     )
     what.add_argument("--collect", metavar="NAME", help="copy raw runs to results/records/NAME.jsonl")
+    what.add_argument(
+        "--track", metavar="GROUP", nargs="?", const="", help="log tables and figures to W&B; default: the newest sweep"
+    )
     parser.add_argument("--from", dest="source", metavar="DIR", type=Path, help="with --collect: the runs' folder")
     arguments = parser.parse_args(argv)
     if arguments.source and not arguments.collect:
@@ -170,6 +176,34 @@ def collect(name: str, source: Path, root: Path) -> int:
         if count:
             print(f"  {count} of the runs are {what}")
     print("Next: python experiments/report.py")
+    return 0
+
+
+def track(group: str, root: Path) -> int:
+    """Log the CSV files and the pictures of results/ as the report of a W&B group: a sweep, the newest by default."""
+    from experiments.config import TrackingConfig
+    from experiments.tracking import track_report
+
+    records = read_records(root / RECORDS)
+    if not records:
+        raise ReportError(f"{RECORDS} has no records; {HOW_TO_RECORD}")
+    if not group:
+        group = max(records, key=lambda record: record.started_at or "").sweep
+    elif not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", group):
+        raise ReportError(f"--track {group}: use up to 64 letters, digits, '.', - and _, or leave the group out")
+    results, runs = root / "results", root / RUNS
+    tables = {path.stem: path for path in sorted(results.glob("*.csv"))}
+    tables |= {f"figures/{path.stem}": path for path in sorted((results / "figures").glob("*.csv"))}
+    figures = {path.stem: path for path in sorted((results / "figures").glob("*.png"))}
+    facts = {"records": len(records), "commits": sorted({record.commit for record in records if record.commit})}
+    try:
+        logged = track_report(group, tables, figures, facts, TrackingConfig("wandb"), runs)
+    except Exception as error:
+        raise ReportError(f"W&B did not log the report ({error})") from error
+    if not logged:
+        print("Nothing logged: WANDB_MODE=disabled.")
+        return 0
+    print(f"Logged to W&B: {len(tables)} tables and {len(figures)} figures as report-{group}")
     return 0
 
 

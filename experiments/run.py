@@ -73,12 +73,15 @@ def run(composed: DictConfig, console: Console) -> None:
     with run_log(run_dir):
         log.info("%s\n%s", name, OmegaConf.to_yaml(OmegaConf.structured(config)))
         fields = base_fields(config, name, digest, device, backend)
+        histograms = None
         try:
             if source_error is not None:
                 raise source_error
             from experiments.stages import execute
 
-            fields |= execute(config, device, backend, run_dir, layers_ahead(config)) | {"status": "ok", "reason": None}
+            outcome = execute(config, device, backend, run_dir, layers_ahead(config))
+            fields |= outcome.fields | {"status": "ok", "reason": None}
+            histograms = outcome.histograms
         except Exception as error:
             fields |= {"status": status_of(error), "reason": one_line(error)}
             log.info("%s: %s\n%s", fields["status"], fields["reason"], traceback.format_exc())
@@ -86,7 +89,8 @@ def run(composed: DictConfig, console: Console) -> None:
                 traceback.print_exc()
         record = RunRecord(**fields, duration_s=time.perf_counter() - started)
         record.write(run_dir)
-        tracking.track(record, result_config(config, device, backend), config.tracking, Path(config.output_dir))
+        settings = result_config(config, device, backend)
+        tracking.track(record, settings, config.tracking, Path(config.output_dir), histograms)
     console.ran(record, run_dir / LOG_NAME)
 
 

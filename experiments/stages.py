@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from experiments import provenance, timing
 from experiments.activations import LayerInputs, limit_calibration, load_layer_inputs
-from experiments.blocks import block_columns, counts, write_blocks
+from experiments.blocks import block_columns, counts, histograms, write_blocks
 from experiments.config import Config, LayerConfig
 from experiments.record import BLOCKS_NAME
+from experiments.tracking import Histograms
 from quantkit import QuantizedTensor, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
@@ -46,7 +47,15 @@ class Quantized:
     naive: QuantizedTensor
 
 
-def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Sequence[LayerConfig] = ()) -> Fields:
+@dataclass(frozen=True)
+class Outcome:
+    """fields: of the record. histograms: makes the distributions over the blocks, for whoever wants them."""
+
+    fields: Fields
+    histograms: Callable[[], Histograms]
+
+
+def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Sequence[LayerConfig] = ()) -> Outcome:
     """Run all stages on `device`. What the library cannot do raises ValueError before anything is loaded.
 
     ahead: layers that later runs of the sweep want of the same model and text.
@@ -60,11 +69,13 @@ def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Seq
     log.info("quantized")
     fields = describe(config, inputs, work) | measure_errors(config, inputs, work)
     log.info("errors: %s", {name: value for name, value in fields.items() if "error" in name})
+    blocks = cache(partial(block_columns, work.weight, work.result, work.naive, inputs.gram_calibration))
     if config.record.blocks:
-        fields |= keep_blocks(inputs, work, run_dir)
+        fields |= keep_blocks(blocks(), run_dir)
     if config.verify:
         fields |= verify_scales(config, work)
-    return fields | measure_time(config, work, device, backend)
+    fields |= measure_time(config, work, device, backend)
+    return Outcome(fields, lambda: histograms(blocks()))
 
 
 def check_options(config: Config) -> None:
@@ -144,8 +155,7 @@ def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fiel
     return fields
 
 
-def keep_blocks(inputs: LayerInputs, work: Quantized, run_dir: Path) -> Fields:
-    blocks = block_columns(work.weight, work.result, work.naive, inputs.gram_calibration)
+def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
     write_blocks(blocks, run_dir / BLOCKS_NAME)
     return {"scale_shifts": counts(blocks["shift"]), "candidate_counts": counts(blocks.get("candidates"))}
 

@@ -191,7 +191,7 @@ def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = (
 
 
 def verification_tables(records: Iterable[RunRecord]) -> list[Table]:
-    """What verify found in the runs that asked for it, one table a model and text; a line for the layers of a setting."""
+    """What verify found in the runs that asked for it, one table a model and text, one line a setting."""
     verified = sorted((r for r in records if r.verified_blocks is not None), key=record_order)
     by_source: dict[tuple[str | None, str | None], dict[tuple[Any, ...], RunRecord]] = {}
     for record in verified:
@@ -232,7 +232,7 @@ def _layers(records: list[RunRecord]) -> str:
     """``0, 10, 20 mlp.down_proj``: the indices of each module's layers."""
     modules: dict[str, list[int]] = {}
     for r in records:
-        modules.setdefault(r.layer_module, []).append(r.layer_index)
+        modules.setdefault(r.layer_module or NONE, []).append(r.layer_index or 0)
     return "; ".join(f"{', '.join(map(str, sorted(set(found))))} {module}" for module, found in modules.items())
 
 

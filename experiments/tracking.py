@@ -1,15 +1,17 @@
-"""W&B as the mirror of the records: one run a record, offline unless asked otherwise.
+"""W&B as the mirror of the records: one run a record, and one of the report; offline unless asked otherwise.
 
 The sweep is the group and the run's identity the id, so a run that is repeated with `force=true` updates its W&B run
-when it is synced. Nothing about the host, the user, the code or the console is sent. A failure here is a warning: the
-record is on disk already.
+when it is synced. A run's page has what was set and used under its configuration, what was measured as its summary, and
+histograms over its blocks. The report's run, of job type `report`, has the tables and figures of `results/`. Nothing
+about the host, the user, the code or the console is sent. A failure to log a run is a warning: the record is on disk
+already. Imports no torch.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,18 +23,82 @@ log = logging.getLogger(__name__)
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = ("offline", "online", "disabled")
 
+Histograms = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # name → (counts, edges), one more edge than counts
 
-def track(record: RunRecord, config: Mapping[str, Any], tracking: TrackingConfig, output_dir: Path) -> None:
-    """Mirror one record. Offline runs lie in `output_dir/wandb/offline-run-*`, which `wandb sync` sends."""
+# The fields of a record that a run's summary shows; the others go to its configuration, where runs are filtered.
+MEASURED = (
+    *("status", "reason", "weight_error", "output_error", "output_error_heldout", "bits_per_weight", "scales_moved"),
+    *("candidates_mean", "candidates_max", "time_ms_median", "time_ms_p20", "time_ms_p80", "time_iterations"),
+    *("verified_blocks", "verified_violations", "verified_worst_excess", "duration_s"),
+)
+AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
+HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # text, also where all digits are decimal
+
+
+def track(
+    record: RunRecord,
+    config: Mapping[str, Any],
+    tracking: TrackingConfig,
+    output_dir: Path,
+    histograms: Callable[[], Histograms] | None = None,
+) -> None:
+    """Mirror one record. Offline runs lie in `output_dir/wandb/offline-run-*`, which `wandb sync` sends.
+
+    histograms: makes the distributions over the run's blocks; not called where nothing is logged.
+    """
     if tracking.name == "none":
         return
     try:
-        _log_run(record, config, tracking, output_dir)
+        mode = tracking_mode(tracking)
+        if mode != "disabled":
+            _log_run(record, config, tracking, mode, output_dir, histograms)
     except Exception as error:
         log.debug("W&B failed", exc_info=True)
         log.warning(
             "W&B did not log %s (%s); its record is complete. tracking=none turns W&B off.", record.run_id, error
         )
+
+
+def track_report(
+    group: str,
+    tables: Mapping[str, Path],
+    figures: Mapping[str, Path],
+    facts: Mapping[str, Any],
+    tracking: TrackingConfig,
+    output_dir: Path,
+) -> bool:
+    """Log the CSV files `tables` and the pictures `figures` as the group's report; False where W&B is disabled.
+
+    facts: what the report was made from, its configuration. Logged again, it updates the same W&B run.
+    """
+    mode = tracking_mode(tracking)
+    if mode == "disabled":
+        return False
+    import pandas as pd
+    import wandb
+
+    with wandb.init(
+        group=group,
+        id=f"report-{group}",
+        name=f"report-{group}",
+        job_type="report",
+        tags=["report"],
+        config=dict(facts),
+        **_common(tracking, mode, output_dir),
+    ) as run:
+        logged: dict[str, Any] = {}
+        for name, path in tables.items():
+            frame = pd.read_csv(path, dtype=dict.fromkeys(HASHES, str)).astype(object)
+            logged[f"tables/{name}"] = wandb.Table(
+                columns=list(frame.columns),
+                data=frame.where(frame.notna(), None).to_numpy().tolist(),
+                allow_mixed_types=True,
+            )
+        for name, path in figures.items():
+            logged[f"figures/{name}"] = wandb.Image(str(path), caption=name)
+        run.log(logged)
+        run.summary.update({"tables": len(tables), "figures": len(figures)})
+    return True
 
 
 def tracking_mode(tracking: TrackingConfig) -> Mode:
@@ -44,10 +110,37 @@ def tracking_mode(tracking: TrackingConfig) -> Mode:
     raise ValueError(f"WANDB_MODE={asked}: use {', '.join(MODES)}")
 
 
-def _log_run(record: RunRecord, config: Mapping[str, Any], tracking: TrackingConfig, output_dir: Path) -> None:
-    mode = tracking_mode(tracking)
-    if mode == "disabled":
-        return
+def _log_run(
+    record: RunRecord,
+    config: Mapping[str, Any],
+    tracking: TrackingConfig,
+    mode: Mode,
+    output_dir: Path,
+    histograms: Callable[[], Histograms] | None,
+) -> None:
+    import wandb
+
+    values = {name: value for name, value in record.to_dict().items() if value is not None}
+    used = {name: value for name, value in values.items() if name not in (*MEASURED, *AS_HISTOGRAMS)}
+    with wandb.init(
+        group=record.sweep,
+        id=record.run_id,
+        name=record.run_id,
+        job_type=record.method,
+        tags=[record.format, record.method, record.backend, record.status],
+        config={**config, "record": used},
+        **_common(tracking, mode, output_dir),
+    ) as run:
+        made = {} if histograms is None else histograms()
+        if made:
+            run.log({f"blocks/{name}": wandb.Histogram(np_histogram=counted) for name, counted in made.items()})
+        run.summary.update({name: values[name] for name in MEASURED if name in values})
+        # Leaving the block would call an unsupported run finished, too; only a failed one is shown as crashed.
+        run.finish(exit_code=1 if record.status == "failed" else 0)
+
+
+def _common(tracking: TrackingConfig, mode: Mode, output_dir: Path) -> dict[str, Any]:
+    """The arguments of wandb.init() that every run shares."""
     import wandb
 
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -65,20 +158,11 @@ def _log_run(record: RunRecord, config: Mapping[str, Any], tracking: TrackingCon
         x_disable_machine_info=True,
         x_save_requirements=False,
     )
-    with wandb.init(
-        project=tracking.project,
-        group=record.sweep,
-        id=record.run_id,
-        name=record.run_id,
-        job_type=record.method,
-        tags=[record.format, record.method, record.backend, record.status],
-        config=dict(config),
-        dir=str(output_dir),
-        mode=mode,
-        resume="allow",
-        reinit="finish_previous",
-        settings=settings,
-    ) as run:
-        run.summary.update({name: value for name, value in record.to_dict().items() if value is not None})
-        # Leaving the block would call an unsupported run finished, too; only a failed one is shown as crashed.
-        run.finish(exit_code=1 if record.status == "failed" else 0)
+    return {
+        "project": tracking.project,
+        "dir": str(output_dir),
+        "mode": mode,
+        "resume": "allow",
+        "reinit": "finish_previous",
+        "settings": settings,
+    }

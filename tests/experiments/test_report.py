@@ -193,7 +193,10 @@ def test_torch_is_not_imported(root: Path):
         f"root = Path({str(root)!r}); "
         "status = [report.main(a, root) for a in ([], ['--check'], ['--runs'])]; "
         "heavy = {'torch', 'triton', 'transformers', 'datasets', 'wandb', 'hydra'} & sys.modules.keys(); "
-        "assert status == [0, 0, 0] and not heavy, (status, heavy)"
+        "assert status == [0, 0, 0] and not heavy, (status, heavy); "
+        "assert report.main(['--track'], root) == 0; "
+        "heavy = {'torch', 'triton', 'transformers', 'datasets', 'quantkit'} & sys.modules.keys(); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 

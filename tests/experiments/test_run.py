@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -249,6 +250,24 @@ def test_a_damaged_record_counts_for_nothing(output: Path) -> None:
         path.write_text(text)
         (again,) = run(output)
         assert again.status == "ok"
+
+
+def test_wandb_is_offered_histograms_of_every_block(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[Any] = []
+    monkeypatch.setattr(entry.tracking, "track", lambda *arguments: offered.append(arguments))
+    run(output, "method=sse", "model.std=1", "tracking=wandb")
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("no such layer")))
+    run(output, "method=naive", "tracking=wandb")
+
+    (record, config, _, folder, histograms), (failed, *_, nothing) = offered
+    assert record.status == "ok" and config["block_size"] == 16 and folder == output
+    made = histograms()
+    assert made.keys() == {"scale_shift", "candidates", "relative_error"}
+    assert all(sum(counts) == 32 * 64 // 16 for counts, _ in made.values())
+    counts, edges = made["candidates"]
+    assert record.candidates_max == edges[-1] - 0.5
+    assert sum(c * (e + 0.5) for c, e in zip(counts, edges, strict=False)) / sum(counts) == record.candidates_mean
+    assert failed.status == "failed" and nothing is None
 
 
 def test_wandb_may_fail(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

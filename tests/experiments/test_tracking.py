@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+from experiments import report
+from experiments.blocks import histograms
 from experiments.config import TrackingConfig, TrackingMode
-from experiments.record import RunRecord
-from experiments.tracking import track
+from experiments.record import FIELDS, RunRecord
+from experiments.tables import records_csv
+from experiments.tracking import AS_HISTOGRAMS, MEASURED, track, track_report
 
 RECORD = RunRecord(
     run_id="nvfp4-b16-sse-reference-synthetic-l0-mlp.down_proj-synthetic-0123456789",
@@ -33,6 +38,7 @@ RECORD = RunRecord(
     weight_error=0.0789,
     time_iterations=12,
 )
+HISTOGRAMS = {"scale_shift": ([3, 0, 5], [-1.5, -0.5, 0.5, 1.5]), "candidates": ([8], [9.5, 10.5])}
 CONFIG = {"format": {"name": "nvfp4"}, "block_size": 16}
 WANDB = TrackingConfig("wandb")
 
@@ -73,8 +79,29 @@ def complete_run(file: Path) -> list[Any]:
         time.sleep(0.05)
 
 
+def summary_of(records: list[Any]) -> dict[str, Any]:
+    return {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for r in records
+        if r.HasField("summary")
+        for item in r.summary.update
+    }
+
+
+def logged_by(records: list[Any]) -> dict[str, Any]:
+    """What run.log() was given, media as W&B describes them. A dictionary comes one entry at a time."""
+    logged: dict[str, Any] = {}
+    for item in (item for r in records if r.HasField("history") for item in r.history.item):
+        *parents, name = item.nested_key or [item.key]
+        place = logged
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = json.loads(item.value_json)
+    return logged
+
+
 def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    track(RECORD, CONFIG, WANDB, tmp_path)
+    track(RECORD, CONFIG, WANDB, tmp_path, lambda: HISTOGRAMS)
     out, err = capfd.readouterr()
     assert out + err == ""
 
@@ -86,13 +113,17 @@ def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFi
     assert {"nvfp4", "sse", "reference", "ok"} <= set(run.tags)
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["format"] == {"name": "nvfp4"} and config["block_size"] == 16
-    summary = {
-        item.key or ".".join(item.nested_key): json.loads(item.value_json)
-        for r in records
-        if r.HasField("summary")
-        for item in r.summary.update
-    }
+    # What was used is a setting, what was found the summary; what is not known is in neither.
+    assert config["record"]["sweep"] == RECORD.sweep and config["record"]["device"] == "cpu"
+    assert "model" not in config["record"] and "scale_shifts" not in config["record"]
+    summary = summary_of(records)
     assert summary["weight_error"] == 0.0789 and summary["time_iterations"] == 12 and summary["status"] == "ok"
+    shown = {name for name in summary if not name.startswith(("_", "blocks/"))}
+    assert shown == {name for name in MEASURED if getattr(RECORD, name) is not None}
+    assert config["record"].keys() | set(MEASURED) | set(AS_HISTOGRAMS) <= set(FIELDS)
+    logged = logged_by(records)
+    for name, (counts, edges) in HISTOGRAMS.items():
+        assert logged[f"blocks/{name}"] == {"_type": "histogram", "values": counts, "bins": edges}
     assert [r.exit.exit_code for r in records if r.HasField("exit")] == [0]
 
     # A repeated run is a second file under the same id; a failed one ends as failed.
@@ -109,12 +140,96 @@ def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFi
     assert not any(r.run.host or r.run.git.remote_url for r in records if r.HasField("run"))
 
 
+def test_a_group_has_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`report.py --track`: every CSV file and picture of results/, in the group of the newest sweep."""
+    results = tmp_path / "results"
+    (results / "figures").mkdir(parents=True)
+    (results / "records").mkdir()
+    older = dataclasses.replace(RECORD, started_at="2026-01-01T00:00:00+00:00", commit="0123")
+    newer = dataclasses.replace(RECORD, run_id="b", sweep="newer", started_at="2026-01-02T00:00:00+00:00")
+    for name, records in (("main", [newer, older]), ("other", [older])):
+        lines = [record.to_json() for record in records]
+        (results / "records" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (results / f"{name}.csv").write_text(records_csv(records), encoding="utf-8")
+    picture = results / "figures" / "error.png"
+    Image.new("RGB", (3, 2), "red").save(picture)
+
+    (results / "figures" / "error.csv").write_text("method,error\nsse,0.5\n", encoding="utf-8")
+
+    assert report.main(["--track"], tmp_path) == 0
+    out, err = capfd.readouterr()
+    assert out == "Logged to W&B: 3 tables and 1 figures as report-newer\n" and err == ""
+    (file,) = offline_files(results / "runs")
+    records = complete_run(file)
+    (run,) = (r.run for r in records if r.HasField("run"))
+    assert (run.run_id, run.run_group, run.job_type) == ("report-newer", "newer", "report")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["records"] == 3 and config["commits"] == ["0123"]
+    summary = summary_of(records)
+    assert summary["tables"] == 3 and summary["figures"] == 1
+    logged = logged_by(records)
+    names = {"tables/main", "tables/other", "tables/figures/error", "figures/error"}
+    assert {name for name in logged if "/" in name} == names
+    image = logged["figures/error"]
+    assert image["_type"] == "image-file" and image["caption"] == "error"
+    assert (file.parent / "files" / image["path"]).read_bytes() == picture.read_bytes()
+    table = json.loads((file.parent / "files" / logged["tables/main"]["path"]).read_text(encoding="utf-8"))
+    assert table["columns"] == list(FIELDS)
+    assert [row[FIELDS.index("sweep")] for row in table["data"]] == ["newer", RECORD.sweep]
+    assert [row[FIELDS.index("weight_error")] for row in table["data"]] == [0.0789, 0.0789]
+    assert [row[FIELDS.index("commit")] for row in table["data"]] == [None, "0123"]
+
+    # A group can be named, and what cannot be logged is an error: here nothing is complete without it.
+    assert report.main(["--track", "mine"], tmp_path) == 0
+    assert len(offline_files(results / "runs")) == 2
+    assert report.main(["--track", "my/group"], tmp_path) == 1
+    assert "--track my/group" in capfd.readouterr().err
+
+
+def test_a_report_that_cannot_be_logged_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main(["--track"], tmp_path) == 1
+    assert "has no records" in capsys.readouterr().err
+    RECORD.write(tmp_path / "results" / "records" / "one")
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    assert report.main(["--track"], tmp_path) == 1
+    assert "WANDB_MODE=sideways" in capsys.readouterr().err
+
+
+def test_histograms_count_every_block() -> None:
+    columns = {
+        "shift": torch.tensor([-2, 0, 0, 1], dtype=torch.int16),
+        "candidates": torch.tensor([10, 9, 10, 10], dtype=torch.uint8),
+        "squared_error": torch.tensor([1.0, 4.0, 0.0, 0.0]),
+        "squared_norm": torch.tensor([4.0, 4.0, 4.0, 0.0]),
+    }
+    made = histograms(columns)
+    assert made["scale_shift"] == ([1, 0, 2, 1], [-2.5, -1.5, -0.5, 0.5, 1.5])
+    assert made["candidates"] == ([1, 3], [8.5, 9.5, 10.5])
+    counts, edges = made["relative_error"]
+    assert len(edges) == len(counts) + 1 and (edges[0], edges[-1]) == (0, 1)
+    # Errors of 1/2, 1, 0 and, of the block of zeros, 0.
+    assert {index: count for index, count in enumerate(counts) if count} == {0: 2, 32: 1, 63: 1}
+
+    del columns["candidates"]
+    columns["squared_error"] = torch.zeros(4)
+    made = histograms(columns)
+    assert "candidates" not in made and made["relative_error"][0][0] == 4
+    assert histograms({name: values[:0] for name, values in columns.items()}) == {}
+
+
 def test_none_and_disabled_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
-    track(RECORD, CONFIG, TrackingConfig("none"), tmp_path)
-    track(RECORD, CONFIG, TrackingConfig("wandb", mode=TrackingMode.disabled), tmp_path)
+
+    def unwanted() -> Any:
+        raise AssertionError("made for nobody")
+
+    track(RECORD, CONFIG, TrackingConfig("none"), tmp_path, unwanted)
+    track(RECORD, CONFIG, TrackingConfig("wandb", mode=TrackingMode.disabled), tmp_path, unwanted)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    track(RECORD, CONFIG, WANDB, tmp_path)
+    track(RECORD, CONFIG, WANDB, tmp_path, unwanted)
+    assert not track_report("sweep", {}, {}, {}, WANDB, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
