@@ -40,7 +40,7 @@ def quantize(
     gram: Tensor | None = None,
     hessian: Tensor | None = None,
     backend: str = "auto",
-    global_scale: str | float | None = None,
+    global_scale: str | float | Tensor | None = None,
     scale_rule: str | None = None,
     check_finite: bool = True,
     count_candidates: bool = False,
@@ -55,7 +55,8 @@ def quantize(
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
     (1), or
-        a positive number. A single-level format has none.
+        a positive number, or a float32 scalar on the weight's device, taken as it is (layers that are fused share one).
+        A single-level format has none.
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
     count_candidates: also return, for each block, how many scales were evaluated.
@@ -80,7 +81,7 @@ def quantize(
         from quantkit.kernels import launch
 
         codes, scales, candidates, flags = launch.quantize(
-            matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates
+            matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates, check_finite
         )
         if check_finite and any(flags.tolist()):
             calibration.check_finite(weight, "weight")
@@ -212,9 +213,20 @@ def _hessians_from_activations(activations: Tensor, in_features: int, block_size
     return result
 
 
-def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | None, use_triton: bool = False) -> Tensor:
+def _global_scale(
+    matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None, use_triton: bool = False
+) -> Tensor:
     """Float32 scalar: the decode multiplier. amax is taken from the weight and computed with in float32."""
     requested = fmt.default_global_scale if requested is None else requested
+    if isinstance(requested, Tensor):
+        if not fmt.two_level:
+            raise ValueError(f"{fmt.name} has no global scale; got a tensor, use 'none' or leave it out")
+        if requested.numel() != 1 or requested.dtype != torch.float32 or requested.device != matrix.device:
+            raise ValueError(
+                f"a global_scale tensor must be one float32 on {matrix.device}, got "
+                f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
+            )
+        return requested.reshape(())
     if not fmt.two_level and requested != "none":
         raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
     if requested == "none":

@@ -46,12 +46,13 @@ def quantize(
     rule: str,
     hessians: Tensor | None,
     count_candidates: bool,
+    check_finite: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(packed codes, scale bytes, candidates or None, flags) of a bf16, fp16 or fp32 ``[rows, K]`` matrix.
 
     hessians: ``[K/block_size, block_size, block_size]`` on the matrix's device, for the method that needs them.
     flags: int32 ``[2]``, 1 where the matrix, or the Hessians, hold what cannot be worked with (NaN, Inf, a clearly
-    indefinite Hessian); codes and scales are then undefined.
+    indefinite Hessian); codes and scales are then undefined. Without check_finite the flags are, too.
     """
     matrix = matrix.contiguous()
     rows, columns = matrix.shape
@@ -61,7 +62,8 @@ def quantize(
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
     candidates = torch.empty_like(scales) if count_candidates else None
-    flags = torch.zeros(2, dtype=torch.int32, device=device)
+    new = torch.zeros if check_finite else torch.empty  # nobody looks at the flags then
+    flags = new(2, dtype=torch.int32, device=device)
     if num_blocks == 0:
         return codes, scales, candidates, flags
     constants = _constants(fmt, block_size)

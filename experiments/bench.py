@@ -1,0 +1,451 @@
+"""Times of every method × format × block size × backend on one device, beside a plain copy and the peers installed.
+
+    python experiments/bench.py --out results/bench/NAME.csv
+    python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
+
+What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global
+scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock. On a CPU
+there is only the call. Before each measurement a buffer larger than the L2 cache is overwritten, and the cases take
+turns, so that a drift of the clocks meets all of them. `floor_us` is what the bytes alone need, each read or written
+once, at the rate of a large copy in the same process; `ratio_to_copy` compares gpu_us with a copy of the same weight.
+
+Peers (qwantize, nvidia-modelopt) take part where they are installed. They return other things than codes and scales:
+see PEERS below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from experiments.provenance import device_name, git_state, versions
+from experiments.record import write_atomically
+from quantkit import FORMATS, METHODS, quantize
+from quantkit.formats import get_format
+
+QWEN3_4B = ((4096, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (2560, 9728))  # q, k and v, o, gate and up, down
+MAIN = ((2560, 9728),)
+ROWS = tuple((rows, 9728) for rows in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536))
+SETS = {"main": MAIN, "qwen3_4b": QWEN3_4B, "rows": ROWS}
+TOKENS = 65536  # of the activations whose block Hessians are timed
+FLUSH_BYTES = 256 << 20  # larger than any L2
+LARGE_COPY_BYTES = 2 << 30
+SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
+SLOW_ROUNDS = 3
+PEERS = {
+    "qwantize": "element values and scale values, float32; its Hessian method builds H itself, here from 2048 tokens",
+    "modelopt": "naive: the dequantized weight; sse and hessian: the best amax of each block, no codes",
+}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """A line of the CSV; times are microseconds, quantiles over `iterations`."""
+
+    kind: str  # kernel, copy, or peer
+    tool: str
+    operation: str  # naive, sse, hessian, dequantize, amax, block_hessians, copy
+    format: str
+    block_size: int | None
+    backend: str
+    rows: int
+    columns: int
+    dtype: str
+    global_scale: str
+    gpu_us_median: float | None
+    gpu_us_20: float | None
+    gpu_us_80: float | None
+    call_us_median: float | None
+    call_us_20: float | None
+    call_us_80: float | None
+    bytes: int
+    floor_us: float | None
+    ratio_to_copy: float | None
+    iterations: int
+    device: str
+    commit: str
+    dirty: bool | None
+    versions: str
+
+
+@dataclass
+class Case:
+    """Something to time: a line of the CSV in the making."""
+
+    kind: str
+    tool: str
+    operation: str
+    call: Callable[[], object]
+    bytes: int
+    format: str = ""
+    block_size: int | None = None
+    backend: str = ""
+    global_scale: str = ""
+    gpu_us: list[float] = field(default_factory=list)
+    call_us: list[float] = field(default_factory=list)
+    graph: Any = None
+    limit: int = 1 << 30
+
+
+def cases(weight: Tensor, backends: list[str], with_peers: bool, block_sizes: tuple[int, ...]) -> Iterator[Case]:
+    """Everything that is timed on one weight ``[rows, columns]``."""
+    columns = weight.shape[1]
+    size, itemsize = weight.numel(), weight.element_size()
+    target = torch.empty_like(weight)
+    yield Case("copy", "torch", "copy", lambda: target.copy_(weight), 2 * size * itemsize)
+    tokens = torch.randn(2048, columns, device=weight.device) * torch.logspace(-0.5, 0.5, columns, device=weight.device)
+    tokens = tokens + 0.5 * tokens.roll(1, 1)  # neighbours correlate, as in a layer's inputs
+    for name, fmt in FORMATS.items():
+        amax = weight.abs().amax().float() / (fmt.element.max_value * fmt.scale.max_value)
+        for block_size in block_sizes:
+            blocks = tokens.unflatten(1, (-1, block_size))
+            hessian = torch.einsum("tbi,tbj->bij", blocks, blocks).contiguous()
+            for method in METHODS:
+                scales: list[tuple[str, Any]] = [("given", amax)] if fmt.two_level else [("none", None)]
+                if fmt.two_level:
+                    scales.append(("amax", "amax"))
+                for backend in backends:
+                    for label, scale in scales:
+                        given: dict[str, Any] = {"hessian": hessian} if method == "hessian" else {}
+                        if scale is not None:
+                            given["global_scale"] = scale
+                        moved = size * itemsize + size // 2 + size // block_size
+                        moved += hessian.nbytes if method == "hessian" else 0
+                        yield Case(
+                            "kernel",
+                            "quantkit",
+                            method,
+                            quantizer(weight, name, block_size, method, backend, given),
+                            moved,
+                            name,
+                            block_size,
+                            backend,
+                            label,
+                        )
+            if "triton" in backends and weight.is_cuda:
+                yield dequantizer(weight, name, block_size)
+    if "triton" in backends and weight.is_cuda:
+        from quantkit.kernels import launch
+
+        nvfp4 = get_format("nvfp4")
+        yield Case(
+            "kernel",
+            "quantkit",
+            "amax",
+            lambda: launch.global_scale(weight, nvfp4),
+            size * itemsize,
+            "nvfp4",
+            None,
+            "triton",
+            "amax",
+        )
+    if with_peers and weight.is_cuda:
+        yield from peer_cases(weight, tokens)
+
+
+def quantizer(
+    weight: Tensor, format: str, block_size: int, method: str, backend: str, given: dict[str, Any]
+) -> Callable[[], object]:
+    return lambda: quantize(weight, format, block_size, method, backend=backend, check_finite=False, **given)
+
+
+def dequantizer(weight: Tensor, format: str, block_size: int) -> Case:
+    q = quantize(weight, format, block_size)
+    return Case(
+        "kernel",
+        "quantkit",
+        "dequantize",
+        lambda: q.dequantize(weight.dtype),
+        weight.nbytes + q.codes.nbytes + q.scales.nbytes,
+        format,
+        block_size,
+        "triton",
+        "given",
+    )
+
+
+def block_hessian_cases(columns: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    from quantkit.kernels import launch
+
+    activations = torch.randn(TOKENS, columns, device=device, dtype=dtype)
+    for block_size in (16, 32):
+        yield Case(
+            "kernel",
+            "quantkit",
+            "block_hessians",
+            lambda b=block_size: launch.block_hessians(activations, b),  # type: ignore[misc]
+            activations.nbytes + 4 * columns * block_size,
+            "",
+            block_size,
+            "triton",
+        )
+
+
+def peer_cases(weight: Tensor, tokens: Tensor) -> Iterator[Case]:
+    rows, columns = weight.shape
+    if importlib.util.find_spec("qwantize"):
+        import qwantize
+
+        for block_size in (16, 32):
+            blocked = weight.reshape(rows, columns // block_size, block_size)
+            for format, method, name in (
+                ("nvfp4", "naive", "nvfp4_naive_triton"),
+                ("nvfp4", "sse", "nvfp4_optimal_triton"),
+                ("nvfp4", "hessian", "nvfp4_optimal_hessian_triton"),
+                ("mxfp4", "naive", "mxfp4_naive_triton"),
+                ("mxfp4", "sse", "mxfp4_optimal_triton"),
+            ):
+                function = getattr(qwantize, name)
+                inputs = {"X": tokens} if method == "hessian" else {}
+                yield Case(
+                    "peer",
+                    "qwantize",
+                    method,
+                    lambda f=function, w=blocked, i=inputs: f(w, dim=-1, **i),  # type: ignore[misc]
+                    weight.nbytes + 4 * weight.numel() + 4 * weight.numel() // block_size,
+                    format,
+                    block_size,
+                    "triton",
+                    "none",
+                )
+    if importlib.util.find_spec("modelopt"):
+        from modelopt.torch.kernels.quantization import gemm
+
+        block_size = 16
+        amax = weight.abs().amax().float()
+        blocks = tokens.unflatten(1, (-1, block_size))
+        hessian = torch.einsum("tbi,tbj->bij", blocks, blocks).contiguous()
+        flat = weight.reshape(-1, block_size)
+        scale_bytes = 4 * weight.numel() // block_size
+        for method, call, moved in (
+            ("naive", lambda: gemm.fp4_fake_quant_block(weight, amax, block_size), 2 * weight.nbytes),
+            ("sse", lambda: gemm.nvfp4_fp8_scale_sweep(flat, amax, block_size), weight.nbytes + scale_bytes),
+            (
+                "hessian",
+                lambda: gemm.nvfp4_fp8_scale_sweep_hessian(flat, amax, hessian, block_size),
+                weight.nbytes + scale_bytes + hessian.nbytes,
+            ),
+        ):
+            yield Case("peer", "modelopt", method, call, moved, "nvfp4", block_size, "triton", "given")
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def prepare(self, case: Case) -> None:
+        """Compile, warm up, and capture the call in a graph where it can be."""
+        case.call()
+        start = time.perf_counter()
+        case.call()
+        self.wait()
+        if time.perf_counter() - start > SLOW_S:
+            case.limit = SLOW_ROUNDS
+        elif self.cuda:
+            case.graph = self.capture(case.call)
+
+    def capture(self, call: Callable[[], object]) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:  # it waits for the device
+            torch.cuda.synchronize()
+            return None
+        graph.replay()
+        self.wait()
+        return graph
+
+    def measure(self, case: Case) -> None:
+        if len(case.call_us) >= case.limit:
+            return
+        if self.cuda:
+            work = case.graph.replay if case.graph is not None else case.call
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.flush.zero_()
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            case.gpu_us.append(1e3 * begin.elapsed_time(end))
+            self.flush.zero_()
+        self.wait()
+        start = time.perf_counter()
+        case.call()
+        self.wait()
+        case.call_us.append(1e6 * (time.perf_counter() - start))
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def bandwidth(self) -> float | None:
+        """Bytes a second of a copy that no cache helps, read and written counted; None on a CPU."""
+        if not self.cuda:
+            return None
+        source = torch.ones(LARGE_COPY_BYTES // 2, dtype=torch.int8, device="cuda")
+        target = torch.empty_like(source)
+        case = Case("copy", "torch", "copy", lambda: target.copy_(source), LARGE_COPY_BYTES)
+        self.prepare(case)
+        for _ in range(10):
+            self.measure(case)
+        return LARGE_COPY_BYTES / (1e-6 * statistics.median(case.gpu_us))
+
+
+def quantiles(times: list[float]) -> tuple[float | None, float | None, float | None]:
+    """(median, 20 %, 80 %)."""
+    if not times:
+        return None, None, None
+    values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return tuple(round(float(v), 3) for v in values)  # type: ignore[return-value]
+
+
+def run_shape(
+    shape: tuple[int, int], clock: Clock, bandwidth: float | None, options: argparse.Namespace
+) -> list[BenchRow]:
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(rows, columns, generator=generator) * 0.02).to(options.device, getattr(torch, options.dtype))
+    block_sizes = tuple(int(b) for b in options.block_sizes.split(","))
+    todo = list(cases(weight, options.backends.split(","), not options.no_peers, block_sizes))
+    if options.block_hessians and clock.cuda:
+        todo += block_hessian_cases(columns, weight.dtype, options.device)
+    ready = []
+    for case in todo:
+        try:
+            clock.prepare(case)
+        except Exception as error:
+            if case.kind != "peer":
+                raise
+            print(f"{case.tool} {case.operation} {case.format} left out: {error!r:.200}", file=sys.stderr)
+            continue
+        ready.append(case)
+    for _ in range(options.rounds):
+        for case in ready:
+            clock.measure(case)
+    copy = quantiles(next(case for case in ready if case.operation == "copy").gpu_us)[0]
+    commit, dirty = git_state()
+    if options.commit:
+        commit, dirty = options.commit, False
+    device = device_name(options.device)
+    found = versions() | {peer: v for peer in ("qwantize", "nvidia-modelopt") if (v := installed(peer))}
+    lines = []
+    for case in ready:
+        gpu, call = quantiles(case.gpu_us), quantiles(case.call_us)
+        lines.append(
+            BenchRow(
+                case.kind,
+                case.tool,
+                case.operation,
+                case.format,
+                case.block_size,
+                case.backend,
+                TOKENS if case.operation == "block_hessians" else rows,
+                columns,
+                options.dtype,
+                case.global_scale,
+                *gpu,
+                *call,
+                case.bytes,
+                None if bandwidth is None else round(1e6 * case.bytes / bandwidth, 3),
+                None if copy is None or gpu[0] is None else round(gpu[0] / copy, 3),
+                len(case.call_us),
+                device,
+                commit,
+                dirty,
+                " ".join(f"{name}={version}" for name, version in found.items()),
+            )
+        )
+    return lines
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def to_csv(lines: list[BenchRow]) -> str:
+    from io import StringIO
+
+    text = StringIO()
+    writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(BenchRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(line) for line in lines)
+    return text.getvalue()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", default="main", help="main, rows, qwen3_4b, or ROWSxCOLUMNS; several by commas")
+    parser.add_argument("--backends", default="triton", help="triton,reference")
+    parser.add_argument("--block-sizes", default="16,32")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--no-peers", action="store_true", help="leave out qwantize and nvidia-modelopt")
+    parser.add_argument("--block-hessians", action="store_true", help=f"also of {TOKENS} tokens of activations")
+    parser.add_argument("--commit", default="", help="where the code has no .git: its commit")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    options = parser.parse_args(arguments)
+    known = set(FORMATS["nvfp4"].block_sizes)
+    if not {int(b) for b in options.block_sizes.split(",") if b.isdigit()} <= known or options.rounds < 1:
+        parser.error(f"--block-sizes are of {sorted(known)}, --rounds at least 1")
+    if not set(options.backends.split(",")) <= {"triton", "reference"}:
+        parser.error(f"--backends {options.backends}: known backends: triton, reference")
+    try:
+        options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def parse_shapes(name: str) -> tuple[tuple[int, int], ...]:
+    if name in SETS:
+        return SETS[name]
+    rows, cross, columns = name.partition("x")
+    if not (cross and rows.isdigit() and columns.isdigit() and int(columns) % 32 == 0 and int(rows) and int(columns)):
+        raise ValueError(f"--shapes {name}: use {', '.join(SETS)}, or ROWSxCOLUMNS with columns divisible by 32")
+    return ((int(rows), int(columns)),)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    clock = Clock(options.device)
+    bandwidth = clock.bandwidth()
+    lines: list[BenchRow] = []
+    for shape in dict.fromkeys(options.shapes):
+        lines += run_shape(shape, clock, bandwidth, options)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.out, to_csv(lines))
+    for line in lines:
+        times = f"{line.gpu_us_median or line.call_us_median:10.1f} µs"
+        ratio = f"{line.ratio_to_copy:7.2f} × copy" if line.ratio_to_copy else ""
+        what = f"{line.tool} {line.operation} {line.format} {line.block_size or ''} {line.global_scale} {line.backend}"
+        print(f"{line.rows:6d}x{line.columns:<5d} {what:55s} {times} {ratio}  call {line.call_us_median:.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
