@@ -344,8 +344,6 @@ def run_shape(
             clock.measure(case)
     copy = quantiles(next(case for case in ready if case.operation == "copy").gpu_us)[0]
     commit, dirty = git_state()
-    if options.commit:
-        commit, dirty = options.commit, False
     device = device_name(options.device)
     found = versions() | {peer: v for peer in ("qwantize", "nvidia-modelopt") if (v := installed(peer))}
     lines = []
@@ -405,7 +403,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--no-peers", action="store_true", help="leave out qwantize and nvidia-modelopt")
     parser.add_argument("--block-hessians", action="store_true", help=f"also of {TOKENS} tokens of activations")
-    parser.add_argument("--commit", default="", help="where the code has no .git: its commit")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(arguments)
     known = set(FORMATS["nvfp4"].block_sizes)

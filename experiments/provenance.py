@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -20,7 +21,10 @@ GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 @functools.lru_cache(maxsize=1)
 def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
-    """(commit, whether the code differs from it); ("unknown", None) without git or outside a clone."""
+    """(commit, whether the code differs from it); ("unknown", None) without git or outside a clone.
+
+    A copy of the code that has no .git (on a GPU machine, say) is told its commit by QUANTKIT_COMMIT.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -32,7 +36,7 @@ def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
             return "unknown", None
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
     except (OSError, subprocess.SubprocessError):
-        return "unknown", None
+        return os.environ.get("QUANTKIT_COMMIT", "unknown"), None
 
 
 @functools.lru_cache(maxsize=1)
