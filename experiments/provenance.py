@@ -23,8 +23,10 @@ GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
     """(commit, whether the code differs from it); ("unknown", None) without git or outside a clone.
 
-    A copy of the code that has no .git (on a GPU machine, say) is told its commit by QUANTKIT_COMMIT.
+    QUANTKIT_COMMIT comes first: whoever copies a commit's code to another machine names it there.
     """
+    if named := os.environ.get("QUANTKIT_COMMIT"):
+        return named, False
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -36,7 +38,7 @@ def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
             return "unknown", None
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("QUANTKIT_COMMIT", "unknown"), None
+        return "unknown", None
 
 
 @functools.lru_cache(maxsize=1)

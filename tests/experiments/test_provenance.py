@@ -32,6 +32,11 @@ def make_repository(folder: Path) -> None:
     git("commit", "-m", "first")
 
 
+def test_a_copy_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTKIT_COMMIT", "abc")
+    assert provenance.git_state(tmp_path) == ("abc", False)
+
+
 def test_commit_and_dirty(tmp_path: Path) -> None:
     make_repository(tmp_path)
     commit, dirty = provenance.git_state(tmp_path)
