@@ -9,7 +9,8 @@
     python experiments/report.py --track [GROUP]  log the CSV files and figures of results/ to W&B, offline by default
 
 A generated block of a document stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`; its
-name is that of a file in results/records, `published`, or `figure:NAME`. Text outside is left alone.
+name is that of a file in results/records, `published`, `figure:NAME`, or `bench:NAME` for results/bench/NAME.csv. Text
+outside is left alone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ DOCUMENTS = (Path("README.md"),)
 PUBLISHED = "published"
 OPTIMALITY = "optimality"  # its table is of what verify found
 FIGURE = "figure:"
+BENCH = "bench:"  # a CSV file of experiments/bench.py
+HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU"
 FIGURES_PAGE = "README.md"  # in the figures' folder
 MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 DIFF_LINES = 40  # shown of each file
@@ -259,8 +262,17 @@ def fill(
     text: str, document: str, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame], root: Path
 ) -> str:
     """`text` with every generated block written anew."""
+    import pandas as pd
+
     from experiments.figures import FIGURES, FOLDER
-    from experiments.tables import make_tables, published_tables, read_published, unfinished, verification_tables
+    from experiments.tables import (
+        make_tables,
+        published_tables,
+        read_published,
+        speed_tables,
+        unfinished,
+        verification_tables,
+    )
 
     published = read_published(root / "results" / PUBLISHED)
     drawn = {f"{FIGURE}{plot.name}": plot for plot in FIGURES if len(frames[plot.name])}
@@ -275,6 +287,11 @@ def fill(
             block = as_markdown(published_tables(published))
         elif name in groups and name == OPTIMALITY:
             block = as_markdown(verification_tables(groups[name]), unfinished(groups[name]))
+        elif name.startswith(BENCH):
+            path = root / "results" / "bench" / f"{name.removeprefix(BENCH)}.csv"
+            if not path.exists():
+                raise ReportError(f"{document} shows {name}, but there is no {path.relative_to(root)}; {HOW_TO_BENCH}")
+            block = as_markdown(speed_tables(pd.read_csv(path)))
         elif name in drawn:
             block = drawn[name].markdown(frames[drawn[name].name], f"{FOLDER.as_posix()}/")
         elif name.startswith(FIGURE):

@@ -236,6 +236,75 @@ def _layers(records: list[RunRecord]) -> str:
     return "; ".join(f"{', '.join(map(str, sorted(set(found))))} {module}" for module, found in modules.items())
 
 
+OPERATIONS = {
+    **METHODS,
+    "dequantize": "Dequantize",
+    "amax": "Global scale from amax",
+    "block_hessians": "Block Hessians",
+}
+PEERS = {"qwantize": "qwantize", "modelopt": "ModelOpt"}
+
+
+def speed_tables(bench: pd.DataFrame) -> list[Table]:
+    """The benchmark's kernels beside a copy, PyTorch and the peers, one table a matrix; experiments/bench.py writes it.
+
+    The floor of a two-level kernel counts its one pass over the weight.
+    """
+    tables = []
+    done = bench[bench["kind"] != "copy"]
+    for (device, rows, columns, dtype), _ in bench[bench["kind"] == "copy"].groupby(
+        ["device", "rows", "columns", "dtype"], sort=False
+    ):
+        here = done[(done["device"] == device) & (done["columns"] == columns) & (done["dtype"] == dtype)]
+        here = here[(here["rows"] == rows) | (here["operation"] == "block_hessians")]
+        ours = here[(here["tool"] == "quantkit") & (here["backend"] == "triton") & (here["global_scale"] != "amax")]
+        ours = pd.concat([ours, here[(here["tool"] == "quantkit") & (here["operation"] == "amax")]])
+        order = list(OPERATIONS)
+        ours = ours.sort_values(
+            ["block_size", "format", "operation"],
+            key=lambda column: column.map(order.index) if column.name == "operation" else column,
+            ascending=[True, False, True],
+            na_position="last",
+            kind="stable",
+        )
+        lines = []
+        for _, line in ours.iterrows():
+            same = here[(here["operation"] == line["operation"]) & (here["format"] == line["format"])]
+            same = same[same["block_size"] == line["block_size"]]
+            reference = same[(same["backend"] == "reference") & (same["global_scale"] != "amax")]
+            lines.append(
+                {
+                    "Operation": OPERATIONS[line["operation"]],
+                    "Format": FORMATS.get(line["format"], NONE) if isinstance(line["format"], str) else NONE,
+                    "Block": f"{line['block_size']:.0f}" if pd.notna(line["block_size"]) else NONE,
+                    "GPU time, µs": f"{line['gpu_us_median']:,.1f}",
+                    "× copy": f"{line['ratio_to_copy']:.2f}",
+                    "Floor, µs": f"{line['floor_us']:,.1f}",
+                    "PyTorch, µs": _microseconds(reference),
+                    **{title: _microseconds(same[same["tool"] == tool]) for tool, title in PEERS.items()},
+                }
+            )
+        if not lines:
+            continue
+        copy = bench[(bench["kind"] == "copy") & (bench["rows"] == rows) & (bench["columns"] == columns)].iloc[0]
+        known = dict(word.split("=") for word in copy["versions"].split())
+        used = [f"{name} {known[name]}" for name in ("torch", "triton", "qwantize", "nvidia-modelopt") if name in known]
+        notes = (
+            f"{device}; {', '.join(used)}; commit {str(copy['commit'])[:10]}",
+            f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
+            f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
+            "A global scale, where the format has one, and the block Hessians are given, except in their own lines",
+            "ModelOpt's naive writes dequantized weights, its searches write one value a block and no codes; qwantize "
+            "writes float32 values, and its Hessian time includes the Hessian of 2,048 tokens",
+        )
+        tables.append(Table(f"{rows} × {columns}, {dtype}", notes, pd.DataFrame(lines)))
+    return tables
+
+
+def _microseconds(rows: pd.DataFrame) -> str:
+    return f"{rows['gpu_us_median'].iloc[0]:,.0f}" if len(rows) else NONE
+
+
 def published_tables(published: Iterable[Published]) -> list[Table]:
     """The published figures alone, one table a model, layer and block size."""
     by_subject: dict[tuple[Any, ...], list[Published]] = {}

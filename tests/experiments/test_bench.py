@@ -1,0 +1,79 @@
+"""The benchmark on a CPU, small: what it writes, what it refuses, and the table that is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments import bench
+from experiments.report import ReportError, fill
+from experiments.tables import speed_tables
+
+
+def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "folder" / "cpu.csv"
+    arguments = ["--shapes", "8x64", "--backends", "reference", "--rounds", "2", "--device", "cpu", "--out", str(out)]
+    assert bench.main(arguments) == 0
+    table = pd.read_csv(out)
+    kernels = table[table["kind"] == "kernel"]
+    assert set(zip(kernels["format"], kernels["operation"], kernels["block_size"], strict=True)) == {
+        (f, m, b) for f in ("nvfp4", "mxfp4") for m in ("naive", "sse", "hessian") for b in (16, 32)
+    }
+    assert (
+        (table["iterations"] == 2).all() and (table["call_us_median"] > 0).all() and table["gpu_us_median"].isna().all()
+    )
+    assert (table["call_us_20"] <= table["call_us_80"]).all()
+    naive = kernels[(kernels["operation"] == "naive") & (kernels["block_size"] == 16)]
+    assert (naive["bytes"] == 8 * 64 * 2 + 8 * 64 // 2 + 8 * 64 // 16).all()
+    assert "quantkit hessian mxfp4 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--shapes", "8x60"], "divisible by 32"),
+        (["--backends", "cuda"], "triton, reference"),
+        (["--rounds", "0"], "1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert word in capsys.readouterr().err
+
+
+def row(**values: object) -> dict[str, object]:
+    line: dict[str, object] = dict.fromkeys((f.name for f in bench.dataclasses.fields(bench.BenchRow)), None)
+    return line | {"device": "GPU", "rows": 8, "columns": 64, "dtype": "bfloat16", "versions": "torch=2"} | values
+
+
+def test_speed_table_puts_the_tools_side_by_side() -> None:
+    same = {"operation": "naive", "format": "nvfp4", "block_size": 16, "ratio_to_copy": 1.5, "floor_us": 1.0}
+    frame = pd.DataFrame(
+        [
+            row(kind="copy", tool="torch", operation="copy", gpu_us_median=10.0, iterations=7, commit="abc"),
+            row(kind="kernel", tool="quantkit", backend="triton", global_scale="given", gpu_us_median=15.0, **same),
+            row(kind="kernel", tool="quantkit", backend="triton", global_scale="amax", gpu_us_median=25.0, **same),
+            row(kind="kernel", tool="quantkit", backend="reference", global_scale="given", gpu_us_median=99.0, **same),
+            row(kind="peer", tool="modelopt", backend="triton", global_scale="given", gpu_us_median=45.0, **same),
+        ]
+    )
+    (table,) = speed_tables(frame)
+    (line,) = table.frame.to_dict("records")
+    assert (line["GPU time, µs"], line["× copy"], line["PyTorch, µs"]) == ("15.0", "1.50", "99")
+    assert (line["ModelOpt"], line["qwantize"]) == ("45", "–")
+    assert "a copy of the weight takes 10.0 µs" in " ".join(table.notes)
+
+
+def test_a_missing_benchmark_is_named(tmp_path: Path) -> None:
+    text = "<!-- BEGIN GENERATED: bench:none -->\n<!-- END GENERATED: bench:none -->\n"
+    with pytest.raises(ReportError, match=r"results/bench/none\.csv"):
+        fill(text, "README.md", {}, _no_frames(), tmp_path)
+
+
+def _no_frames() -> dict[str, pd.DataFrame]:
+    from experiments.figures import FIGURES
+
+    return {plot.name: pd.DataFrame() for plot in FIGURES}
