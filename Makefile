@@ -68,6 +68,9 @@ figures: $(READY)  ## rebuild every table and figure from results/records, witho
 
 report: figures
 
+bench: $(READY)  ## time every kernel on this machine's GPU beside PyTorch and a copy
+	$(BIN)/python experiments/bench.py --backends triton,reference --block-hessians --out results/bench/local.csv
+
 notebooks: $(READY)  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
