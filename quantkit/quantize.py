@@ -50,13 +50,11 @@ def quantize(
     format: a name in FORMATS, or a BlockFormat.
     method: "naive" (scale from amax), "sse" (least squared error), "hessian" (least r H rᵀ).
     activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for
-    "hessian",
-        none for the others.
+        "hessian", none for the others.
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
-    (1), or
-        a positive number, or a float32 scalar on the weight's device, taken as it is (layers that are fused share one).
-        A single-level format has none.
+        (1), a positive number, or a float32 scalar on the weight's device, taken as it is (layers that are fused share
+        one). A single-level format has none.
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
     count_candidates: also return, for each block, how many scales were evaluated.

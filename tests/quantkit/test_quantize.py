@@ -344,3 +344,25 @@ def test_a_hessian_scale_does_not_depend_on_the_rows_beside_it(rows: int) -> Non
     alone = quantize(block, "mxfp4", 16, "hessian", hessian=hessian, backend="reference")
     many = quantize(block.repeat(rows, 1), "mxfp4", 16, "hessian", hessian=hessian, backend="reference")
     assert torch.equal(many.scales, alone.scales.expand(rows, -1))
+
+
+def test_global_scale_as_a_tensor_is_taken_as_it_is(backend: str, device: str) -> None:
+    w = weight(rows=8).to(device)
+    shared = torch.tensor(0.0005, device=device)
+    got = quantize(w, "nvfp4", 16, "sse", backend=backend, global_scale=shared)
+    want = quantize(w, "nvfp4", 16, "sse", backend=backend, global_scale=0.0005)
+    assert torch.equal(got.global_scale, shared)
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+
+
+@pytest.mark.parametrize(
+    ("format", "scale", "message"),
+    [
+        ("mxfp4", torch.tensor(1.0), "has no global scale"),
+        ("nvfp4", torch.tensor([1.0, 2.0]), "one float32"),
+        ("nvfp4", torch.tensor(1.0, dtype=torch.float64), "float64"),
+    ],
+)
+def test_global_scale_tensor_that_does_not_fit(format: str, scale: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(weight(rows=2), format, 16, global_scale=scale)
