@@ -9,8 +9,9 @@ there is only the call. Before each measurement a buffer larger than the L2 cach
 turns, so that a drift of the clocks meets all of them. `floor_us` is what the bytes alone need, each read or written
 once, at the rate of a large copy in the same process; `ratio_to_copy` compares gpu_us with a copy of the same weight.
 
-Peers (qwantize, nvidia-modelopt) take part where they are installed. They return other things than codes and scales:
-see PEERS below.
+Peers take part where they are installed, and return other things than codes and scales. qwantize: element and scale
+values, float32; its Hessian method builds H itself, here from 2048 tokens. nvidia-modelopt: naive, the dequantized
+weight; sse and hessian, the best amax of each block.
 """
 
 from __future__ import annotations
@@ -48,10 +49,6 @@ FLUSH_BYTES = 256 << 20  # larger than any L2
 LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. From 1 GiB on an H200 copies a third slower
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
-PEERS = {
-    "qwantize": "element values and scale values, float32; its Hessian method builds H itself, here from 2048 tokens",
-    "modelopt": "naive: the dequantized weight; sse and hessian: the best amax of each block, no codes",
-}
 
 
 @dataclass(frozen=True)

@@ -216,17 +216,15 @@ def _global_scale(
 ) -> Tensor:
     """Float32 scalar: the decode multiplier. amax is taken from the weight and computed with in float32."""
     requested = fmt.default_global_scale if requested is None else requested
+    if not fmt.two_level and (isinstance(requested, Tensor) or requested != "none"):
+        raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
     if isinstance(requested, Tensor):
-        if not fmt.two_level:
-            raise ValueError(f"{fmt.name} has no global scale; got a tensor, use 'none' or leave it out")
         if requested.numel() != 1 or requested.dtype != torch.float32 or requested.device != matrix.device:
             raise ValueError(
                 f"a global_scale tensor must be one float32 on {matrix.device}, got "
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
         return requested.reshape(())
-    if not fmt.two_level and requested != "none":
-        raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
     if requested == "none":
         return torch.ones((), device=matrix.device)
     if requested == "amax":
