@@ -6,6 +6,9 @@ They restate formats.py, bounds.py and reference/common.py for tiles of float32.
 Searches work on magnitudes scaled by a power of two a block, so that amax lies in [1, 2): squares then neither
 overflow nor vanish, and no rounding is added. Residuals are exact: fma on the GPU, float64 under the interpreter,
 whose fma rounds twice.
+
+TARGET is "cuda", "hip" or "interpreter". A few operations are written in PTX for "cuda", where the compiler does not
+find the instructions by itself; what they compute is the same.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class FormatConstants(NamedTuple):
     element_max: float
     element_smallest: float
     element_sign_shift: int
+    two_level: bool
     scale_mantissa: int
     scale_bias: int
     scale_min_exponent: int
@@ -65,6 +69,7 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
         element_max=element.max_value,
         element_smallest=element.value(1),
         element_sign_shift=element.bits - 1,
+        two_level=fmt.two_level,
         scale_mantissa=scale.mantissa_bits,
         scale_bias=scale.bias,
         scale_min_exponent=scale.min_exponent,
@@ -131,7 +136,8 @@ def scale_floor_code(value, FMT: tl.constexpr):
     if FMT.scale_subnormals:
         code = encode_magnitude(tl.minimum(value, FMT.scale_max), FMT.scale_mantissa, FMT.scale_bias)
     else:
-        code = tl.where(value < FMT.scale_min, -1, value.to(tl.int32, bitcast=True) >> 23)
+        bits = value.to(tl.int32, bitcast=True)
+        code = tl.where(bits < 0x400000, -1, bits >> 23)  # below the smallest scale, 2^-127
     return tl.minimum(tl.maximum(code, FMT.scale_min_code - 1), FMT.scale_max_code)
 
 
@@ -161,16 +167,43 @@ def load_blocks(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def pairs(blocks):
+    """The elements of even and of odd index of an [n, block_size] tile, which share a byte of codes, as two tiles."""
+    return tl.split(tl.reshape(blocks, [blocks.shape[0], blocks.shape[1] // 2, 2]))
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def block_amax(weight, flag_ptr):
-    """Float32 largest magnitude of each block of a float32 tile; sets the flag where one holds NaN or Inf."""
-    amax = tl.reduce(tl.abs(weight), 1, _larger)
-    tl.store(flag_ptr + tl.zeros_like(amax).to(tl.int32), 1, mask=(amax < float("inf")) == 0)
+def block_amax(even, odd, flag_ptr):
+    """Float32 largest magnitude of each block of float32 pairs; sets the flag where one holds NaN or Inf."""
+    amax = tl.reduce(_larger(tl.abs(even), tl.abs(odd)), 1, _larger)
+    if tl.max(amax.to(tl.int32, bitcast=True), axis=0) >= 0x7F800000:
+        tl.store(flag_ptr, 1)
     return amax
+
+
+@triton.jit
+def load_global_scale(global_scale_ptr, FMT: tl.constexpr):
+    """Float32 decode multiplier: what the pointer holds, or for a single-level format 1, which is written there."""
+    if FMT.two_level:
+        return tl.load(global_scale_ptr)
+    else:
+        if tl.program_id(0) == 0:
+            tl.store(global_scale_ptr, 1.0)
+        return 1.0
+
+
+@triton.jit
+def ratio_to(amax, global_scale, FMT: tl.constexpr):
+    """Float32 amax / global_scale, correctly rounded."""
+    if FMT.two_level:
+        return tl.div_rn(amax, tl.zeros_like(amax) + global_scale)
+    else:
+        return amax
 
 
 @triton.jit
@@ -200,9 +233,14 @@ def sse_window(ratio, FMT: tl.constexpr):
 
 
 @triton.jit
-def clip_free_code(ratio, FMT: tl.constexpr):
-    """int32 smallest code from which on no element is clipped; ratio = amax / global_scale."""
-    return scale_floor_code(ratio * FMT.clip_free, FMT) + 1
+def search_steps(ratio, first, last, FMT: tl.constexpr):
+    """(clipped, all) int32 steps from first on that a tile of blocks needs, a block past its last code repeating it.
+
+    After the clipped ones no element is clipped. A block that is clipped at its last code, too, makes all of them so.
+    """
+    clip_free = scale_floor_code(ratio * FMT.clip_free, FMT) + 1
+    steps = tl.max(last - first, axis=0) + 1
+    return tl.minimum(tl.max(tl.where(clip_free > last, 256, clip_free - first), axis=0), steps), steps
 
 
 # ---- error (reference/common.py) -------------------------------------------------------------------------------------
@@ -219,15 +257,43 @@ def search_unit(global_scale, normalize, FMT: tl.constexpr):
 
 
 @triton.jit
-def reciprocal_of(scale, FMT: tl.constexpr, EXACT_FMA: tl.constexpr):
-    """Float32 1/scale, correctly rounded; scale and its reciprocal are normal numbers."""
+def reciprocal_near(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 1/scale within an ulp, exact for powers of two; scale and its reciprocal are normal numbers."""
     if FMT.scale_exact_reciprocal:
         return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    elif EXACT_FMA:
-        approximate = 1.0 / scale
-        return tl.fma(tl.fma(scale, -approximate, 1.0), approximate, approximate)
+    elif TARGET == "cuda":  # a division would first see whether it may be done so
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / scale
+
+
+@triton.jit
+def reciprocal_of(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 1/scale, correctly rounded; scale and its reciprocal are normal numbers."""
+    if FMT.scale_exact_reciprocal:
+        return reciprocal_near(scale, FMT, TARGET)
+    elif TARGET != "interpreter":
+        near = reciprocal_near(scale, FMT, TARGET)
+        return tl.fma(tl.fma(scale, -near, 1.0), near, near)
     else:
         return tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def rounded_quotient(x, scale, reciprocal, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 x / scale, correctly rounded, from the correctly rounded reciprocal (Markstein 1990, one step).
+
+    x is normalized or zero, or small enough beside the others of its block not to matter; scale may broadcast to it.
+    """
+    if TARGET == "interpreter":
+        return tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    elif FMT.scale_exact_reciprocal:
+        return x * reciprocal
+    else:
+        y = x * reciprocal
+        return tl.fma(tl.fma(y, -scale, x), reciprocal, y)
 
 
 @triton.jit
@@ -238,52 +304,139 @@ def nearest_level(
     FMT: tl.constexpr,
     CLIPPED: tl.constexpr,
     TIES_MATTER: tl.constexpr,
-    EXACT_FMA: tl.constexpr,
+    TARGET: tl.constexpr,
+    SHIFT: tl.constexpr = 0,
 ):
-    """Float32 element value ``Q(|x| / S)`` of a tile; scale and reciprocal broadcast to it.
+    """Float32 element value ``Q(|x| / S)`` of a tile, times 2^SHIFT; scale, S / 2^SHIFT, and reciprocal broadcast.
 
     CLIPPED=False leaves the clamp to the largest level out, for scales at which no quotient reaches the tie above it.
     A product with the reciprocal may fall on the other side of a tie than the quotient that the codes are chosen from.
-    Squared error is the same on both sides; where the code or the residual's sign matters, TIES_MATTER corrects the
-    product to the rounded quotient (Markstein 1990, one step). A power of two has an exact product.
+    Squared error is the same on both sides; where the code or the residual's sign matters, TIES_MATTER asks for the
+    rounded quotient.
     """
-    y = magnitude * reciprocal
-    if TIES_MATTER:
-        if EXACT_FMA:
-            if not FMT.scale_exact_reciprocal:
-                y = tl.fma(tl.fma(y, -scale, magnitude), reciprocal, y)
-        else:
-            y = tl.div_rn(magnitude, tl.broadcast_to(scale, magnitude.shape))
+    y = rounded_quotient(magnitude, scale, reciprocal, FMT, TARGET) if TIES_MATTER else magnitude * reciprocal
     if CLIPPED:
-        y = tl.minimum(y, FMT.element_max)
-    return round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent)
+        y = tl.minimum(y, FMT.element_max * 2.0**SHIFT)
+    return round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent + SHIFT)
 
 
 @triton.jit
-def residual(magnitude, level, scale, EXACT_FMA: tl.constexpr):
-    """Float32 ``|x| − S·level`` of a tile, exact up to one rounding."""
-    if EXACT_FMA:
-        return tl.fma(level, -scale, magnitude)  # Triton's -x is a subtraction: one a block, not one an element
+def _larger_magnitude(y, least: tl.constexpr):
+    """max(|y|, least) with y's sign, of a float32 tensor, in one instruction of sm_86 and later."""
+    return tl.inline_asm_elementwise(
+        "max.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, tl.zeros_like(y) + least], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _smaller_magnitude(y, most: tl.constexpr):
+    """min(|y|, most) with y's sign, likewise."""
+    return tl.inline_asm_elementwise(
+        "min.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, tl.zeros_like(y) + most], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def nearest_signed_level(x, scale, reciprocal, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 element value ``Q(x / S)`` with x's sign (a zero may have either), from the rounded quotient.
+
+    See nearest_level; on "cuda" the steps of round_to_grid keep the sign, and the level is clamped, not the quotient.
+    """
+    if TARGET == "cuda":
+        y = rounded_quotient(x, scale, reciprocal, FMT, TARGET)
+        smallest: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 22))
+        magic = _larger_magnitude(y, smallest) * 2.0 ** (23 - FMT.element_mantissa)
+        level = magic - (magic - y)
+        return _smaller_magnitude(level, FMT.element_max) if CLIPPED else level
     else:
-        return (magnitude.to(tl.float64) - level.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)
+        level = nearest_level(tl.abs(x), scale, reciprocal, FMT, CLIPPED, True, TARGET)
+        return with_sign_of(level, x)
+
+
+@triton.jit
+def with_sign_of(magnitude, x):
+    """Float32 magnitude with the sign of float32 x."""
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def residual(x, level, scale, TARGET: tl.constexpr):
+    """Float32 ``x − S·level`` of a tile, exact up to one rounding."""
+    if TARGET != "interpreter":
+        return tl.fma(level, -scale, x)  # Triton's -x is a subtraction: one a block, not one an element
+    else:
+        return (x.to(tl.float64) - level.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def sum_by_pairs(x):
+    """Sums of the rows of float32 [n, 2^k], in k roundings."""
+    if x.shape[1] == 1:
+        return tl.reshape(x, [x.shape[0]])
+    else:
+        return sum_by_pairs(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2))
+
+
+@triton.jit
+def squared_error(even, odd):
+    """Float32 sums of squares of the rows of residuals, within 6 roundings (docs/theory.md)."""
+    CHAIN: tl.constexpr = 4 if even.shape[1] <= 8 else 2
+    groups: tl.constexpr = even.shape[1] // CHAIN
+    even = tl.sum(tl.reshape(even * even, [even.shape[0], groups, CHAIN]), axis=2)
+    odd = tl.sum(tl.reshape(odd * odd, [odd.shape[0], groups, CHAIN]), axis=2)
+    return sum_by_pairs(even + odd)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def packed_codes(weight, magnitude, code, unit, FMT: tl.constexpr, EXACT_FMA: tl.constexpr):
-    """uint8 [tile, block_size / 2] element codes of float32 [tile, block_size] at int32 scale codes [tile].
+def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """uint8 [tile, block_size / 2] element codes of float32 normalized pairs at int32 scale codes [tile].
 
-    magnitude: the weight's, normalized; unit: global_scale times the normalizer [tile], not clamped.
+    unit: global_scale times the normalizer [tile], not clamped.
     """
-    scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-125), 2.0**125)
-    reciprocal = reciprocal_of(scale, FMT, EXACT_FMA)
-    level = nearest_level(magnitude, scale[:, None], reciprocal[:, None], FMT, True, True, EXACT_FMA)
-    # The code's place in the bits of encode_magnitude, the weight's sign above it.
-    shift: tl.constexpr = 23 - FMT.element_mantissa
-    nibbles = (level * 2.0 ** (FMT.element_bias - 127)).to(tl.int32, bitcast=True)
-    sign = weight.to(tl.int32, bitcast=True) >> (31 - FMT.element_sign_shift - shift)
-    nibbles |= sign & (1 << (FMT.element_sign_shift + shift))
-    even, odd = tl.split(tl.reshape(nibbles, [weight.shape[0], FMT.block_size // 2, 2]))
-    return ((even >> shift) | (odd >> (shift - 4))).to(tl.uint8)
+    # Levels for a grid of E4M3's bias: its code has the element's, and the sign, in its upper bits.
+    SHIFT: tl.constexpr = FMT.element_bias - 7
+    scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
+    reciprocal = reciprocal_of(scale, FMT, TARGET)
+    scale, reciprocal = scale[:, None], reciprocal[:, None]
+    even_level = nearest_level(tl.abs(even), scale, reciprocal, FMT, True, True, TARGET, SHIFT)
+    odd_level = nearest_level(tl.abs(odd), scale, reciprocal, FMT, True, True, TARGET, SHIFT)
+    even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
+    if TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3:
+        # Four bytes at once: two elements a conversion to E4M3, then two masked moves a word.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            .reg .b32 even, odd, up;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 even, {low, high};
+            cvt.rn.satfinite.e4m3x2.f32 low, $6, $5;
+            cvt.rn.satfinite.e4m3x2.f32 high, $8, $7;
+            mov.b32 odd, {low, high};
+            shr.b32 up, even, 2;
+            shr.b32 even, even, 4;
+            lop3.b32 even, up, even, 0x07070707, 0xE4;
+            shl.b32 up, odd, 2;
+            lop3.b32 odd, up, odd, 0x7f7f7f7f, 0xE4;
+            lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xE4;
+            }""",
+            "=r,f,f,f,f,f,f,f,f",
+            [even, odd],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return element_code(even, FMT) | (element_code(odd, FMT) << 4)
+
+
+@triton.jit
+def element_code(level, FMT: tl.constexpr):
+    """uint8 code, sign included, of a float32 signed level in the element grid times 2^(element_bias - 7)."""
+    bits = (level * 2.0**-120).to(tl.int32, bitcast=True)
+    sign = (bits >> (31 - FMT.element_sign_shift)) & (1 << FMT.element_sign_shift)
+    return (((bits & 0x7FFFFFFF) >> (23 - FMT.element_mantissa)) | sign).to(tl.uint8)

@@ -23,8 +23,10 @@ from quantkit.kernels.sse import sse_kernel
 __all__ = ["block_hessians", "dequantize", "factorize", "global_scale", "quantize"]
 
 INTERPRETED = triton.knobs.runtime.interpret
+TARGET = "interpreter" if INTERPRETED else "cuda" if torch.version.cuda else "hip"
 # Sizes that were fastest on an H200 (docs/log.md); the interpreter pays by the operation, not by the element.
-TILE_ELEMENTS = 8192 if INTERPRETED else 1024  # a program of the naive and SSE kernels, one warp
+NAIVE_ELEMENTS = 8192 if INTERPRETED else 2048  # a program, one warp
+SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
 AMAX_ELEMENTS = 8192  # a step, and programs at most
 AMAX_PROGRAMS = 528
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
@@ -68,12 +70,11 @@ def quantize(
         return codes, scales, candidates, flags
     constants = _constants(fmt, block_size)
     counted = scales if candidates is None else candidates  # any pointer will do where nothing is counted
-    exact_fma = not INTERPRETED
 
     if method == "naive":
         if candidates is not None:
             candidates.fill_(1)
-        tile = TILE_ELEMENTS // block_size
+        tile = NAIVE_ELEMENTS // block_size
         grid = (triton.cdiv(num_blocks, tile),)
         naive_kernel[grid](
             matrix,
@@ -84,12 +85,12 @@ def quantize(
             num_blocks,
             FMT=constants,
             RULE=rule,
-            EXACT_FMA=exact_fma,
+            TARGET=TARGET,
             BLOCK_N=tile,
             num_warps=1,
         )
     elif method == "sse":
-        tile = TILE_ELEMENTS // block_size
+        tile = SSE_ELEMENTS // block_size
         grid = (triton.cdiv(num_blocks, tile),)
         sse_kernel[grid](
             matrix,
@@ -101,7 +102,7 @@ def quantize(
             num_blocks,
             FMT=constants,
             COUNT=count_candidates,
-            EXACT_FMA=exact_fma,
+            TARGET=TARGET,
             BLOCK_N=tile,
             num_warps=1,
         )
@@ -123,7 +124,7 @@ def quantize(
             column_blocks,
             FMT=constants,
             COUNT=count_candidates,
-            EXACT_FMA=exact_fma,
+            TARGET=TARGET,
             PRODUCT=product,
             SLACK=bounds.SLACK,
             BLOCK_M=tile,

@@ -9,9 +9,13 @@ from quantkit.kernels.device import (
     block_amax,
     encode_magnitude,
     load_blocks,
+    load_global_scale,
     normalizer,
     packed_codes,
+    pairs,
+    reciprocal_of,
     round_to_grid,
+    rounded_quotient,
     scale_ceil_code,
 )
 
@@ -19,10 +23,12 @@ __all__ = ["naive_codes", "naive_kernel"]
 
 
 @triton.jit
-def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr):
-    """int32 scale codes for float32 amax."""
+def naive_codes(amax, normalize, global_scale, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl.constexpr):
+    """int32 scale codes for float32 amax and its normalizer."""
     if FMT.scale_mantissa > 0:
-        wanted = tl.div_rn(amax, tl.zeros_like(amax) + FMT.element_max * global_scale)
+        # Beyond the clamp lie quotients that no scale reaches.
+        divisor = tl.minimum(tl.maximum(FMT.element_max * global_scale * normalize, 2.0**-100), 2.0**100)
+        wanted = rounded_quotient(amax * normalize, divisor, reciprocal_of(divisor, FMT, TARGET), FMT, TARGET)
         wanted = round_to_grid(tl.minimum(wanted, FMT.scale_max), FMT.scale_mantissa, FMT.scale_min_exponent)
         return encode_magnitude(tl.maximum(wanted, FMT.scale_min), FMT.scale_mantissa, FMT.scale_bias)
     elif RULE == "rceil":
@@ -42,28 +48,31 @@ def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr):
 @triton.jit
 def naive_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    global_scale_ptr,  # [1] fp32
+    global_scale_ptr,  # [1] fp32; written where the format has none
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
     flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf
     num_blocks,
     FMT: tl.constexpr,
     RULE: tl.constexpr,
-    EXACT_FMA: tl.constexpr,
+    TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,  # blocks a program
 ):
     QBLOCK: tl.constexpr = FMT.block_size
-    block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # From the end: of a weight whose amax was taken just before, that is what the cache still holds.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    weight = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32)
-    global_scale = tl.load(global_scale_ptr)
+    even, odd = pairs(load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32))
+    global_scale = load_global_scale(global_scale_ptr, FMT)
 
-    amax = block_amax(weight, flag_ptr)
-    code = naive_codes(amax, global_scale, FMT, RULE)
-
+    amax = block_amax(even, odd, flag_ptr)
     normalize = normalizer(amax)
-    packed = packed_codes(weight, tl.abs(weight) * normalize[:, None], code, global_scale * normalize, FMT, EXACT_FMA)
+    code = naive_codes(amax, normalize, global_scale, FMT, RULE, TARGET)
+
+    even, odd = even * normalize[:, None], odd * normalize[:, None]
+    packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)

@@ -12,14 +12,19 @@ import triton.language as tl
 
 from quantkit.kernels.device import (
     block_amax,
-    clip_free_code,
     load_blocks,
+    load_global_scale,
     nearest_level,
     normalizer,
     packed_codes,
+    pairs,
+    ratio_to,
+    reciprocal_near,
     residual,
     scale_value,
+    search_steps,
     search_unit,
+    squared_error,
     sse_window,
 )
 
@@ -34,11 +39,12 @@ def search(
     last,
     start,
     stop,
-    magnitude,
+    even,
+    odd,
     unit,
     FMT: tl.constexpr,
     CLIPPED: tl.constexpr,
-    EXACT_FMA: tl.constexpr,
+    TARGET: tl.constexpr,
 ):
     """Offers the codes first + start … first + stop - 1 of each block; past its last, the last again.
 
@@ -47,10 +53,11 @@ def search(
     for step in range(start, stop):
         code = tl.minimum(first + step, last)
         scale = scale_value(code, FMT) * unit
-        reciprocal = 1.0 / scale
-        level = nearest_level(magnitude, scale[:, None], reciprocal[:, None], FMT, CLIPPED, False, EXACT_FMA)
-        r = residual(magnitude, level, scale[:, None], EXACT_FMA)
-        error = tl.sum(r * r, axis=1)
+        reciprocal = reciprocal_near(scale, FMT, TARGET)
+        scale, reciprocal = scale[:, None], reciprocal[:, None]
+        even_level = nearest_level(even, scale, reciprocal, FMT, CLIPPED, False, TARGET)
+        odd_level = nearest_level(odd, scale, reciprocal, FMT, CLIPPED, False, TARGET)
+        error = squared_error(residual(even, even_level, scale, TARGET), residual(odd, odd_level, scale, TARGET))
         better = error < best_error
         best_code = tl.where(better, code, best_code)
         best_error = tl.where(better, error, best_error)
@@ -60,7 +67,7 @@ def search(
 @triton.jit
 def sse_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    global_scale_ptr,  # [1] fp32
+    global_scale_ptr,  # [1] fp32; written where the format has none
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
     candidates_ptr,  # [num_blocks] uint8; unused unless COUNT
@@ -68,34 +75,35 @@ def sse_kernel(
     num_blocks,
     FMT: tl.constexpr,
     COUNT: tl.constexpr,
-    EXACT_FMA: tl.constexpr,
+    TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,  # blocks a program
 ):
     QBLOCK: tl.constexpr = FMT.block_size
-    block = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # From the end: of a weight whose amax was taken just before, that is what the cache still holds.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    weight = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32)
-    global_scale = tl.load(global_scale_ptr)
+    even, odd = pairs(load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32))
+    global_scale = load_global_scale(global_scale_ptr, FMT)
 
-    amax = block_amax(weight, flag_ptr)
+    amax = block_amax(even, odd, flag_ptr)
     normalize = normalizer(amax)
-    magnitude = tl.abs(weight) * normalize[:, None]
+    even, odd = even * normalize[:, None], odd * normalize[:, None]
     unit = search_unit(global_scale, normalize, FMT)
-    ratio = tl.div_rn(amax, tl.zeros_like(amax) + global_scale)
+    ratio = ratio_to(amax, global_scale, FMT)
     first, last = sse_window(ratio, FMT)
-    steps = tl.max(last - first, axis=0) + 1
-    clipped_steps = tl.minimum(tl.max(clip_free_code(ratio, FMT) - first, axis=0), steps)
+    clipped_steps, steps = search_steps(ratio, first, last, FMT)
     best_code = first
     best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
     best_code, best_error = search(
-        best_code, best_error, first, last, 0, clipped_steps, magnitude, unit, FMT, True, EXACT_FMA
+        best_code, best_error, first, last, 0, clipped_steps, tl.abs(even), tl.abs(odd), unit, FMT, True, TARGET
     )
     best_code, best_error = search(
-        best_code, best_error, first, last, clipped_steps, steps, magnitude, unit, FMT, False, EXACT_FMA
+        best_code, best_error, first, last, clipped_steps, steps, tl.abs(even), tl.abs(odd), unit, FMT, False, TARGET
     )
 
-    packed = packed_codes(weight, magnitude, best_code, global_scale * normalize, FMT, EXACT_FMA)
+    packed = packed_codes(even, odd, best_code, global_scale * normalize, FMT, TARGET)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, best_code.to(tl.uint8), mask=inside)

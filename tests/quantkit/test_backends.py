@@ -71,6 +71,16 @@ def test_backends_agree_on_adversarial_weights(format: str, block_size: int, met
     compare(weight, format, block_size, method, global_scale="none", **options)
 
 
+@pytest.mark.parametrize("method", ["sse", "hessian"])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_blocks_that_even_the_largest_scale_clips(block_size: int, method: str) -> None:
+    """Beside blocks of longer windows, whose last steps clip nothing."""
+    weight = torch.randn(64, 2 * block_size, generator=torch.Generator().manual_seed(4)) * 3
+    weight[::7] *= 400
+    options = {"hessian": hessians(weight.shape[1], block_size)} if method == "hessian" else {}
+    compare(weight, "nvfp4", block_size, method, global_scale="none", **options)
+
+
 @pytest.mark.parametrize("rule", FORMATS["mxfp4"].scale_rules)
 def test_backends_agree_on_mx_rules(rule: str) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-38, 37, 64)[:, None]
