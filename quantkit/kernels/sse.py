@@ -1,8 +1,8 @@
 """The representable scale of least squared error; the twin of reference/sse.py, where the formula is.
 
 A program holds a tile of blocks in registers and walks the steps that the widest window among them needs, first those
-at which some element of the tile may be clipped. Errors are float32 sums of exact residuals; with at most 32 addends
-they stay within the contract's 1e-6.
+at which some element of the tile may be clipped. Errors are float32 sums of residuals with one rounding; docs/theory.md
+says what that costs.
 """
 
 from __future__ import annotations
