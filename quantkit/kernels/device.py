@@ -97,8 +97,10 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
 
 
 @triton.jit
-def round_to_grid(y, mantissa: tl.constexpr, min_exponent: tl.constexpr):
+def round_to_grid(y, mantissa: tl.constexpr, min_exponent: tl.constexpr, SIGNED: tl.constexpr = False):
     """Nearest value with the grid's mantissa of float32 0 ≤ y < 2^(104 + mantissa), ties to even; not saturated.
+
+    SIGNED, on "cuda" only: y may be negative; a zero may come back with either sign.
 
     y · 2^(23 - mantissa) has the very quantum in its last place that y is to be rounded to, and an even last place
     where y is a tie; so subtracting y from it rounds. Below the normal range the smallest normal value takes y's
@@ -106,7 +108,7 @@ def round_to_grid(y, mantissa: tl.constexpr, min_exponent: tl.constexpr):
     binade upwards, to a coarser quantum.) The product is exact, whether or not it is fused.
     """
     smallest: tl.constexpr = 2.0**min_exponent * (1 + 2.0 ** (mantissa - 22))
-    magic = tl.maximum(y, smallest) * 2.0 ** (23 - mantissa)
+    magic = (_larger_magnitude(y, smallest) if SIGNED else tl.maximum(y, smallest)) * 2.0 ** (23 - mantissa)
     return magic - (magic - y)
 
 
@@ -340,13 +342,11 @@ def _smaller_magnitude(y, most: tl.constexpr):
 def nearest_signed_level(x, scale, reciprocal, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
     """Float32 element value ``Q(x / S)`` with x's sign (a zero may have either), from the rounded quotient.
 
-    See nearest_level; on "cuda" the steps of round_to_grid keep the sign, and the level is clamped, not the quotient.
+    See nearest_level; on "cuda" the rounding keeps the sign, and the level is clamped, not the quotient.
     """
     if TARGET == "cuda":
         y = rounded_quotient(x, scale, reciprocal, FMT, TARGET)
-        smallest: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 22))
-        magic = _larger_magnitude(y, smallest) * 2.0 ** (23 - FMT.element_mantissa)
-        level = magic - (magic - y)
+        level = round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent, SIGNED=True)
         return _smaller_magnitude(level, FMT.element_max) if CLIPPED else level
     else:
         level = nearest_level(tl.abs(x), scale, reciprocal, FMT, CLIPPED, True, TARGET)

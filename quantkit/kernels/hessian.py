@@ -121,7 +121,6 @@ def registers_error(
     """
     QBLOCK: tl.constexpr = FMT.block_size
     projected = ()
-    total = tl.zeros_like(scale)
     for step in tl.static_range(LAST):
         x = elements[QBLOCK - 1 - step]
         level = nearest_signed_level(x, scale, reciprocal, FMT, CLIPPED, TARGET)
@@ -138,7 +137,9 @@ def registers_error(
             part = done * done  # type: ignore[var-annotated]
         else:
             part += done * done
-        if step % 4 == 3:
+        if step == 3:
+            total = part  # type: ignore[var-annotated]
+        elif step % 4 == 3:
             total += part
     return total
 
@@ -197,6 +198,12 @@ def search_inside(
 
 
 @triton.jit
+def code_outside(place, first, below, above):
+    """int32 code of place 0, 1, … among those outside: below of them from first on, then from above on."""
+    return tl.where(place < below, first + place, above + place - below)
+
+
+@triton.jit
 def search_outside(
     best_code,
     best_error,
@@ -211,7 +218,7 @@ def search_outside(
     TARGET: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    """Offers count codes of each block: below of them from first on, the rest from above on.
+    """Offers the first count codes of each block that code_outside names.
 
     With a product that can be had in part, a round first asks of which codes the last half of the columns alone does
     not exceed the best error yet, and evaluates those.
@@ -221,22 +228,19 @@ def search_outside(
         for start in range(0, tl.max(count, axis=0), ROUND):
             survivors = tl.zeros_like(best_code)
             for step in range(start, tl.minimum(start + ROUND, tl.max(count, axis=0))):
-                code = tl.where(step < below, first + step, above + step - below)
-                code = tl.where(step < count, code, best_code)
+                code = tl.where(step < count, code_outside(step, first, below, above), best_code)
                 error = step_error(x, code, factor, unit, FMT, True, FMT.block_size // 2, TARGET, PRODUCT)
                 survivors |= tl.where((step < count) & (error <= best_error), 1 << (step - start), 0)
             while tl.max(survivors, axis=0) > 0:
                 lowest = survivors & -survivors
                 place = start + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-                code = tl.where(place < below, first + place, above + place - below)
-                code = tl.where(survivors > 0, code, best_code)
+                code = tl.where(survivors > 0, code_outside(place, first, below, above), best_code)
                 error = step_error(x, code, factor, unit, FMT, True, FMT.block_size, TARGET, PRODUCT)
                 best_code, best_error = better_of(best_code, best_error, code, error)
                 survivors &= survivors - 1
     else:
         for step in range(tl.max(count, axis=0)):
-            code = tl.where(step < below, first + step, above + step - below)
-            code = tl.where(step < count, code, best_code)
+            code = tl.where(step < count, code_outside(step, first, below, above), best_code)
             error = step_error(x, code, factor, unit, FMT, True, FMT.block_size, TARGET, PRODUCT)
             best_code, best_error = better_of(best_code, best_error, code, error)
     return best_code, best_error

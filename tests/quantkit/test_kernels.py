@@ -12,8 +12,8 @@ from quantkit import E2M1, E4M3, FORMATS, quantize
 from quantkit.calibration import hessians_from_activations
 from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
-from quantkit.kernels.device import round_to_grid
-from quantkit.kernels.hessian import load_factor, projected_error
+from quantkit.kernels.device import format_constants, round_to_grid
+from quantkit.kernels.hessian import columns, load_factor, projected_error, registers_error
 from quantkit.quantize import _global_scale
 from tests.inputs import all_families
 
@@ -54,20 +54,37 @@ def nearest(y: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _projection_kernel(r_ptr, factor_ptr, error_ptr, ROWS: tl.constexpr, QBLOCK: tl.constexpr, PRODUCT: tl.constexpr):
+def _projection_kernel(
+    r_ptr,
+    factor_ptr,
+    error_ptr,
+    FMT: tl.constexpr,
+    TARGET: tl.constexpr,
+    ROWS: tl.constexpr,
+    QBLOCK: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
     row, lane = tl.arange(0, ROWS), tl.arange(0, QBLOCK)
     r = tl.load(r_ptr + row[:, None] * QBLOCK + lane[None, :])
     factor = load_factor(factor_ptr, QBLOCK, PRODUCT)
-    tl.store(error_ptr + row, projected_error(r, factor, QBLOCK, PRODUCT))
+    if PRODUCT == "registers":
+        scale = tl.full([ROWS], 2.0**40, tl.float32)  # every element rounds to zero, and is its own residual
+        error = registers_error(columns(r, QBLOCK), scale, 1.0 / scale, factor, FMT, False, QBLOCK, TARGET)
+    else:
+        error = projected_error(r, factor, QBLOCK, PRODUCT)
+    tl.store(error_ptr + row, error)
 
 
-@pytest.mark.parametrize("product", ["tf32", "dot"])
+@pytest.mark.parametrize("product", ["registers", "tf32", "dot"])
 def test_products_agree(product: str) -> None:
     generator = torch.Generator().manual_seed(0)
     r = torch.randn(32, 16, generator=generator)
     factor = torch.randn(16, 16, generator=generator).tril()
     error = torch.empty(32, device=DEVICE)
-    _projection_kernel[(1,)](r.to(DEVICE), factor.to(DEVICE), error, ROWS=32, QBLOCK=16, PRODUCT=product)
+    constants = format_constants(FORMATS["nvfp4"], 16)
+    _projection_kernel[(1,)](
+        r.to(DEVICE), factor.to(DEVICE), error, constants, launch.TARGET, ROWS=32, QBLOCK=16, PRODUCT=product
+    )
     want = (r.double() @ factor.double()).square().sum(1)
     torch.testing.assert_close(error.cpu().double(), want, rtol=2e-6, atol=0)
 
