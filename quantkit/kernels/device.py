@@ -175,16 +175,22 @@ def pairs(blocks):
 
 
 @triton.jit
-def _larger(a, b):
+def larger_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def flag_not_finite(amax, flag_ptr):
+    """Sets the flag where an amax is NaN or Inf."""
+    if tl.max(amax.to(tl.int32, bitcast=True), axis=0) >= 0x7F800000:
+        tl.store(flag_ptr, 1)
 
 
 @triton.jit
 def block_amax(even, odd, flag_ptr):
     """Float32 largest magnitude of each block of float32 pairs; sets the flag where one holds NaN or Inf."""
-    amax = tl.reduce(_larger(tl.abs(even), tl.abs(odd)), 1, _larger)
-    if tl.max(amax.to(tl.int32, bitcast=True), axis=0) >= 0x7F800000:
-        tl.store(flag_ptr, 1)
+    amax = tl.reduce(larger_or_nan(tl.abs(even), tl.abs(odd)), 1, larger_or_nan)
+    flag_not_finite(amax, flag_ptr)
     return amax
 
 
@@ -273,50 +279,38 @@ def reciprocal_near(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def reciprocal_of(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """Float32 1/scale, correctly rounded; scale and its reciprocal are normal numbers."""
-    if FMT.scale_exact_reciprocal:
-        return reciprocal_near(scale, FMT, TARGET)
-    elif TARGET != "interpreter":
-        near = reciprocal_near(scale, FMT, TARGET)
-        return tl.fma(tl.fma(scale, -near, 1.0), near, near)
+    """(leading, rest) float32, 1/scale as their sum; scale and its reciprocal are normal numbers."""
+    near = reciprocal_near(scale, FMT, TARGET)
+    if FMT.scale_exact_reciprocal or TARGET == "interpreter":
+        return near, tl.zeros_like(near)
     else:
-        return tl.div_rn(1.0, scale)
+        leading = tl.fma(tl.fma(scale, -near, 1.0), near, near)
+        error = tl.fma(scale, -leading, 1.0)
+        rest = error * leading
+        return leading, tl.fma(error, rest, rest)
 
 
 @triton.jit
-def rounded_quotient(x, scale, reciprocal, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """Float32 x / scale, correctly rounded, from the correctly rounded reciprocal (Markstein 1990, one step).
+def rounded_quotient(x, scale, reciprocal, rest, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 x / scale from reciprocal_of(scale), rounded so that it is at a tie where the correctly rounded one is.
 
-    x is normalized or zero, or small enough beside the others of its block not to matter; scale may broadcast to it.
+    docs/theory.md says why two multiplications are enough. x is normalized or zero, or small enough beside the others
+    of its block not to matter; the scale and its reciprocal may broadcast to it.
     """
     if TARGET == "interpreter":
         return tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     elif FMT.scale_exact_reciprocal:
         return x * reciprocal
     else:
-        y = x * reciprocal
-        return tl.fma(tl.fma(y, -scale, x), reciprocal, y)
+        return tl.fma(x, reciprocal, x * rest)
 
 
 @triton.jit
-def nearest_level(
-    magnitude,
-    scale,
-    reciprocal,
-    FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    TIES_MATTER: tl.constexpr,
-    TARGET: tl.constexpr,
-    SHIFT: tl.constexpr = 0,
-):
-    """Float32 element value ``Q(|x| / S)`` of a tile, times 2^SHIFT; scale, S / 2^SHIFT, and reciprocal broadcast.
+def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """Float32 element value Q(y), times 2^SHIFT, of a quotient y ≥ 0 times 2^SHIFT.
 
     CLIPPED=False leaves the clamp to the largest level out, for scales at which no quotient reaches the tie above it.
-    A product with the reciprocal may fall on the other side of a tie than the quotient that the codes are chosen from.
-    Squared error is the same on both sides; where the code or the residual's sign matters, TIES_MATTER asks for the
-    rounded quotient.
     """
-    y = rounded_quotient(magnitude, scale, reciprocal, FMT, TARGET) if TIES_MATTER else magnitude * reciprocal
     if CLIPPED:
         y = tl.minimum(y, FMT.element_max * 2.0**SHIFT)
     return round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent + SHIFT)
@@ -339,18 +333,16 @@ def _smaller_magnitude(y, most: tl.constexpr):
 
 
 @triton.jit
-def nearest_signed_level(x, scale, reciprocal, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
-    """Float32 element value ``Q(x / S)`` with x's sign (a zero may have either), from the rounded quotient.
+def nearest_signed_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 element value Q(y) of a signed quotient, with its sign (a zero may have either); see nearest_level.
 
-    See nearest_level; on "cuda" the rounding keeps the sign, and the level is clamped, not the quotient.
+    On "cuda" the rounding keeps the sign, and the level is clamped, not the quotient.
     """
     if TARGET == "cuda":
-        y = rounded_quotient(x, scale, reciprocal, FMT, TARGET)
         level = round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent, SIGNED=True)
         return _smaller_magnitude(level, FMT.element_max) if CLIPPED else level
     else:
-        level = nearest_level(tl.abs(x), scale, reciprocal, FMT, CLIPPED, True, TARGET)
-        return with_sign_of(level, x)
+        return with_sign_of(nearest_level(tl.abs(y), FMT, CLIPPED), y)
 
 
 @triton.jit
@@ -400,10 +392,10 @@ def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr)
     # Levels for a grid of E4M3's bias: its code has the element's, and the sign, in its upper bits.
     SHIFT: tl.constexpr = FMT.element_bias - 7
     scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
-    reciprocal = reciprocal_of(scale, FMT, TARGET)
-    scale, reciprocal = scale[:, None], reciprocal[:, None]
-    even_level = nearest_level(tl.abs(even), scale, reciprocal, FMT, True, True, TARGET, SHIFT)
-    odd_level = nearest_level(tl.abs(odd), scale, reciprocal, FMT, True, True, TARGET, SHIFT)
+    reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
+    scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
+    even_level = nearest_level(rounded_quotient(tl.abs(even), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
+    odd_level = nearest_level(rounded_quotient(tl.abs(odd), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
     even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
     if TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3:
         # Four bytes at once: two elements a conversion to E4M3, then two masked moves a word.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -109,8 +110,8 @@ def quantize(
     else:
         assert hessians is not None
         factor, inverse_root = factorize(hessians, flags[1:])
-        product, tile, tiles, warps = _product(block_size)
-        grid = (column_blocks * triton.cdiv(rows, tile * tiles),)
+        options = _hessian_options(constants)
+        grid = (column_blocks * triton.cdiv(rows, options["BLOCK_M"] * options["TILES"]),)
         hessian_kernel[grid](
             matrix,
             factor,
@@ -125,17 +126,14 @@ def quantize(
             FMT=constants,
             COUNT=count_candidates,
             TARGET=TARGET,
-            PRODUCT=product,
             SLACK=bounds.SLACK,
-            BLOCK_M=tile,
-            TILES=tiles,
-            num_warps=warps,
+            **options,
         )
     return codes, scales, candidates, flags
 
 
 def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 lower triangular A ``[num_blocks, block_size, block_size]`` and √(H⁻¹)_ii ``[num_blocks, block_size]``
+    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]`` and √(H⁻¹)_ii ``[num_blocks, block_size]``
     of ``hessians``.
 
     Sets ``flag``, int32 ``[1]``, to 1 for NaN, Inf or a clearly indefinite Hessian.
@@ -226,10 +224,17 @@ def block_hessians(activations: Tensor, block_size: int) -> Tensor:
     return parts[0] if splits == 1 else parts.sum(0)
 
 
-def _product(block_size: int) -> tuple[str, int, int, int]:
-    """How the Hessian kernel multiplies (see there), rows a tile, tiles a program, and warps."""
-    if INTERPRETED:
-        return "dot", 1024, 1, 1
+def _hessian_options(constants: FormatConstants) -> dict[str, Any]:
+    """How the Hessian kernel multiplies and screens (see there), its tiles, and what the compiler is told.
+
+    Of a format whose scales are a factor of two apart so few lie outside the window that screening does not pay.
+    """
+    block_size = constants.block_size
+    if TARGET != "cuda":
+        rows, warps = (1024, 1) if INTERPRETED else (128, 4)
+        return {"PRODUCT": "dot", "SCREEN": 0, "BLOCK_M": rows, "TILES": 1, "num_warps": warps}
+    fine = constants.scale_mantissa > 0
     if block_size == 16:
-        return "registers", 32, 4, 1
-    return "tf32" if torch.version.cuda else "dot", 128, 4, 4
+        return {"PRODUCT": "registers", "SCREEN": 10 * fine, "BLOCK_M": 32, "TILES": 4, "num_warps": 1}
+    screen = block_size // 2 * fine
+    return {"PRODUCT": "mma", "SCREEN": screen, "BLOCK_M": 16, "TILES": 2, "num_warps": 1, "maxnreg": 128}

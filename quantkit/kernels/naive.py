@@ -28,7 +28,8 @@ def naive_codes(amax, normalize, global_scale, FMT: tl.constexpr, RULE: tl.const
     if FMT.scale_mantissa > 0:
         # Beyond the clamp lie quotients that no scale reaches.
         divisor = tl.minimum(tl.maximum(FMT.element_max * global_scale * normalize, 2.0**-100), 2.0**100)
-        wanted = rounded_quotient(amax * normalize, divisor, reciprocal_of(divisor, FMT, TARGET), FMT, TARGET)
+        reciprocal, rest = reciprocal_of(divisor, FMT, TARGET)
+        wanted = rounded_quotient(amax * normalize, divisor, reciprocal, rest, FMT, TARGET)
         wanted = round_to_grid(tl.minimum(wanted, FMT.scale_max), FMT.scale_mantissa, FMT.scale_min_exponent)
         return encode_magnitude(tl.maximum(wanted, FMT.scale_min), FMT.scale_mantissa, FMT.scale_bias)
     elif RULE == "rceil":

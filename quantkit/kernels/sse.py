@@ -55,8 +55,10 @@ def search(
         scale = scale_value(code, FMT) * unit
         reciprocal = reciprocal_near(scale, FMT, TARGET)
         scale, reciprocal = scale[:, None], reciprocal[:, None]
-        even_level = nearest_level(even, scale, reciprocal, FMT, CLIPPED, False, TARGET)
-        odd_level = nearest_level(odd, scale, reciprocal, FMT, CLIPPED, False, TARGET)
+        # A product with the reciprocal may fall on the other side of a tie than the quotient. The squared error is the
+        # same on both sides.
+        even_level = nearest_level(even * reciprocal, FMT, CLIPPED)
+        odd_level = nearest_level(odd * reciprocal, FMT, CLIPPED)
         error = squared_error(residual(even, even_level, scale, TARGET), residual(odd, odd_level, scale, TARGET))
         better = error < best_error
         best_code = tl.where(better, code, best_code)

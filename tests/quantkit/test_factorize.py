@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def run(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     factor, inverse_root = factorize(hessians.to(DEVICE), flag)
-    return factor.cpu().double(), inverse_root.cpu().double().square(), int(flag)
+    return factor.mT.cpu().double(), inverse_root.cpu().double().square(), int(flag)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,7 +13,7 @@ from quantkit.calibration import hessians_from_activations
 from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
 from quantkit.kernels.device import format_constants, round_to_grid
-from quantkit.kernels.hessian import columns, load_factor, projected_error, registers_error
+from quantkit.kernels.hessian import load_elements, load_factor, step_error
 from quantkit.quantize import _global_scale
 from tests.inputs import all_families
 
@@ -54,62 +54,91 @@ def nearest(y: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _projection_kernel(
+def _product_kernel(
     r_ptr,
     factor_ptr,
     error_ptr,
     FMT: tl.constexpr,
     TARGET: tl.constexpr,
     ROWS: tl.constexpr,
-    QBLOCK: tl.constexpr,
+    LAST: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
-    row, lane = tl.arange(0, ROWS), tl.arange(0, QBLOCK)
-    r = tl.load(r_ptr + row[:, None] * QBLOCK + lane[None, :])
+    row = tl.arange(0, ROWS)
+    QBLOCK: tl.constexpr = FMT.block_size
+    x = load_elements(r_ptr + row * QBLOCK, row >= 0, QBLOCK, 4, PRODUCT)
     factor = load_factor(factor_ptr, QBLOCK, PRODUCT)
-    if PRODUCT == "registers":
-        scale = tl.full([ROWS], 2.0**40, tl.float32)  # every element rounds to zero, and is its own residual
-        error = registers_error(columns(r, QBLOCK), scale, 1.0 / scale, factor, FMT, False, QBLOCK, TARGET)
-    else:
-        error = projected_error(r, factor, QBLOCK, PRODUCT)
-    tl.store(error_ptr + row, error)
+    unit = tl.full([ROWS], 2.0**40, tl.float32)  # every element rounds to zero, and is its own residual
+    code = tl.full([ROWS], FMT.scale_max_code, tl.int32)
+    tl.store(error_ptr + row, step_error(x, code, factor, unit, FMT, False, LAST, TARGET, PRODUCT))
 
 
-@pytest.mark.parametrize("product", ["registers", "tf32", "dot"])
-def test_products_agree(product: str) -> None:
+@pytest.mark.parametrize(
+    ("product", "block_size", "last"),
+    [
+        ("registers", 16, 16),
+        ("registers", 16, 8),
+        ("mma", 16, 16),
+        ("mma", 16, 8),
+        ("mma", 32, 32),
+        ("mma", 32, 16),
+        ("dot", 16, 16),
+        ("dot", 32, 32),
+    ],
+)
+def test_products_agree(product: str, block_size: int, last: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    r = torch.randn(32, 16, generator=generator)
-    factor = torch.randn(16, 16, generator=generator).tril()
-    error = torch.empty(32, device=DEVICE)
-    constants = format_constants(FORMATS["nvfp4"], 16)
-    _projection_kernel[(1,)](
-        r.to(DEVICE), factor.to(DEVICE), error, constants, launch.TARGET, ROWS=32, QBLOCK=16, PRODUCT=product
+    r = torch.randn(16, block_size, generator=generator)
+    factor = torch.randn(block_size, block_size, generator=generator).tril()
+    error = torch.empty(16, device=DEVICE)
+    constants = format_constants(FORMATS["nvfp4"], block_size)
+    _product_kernel[(1,)](
+        r.to(DEVICE),
+        factor.T.contiguous().to(DEVICE),
+        error,
+        constants,
+        launch.TARGET,
+        ROWS=16,
+        LAST=last,
+        PRODUCT=product,
+        num_warps=1,
     )
-    want = (r.double() @ factor.double()).square().sum(1)
+    want = (r.double() @ factor.double())[:, -last:].square().sum(1)
     torch.testing.assert_close(error.cpu().double(), want, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize(("product", "block_size", "screen"), [("registers", 16, 10), ("mma", 32, 16)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_product_from_registers_chooses_the_same_scales(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its half sums leave out no scale that the whole sums would choose; four tiles a program, the last one partial."""
+def test_screening_chooses_the_same_scales(
+    format: str, product: str, block_size: int, screen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part of a sum leaves out no scale that the whole would choose; four tiles a program, the last one partial."""
     rng = np.random.default_rng(3)
-    weight = torch.tensor(all_families(16, rng)).reshape(-1, 32).float()[:100].to(DEVICE)
+    weight = torch.tensor(all_families(block_size, rng)).reshape(-1, 32).float()[:100].to(DEVICE)
     weight[1::2] = torch.randn(weight[1::2].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 32)
-    hessian = hessians_from_activations(x, 16).to(DEVICE)
-    whole = quantize(
-        weight, format, 16, "hessian", hessian=hessian, backend="reference", global_scale="none", count_candidates=True
-    )
-    monkeypatch.setattr(launch, "_product", lambda block_size: ("registers", 32, 4, 1))
-    got = quantize(
-        weight, format, 16, "hessian", hessian=hessian, backend="triton", global_scale="none", count_candidates=True
+    hessian = hessians_from_activations(x, block_size).to(DEVICE)
+    options = {"PRODUCT": product, "SCREEN": screen, "BLOCK_M": 512 // block_size, "TILES": 4, "num_warps": 1}
+    monkeypatch.setattr(launch, "_hessian_options", lambda constants: options)
+    whole, got = (
+        quantize(
+            weight,
+            format,
+            block_size,
+            "hessian",
+            hessian=hessian,
+            backend=backend,
+            global_scale="none",
+            count_candidates=True,
+        )
+        for backend in ("reference", "triton")
     )
     assert got.candidates is not None and whole.candidates is not None
     assert torch.equal(got.candidates, whole.candidates)
     differs = got.scales != whole.scales
     error, least = (
         torch.einsum("rbi,bij,rbj->rb", r, hessian.double(), r)
-        for r in ((weight.double() - q.dequantize().double()).unflatten(1, (-1, 16)) for q in (got, whole))
+        for r in ((weight.double() - q.dequantize().double()).unflatten(1, (-1, block_size)) for q in (got, whole))
     )
     assert (error <= least * (1 + 1e-6)).logical_or(~differs).all() and differs.float().mean() < 0.05
 
