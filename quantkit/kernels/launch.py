@@ -28,6 +28,7 @@ TARGET = "interpreter" if INTERPRETED else "cuda" if torch.version.cuda else "hi
 # Sizes that were fastest on an H200 (docs/log.md); the interpreter pays by the operation, not by the element.
 NAIVE_ELEMENTS = 8192 if INTERPRETED else 2048  # a program, one warp
 SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
+SSE_REGISTERS = {"maxnreg": 96} if TARGET == "cuda" else {}
 AMAX_ELEMENTS = 8192  # a step, and programs at most
 AMAX_PROGRAMS = 528
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
@@ -106,6 +107,7 @@ def quantize(
             TARGET=TARGET,
             BLOCK_N=tile,
             num_warps=1,
+            **SSE_REGISTERS,
         )
     else:
         assert hessians is not None
@@ -235,6 +237,6 @@ def _hessian_options(constants: FormatConstants) -> dict[str, Any]:
         return {"PRODUCT": "dot", "SCREEN": 0, "BLOCK_M": rows, "TILES": 1, "num_warps": warps}
     fine = constants.scale_mantissa > 0
     if block_size == 16:
-        return {"PRODUCT": "registers", "SCREEN": 10 * fine, "BLOCK_M": 32, "TILES": 4, "num_warps": 1}
-    screen = block_size // 2 * fine
+        return {"PRODUCT": "registers", "SCREEN": 10 * fine, "BLOCK_M": 32, "TILES": 4 if fine else 8, "num_warps": 1}
+    screen = block_size * 3 // 4 * fine
     return {"PRODUCT": "mma", "SCREEN": screen, "BLOCK_M": 16, "TILES": 2, "num_warps": 1, "maxnreg": 128}

@@ -2,7 +2,8 @@
 
 A program holds a tile of blocks in registers and walks the steps that the widest window among them needs, first those
 at which some element of the tile may be clipped. Errors are float32 sums of residuals with one rounding; docs/theory.md
-says what that costs.
+says what that costs. The first search takes quotients for products with the reciprocal. Where its second least error is
+too near for that, the tile is searched again with rounded quotients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from quantkit.kernels.device import (
     pairs,
     ratio_to,
     reciprocal_near,
+    reciprocal_of,
     residual,
+    rounded_quotient,
     scale_value,
     search_steps,
     search_unit,
@@ -30,11 +33,45 @@ from quantkit.kernels.device import (
 
 __all__ = ["sse_kernel"]
 
+CLOSE = tl.constexpr(1e-5)  # relative; twice what a quotient on the other side of a tie changes an error by
+
+
+@triton.jit
+def step_error(
+    even,
+    odd,
+    code,
+    unit,
+    FMT: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """Float32 squared error of each block at its scale code, from magnitudes.
+
+    Without EXACT a quotient is the product with the reciprocal, which may fall on the other side of a tie: the error is
+    then that of the level on that side, larger by 5e-6 at most.
+    """
+    scale = scale_value(code, FMT) * unit
+    if EXACT:
+        reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
+        scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
+        even_quotient = rounded_quotient(even, scale, reciprocal, rest, FMT, TARGET)
+        odd_quotient = rounded_quotient(odd, scale, reciprocal, rest, FMT, TARGET)
+    else:
+        reciprocal = reciprocal_near(scale, FMT, TARGET)[:, None]
+        scale = scale[:, None]
+        even_quotient, odd_quotient = even * reciprocal, odd * reciprocal
+    even_level = nearest_level(even_quotient, FMT, CLIPPED)
+    odd_level = nearest_level(odd_quotient, FMT, CLIPPED)
+    return squared_error(residual(even, even_level, scale, TARGET), residual(odd, odd_level, scale, TARGET))
+
 
 @triton.jit
 def search(
     best_code,
     best_error,
+    next_error,
     first,
     last,
     start,
@@ -44,26 +81,24 @@ def search(
     unit,
     FMT: tl.constexpr,
     CLIPPED: tl.constexpr,
+    EXACT: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     """Offers the codes first + start … first + stop - 1 of each block; past its last, the last again.
 
-    Codes rise and a tie is no improvement, so ties go to the smaller code.
+    Codes rise and a tie is no improvement, so ties go to the smaller code. Without EXACT next_error is the second
+    least.
     """
     for step in range(start, stop):
         code = tl.minimum(first + step, last)
-        scale = scale_value(code, FMT) * unit
-        reciprocal = reciprocal_near(scale, FMT, TARGET)
-        scale, reciprocal = scale[:, None], reciprocal[:, None]
-        # A product with the reciprocal may fall on the other side of a tie than the quotient. The squared error is the
-        # same on both sides.
-        even_level = nearest_level(even * reciprocal, FMT, CLIPPED)
-        odd_level = nearest_level(odd * reciprocal, FMT, CLIPPED)
-        error = squared_error(residual(even, even_level, scale, TARGET), residual(odd, odd_level, scale, TARGET))
+        error = step_error(even, odd, code, unit, FMT, CLIPPED, EXACT, TARGET)
+        if not EXACT:
+            again = first + step > last
+            next_error = tl.minimum(next_error, tl.where(again, float("inf"), tl.maximum(error, best_error)))
         better = error < best_error
         best_code = tl.where(better, code, best_code)
         best_error = tl.where(better, error, best_error)
-    return best_code, best_error
+    return best_code, best_error, next_error
 
 
 @triton.jit
@@ -95,19 +130,53 @@ def sse_kernel(
     unit = search_unit(global_scale, normalize, FMT)
     ratio = ratio_to(amax, global_scale, FMT)
     first, last = sse_window(ratio, FMT)
-    clipped_steps, steps = search_steps(ratio, first, last, FMT)
-    best_code = first
-    best_error = tl.full([BLOCK_N], float("inf"), tl.float32)
-    best_code, best_error = search(
-        best_code, best_error, first, last, 0, clipped_steps, tl.abs(even), tl.abs(odd), unit, FMT, True, TARGET
+    clipped, steps = search_steps(ratio, first, last, FMT)
+    infinite = tl.full([BLOCK_N], float("inf"), tl.float32)
+    code, error, next_error = first, infinite, infinite
+    EXACT: tl.constexpr = FMT.scale_exact_reciprocal
+    magnitude = tl.abs(even), tl.abs(odd)
+    code, error, next_error = search(
+        code, error, next_error, first, last, 0, clipped, magnitude[0], magnitude[1], unit, FMT, True, EXACT, TARGET
     )
-    best_code, best_error = search(
-        best_code, best_error, first, last, clipped_steps, steps, tl.abs(even), tl.abs(odd), unit, FMT, False, TARGET
+    code, error, next_error = search(
+        code,
+        error,
+        next_error,
+        first,
+        last,
+        clipped,
+        steps,
+        magnitude[0],
+        magnitude[1],
+        unit,
+        FMT,
+        False,
+        EXACT,
+        TARGET,
     )
+    if not EXACT:
+        close = next_error <= error * (1 + CLOSE)
+        if tl.max(close.to(tl.int32), axis=0) > 0:
+            code, error, next_error = search(
+                first,
+                infinite,
+                infinite,
+                first,
+                last,
+                0,
+                steps,
+                magnitude[0],
+                magnitude[1],
+                unit,
+                FMT,
+                True,
+                True,
+                TARGET,
+            )
 
-    packed = packed_codes(even, odd, best_code, global_scale * normalize, FMT, TARGET)
+    packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
-    tl.store(scales_ptr + block, best_code.to(tl.uint8), mask=inside)
+    tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)
     if COUNT:
         tl.store(candidates_ptr + block, (last - first + 1).to(tl.uint8), mask=inside)
