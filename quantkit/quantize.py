@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantkit import calibration, parallel
+from quantkit import calibration, kernels, parallel
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
 from quantkit.reference import hessian as reference_hessian
 from quantkit.reference import naive as reference_naive
@@ -68,7 +67,7 @@ def quantize(
     hessians = _hessians(weight, block_size, method, activations, gram, hessian, use_triton)
 
     leading = weight.shape[:-1]
-    matrix = weight.reshape(math.prod(leading), weight.shape[-1])
+    matrix = weight if len(leading) == 1 else weight.reshape(math.prod(leading), weight.shape[-1])
     if matrix.dtype == torch.float64:
         matrix = matrix.float()
     if check_finite and not use_triton:
@@ -90,16 +89,13 @@ def quantize(
             factors = None if hessians is None else calibration.factorize(hessians)
         codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
 
-    return QuantizedTensor(
-        codes=codes.reshape(*leading, codes.shape[-1]),
-        scales=scales.reshape(*leading, scales.shape[-1]),
-        global_scale=multiplier,
-        format=fmt,
-        block_size=block_size,
-        candidates=candidates.reshape(*leading, scales.shape[-1])
-        if count_candidates and candidates is not None
-        else None,
-    )
+    if not count_candidates:
+        candidates = None
+    if len(leading) != 1:
+        codes = codes.reshape(*leading, codes.shape[-1])
+        scales = scales.reshape(*leading, scales.shape[-1])
+        candidates = None if candidates is None else candidates.reshape(scales.shape)
+    return QuantizedTensor(codes, scales, multiplier, fmt, block_size, candidates)
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:
@@ -108,9 +104,9 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
     device = torch.device(device)
     if backend == "auto":
-        return "triton" if device.type == "cuda" and _triton_installed() else "reference"
+        return "triton" if device.type == "cuda" and kernels.available() else "reference"
     if backend == "triton":
-        if not _triton_installed():
+        if not kernels.available():
             raise BackendUnavailableError(
                 "backend 'triton' needs the package triton: pip install triton, or use backend='reference'"
             )
@@ -120,10 +116,6 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
                 "use backend='reference', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
             )
     return backend
-
-
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: str, scale_rule: str | None) -> str:
@@ -224,7 +216,7 @@ def _global_scale(
                 f"a global_scale tensor must be one float32 on {matrix.device}, got "
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
-        return requested.reshape(())
+        return requested if requested.ndim == 0 else requested.reshape(())
     if requested == "none":
         if use_triton and not fmt.two_level and matrix.numel():
             return torch.empty((), device=matrix.device)  # the kernels write the 1: a launch less

@@ -9,7 +9,6 @@ not in the swizzled order that a tensor core reads.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit import kernels
 from quantkit.formats import BlockFormat, get_format
 
 __all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
@@ -86,7 +86,7 @@ class QuantizedTensor:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
-        if self.codes.is_cuda and dtype in KERNEL_DTYPES and importlib.util.find_spec("triton"):
+        if self.codes.is_cuda and dtype in KERNEL_DTYPES and kernels.available():
             from quantkit.kernels import launch
 
             return launch.dequantize(self.codes, self.scales, self.global_scale, self.format, self.block_size, dtype)

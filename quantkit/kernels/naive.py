@@ -23,13 +23,15 @@ __all__ = ["naive_codes", "naive_kernel"]
 
 
 @triton.jit
-def naive_codes(amax, normalize, global_scale, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl.constexpr):
-    """int32 scale codes for float32 amax and its normalizer."""
+def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl.constexpr):
+    """int32 scale codes for float32 amax."""
     if FMT.scale_mantissa > 0:
-        # Beyond the clamp lie quotients that no scale reaches.
-        divisor = tl.minimum(tl.maximum(FMT.element_max * global_scale * normalize, 2.0**-100), 2.0**100)
+        # One divisor and reciprocal for all, brought to [1, 2). Beyond the bound lie quotients that no scale reaches.
+        divisor = tl.full([1], FMT.element_max, tl.float32) * global_scale
+        normalize = normalizer(divisor)
+        divisor *= normalize
         reciprocal, rest = reciprocal_of(divisor, FMT, TARGET)
-        wanted = rounded_quotient(amax * normalize, divisor, reciprocal, rest, FMT, TARGET)
+        wanted = rounded_quotient(tl.minimum(amax * normalize, 2.0**24), divisor, reciprocal, rest, FMT, TARGET)
         wanted = round_to_grid(tl.minimum(wanted, FMT.scale_max), FMT.scale_mantissa, FMT.scale_min_exponent)
         return encode_magnitude(tl.maximum(wanted, FMT.scale_min), FMT.scale_mantissa, FMT.scale_bias)
     elif RULE == "rceil":
@@ -70,7 +72,7 @@ def naive_kernel(
 
     amax = block_amax(even, odd, flag_ptr)
     normalize = normalizer(amax)
-    code = naive_codes(amax, normalize, global_scale, FMT, RULE, TARGET)
+    code = naive_codes(amax, global_scale, FMT, RULE, TARGET)
 
     even, odd = even * normalize[:, None], odd * normalize[:, None]
     packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
