@@ -26,9 +26,10 @@ __all__ = ["block_hessians", "dequantize", "factorize", "global_scale", "quantiz
 INTERPRETED = triton.knobs.runtime.interpret
 TARGET = "interpreter" if INTERPRETED else "cuda" if torch.version.cuda else "hip"
 # Sizes that were fastest on an H200 (docs/log.md); the interpreter pays by the operation, not by the element.
-NAIVE_ELEMENTS = 8192 if INTERPRETED else 2048  # a program, one warp
+NAIVE_ELEMENTS = dict.fromkeys((16, 32), 8192) if INTERPRETED else {16: 2048, 32: 1024}  # a program, one warp
+NAIVE_REGISTERS = {16: {}, 32: {"maxnreg": 56}} if TARGET == "cuda" else {16: {}, 32: {}}
 SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
-SSE_REGISTERS = {"maxnreg": 96} if TARGET == "cuda" else {}
+SSE_REGISTERS = {16: {"maxnreg": 80}, 32: {"maxnreg": 96}} if TARGET == "cuda" else {16: {}, 32: {}}
 AMAX_ELEMENTS = 8192  # a step, and programs at most
 AMAX_PROGRAMS = 528
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
@@ -81,7 +82,7 @@ def quantize(
     if method == "naive":
         if candidates is not None:
             candidates.fill_(1)
-        tile = NAIVE_ELEMENTS // block_size
+        tile = NAIVE_ELEMENTS[block_size] // block_size
         grid = (_ceil_div(num_blocks, tile),)
         naive_kernel[grid](
             matrix,
@@ -95,6 +96,7 @@ def quantize(
             TARGET=TARGET,
             BLOCK_N=tile,
             num_warps=1,
+            **NAIVE_REGISTERS[block_size],
         )
     elif method == "sse":
         tile = SSE_ELEMENTS // block_size
@@ -112,7 +114,7 @@ def quantize(
             TARGET=TARGET,
             BLOCK_N=tile,
             num_warps=1,
-            **SSE_REGISTERS,
+            **SSE_REGISTERS[block_size],
         )
     else:
         assert hessians is not None

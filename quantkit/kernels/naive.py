@@ -23,14 +23,20 @@ __all__ = ["naive_codes", "naive_kernel"]
 
 
 @triton.jit
-def naive_codes(amax, global_scale, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl.constexpr):
-    """int32 scale codes for float32 amax."""
+def largest_product(global_scale, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """(divisor, normalize, reciprocal, rest): element_max · global_scale, [1], brought to [1, 2) by normalize."""
+    product = tl.full([1], FMT.element_max, tl.float32) * global_scale
+    normalize = normalizer(product)
+    reciprocal, rest = reciprocal_of(product * normalize, FMT, TARGET)
+    return product * normalize, normalize, reciprocal, rest
+
+
+@triton.jit
+def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl.constexpr):
+    """int32 scale codes for float32 amax; largest: largest_product."""
     if FMT.scale_mantissa > 0:
-        # One divisor and reciprocal for all, brought to [1, 2). Beyond the bound lie quotients that no scale reaches.
-        divisor = tl.full([1], FMT.element_max, tl.float32) * global_scale
-        normalize = normalizer(divisor)
-        divisor *= normalize
-        reciprocal, rest = reciprocal_of(divisor, FMT, TARGET)
+        divisor, normalize, reciprocal, rest = largest
+        # Beyond the bound lie quotients that no scale reaches.
         wanted = rounded_quotient(tl.minimum(amax * normalize, 2.0**24), divisor, reciprocal, rest, FMT, TARGET)
         wanted = round_to_grid(tl.minimum(wanted, FMT.scale_max), FMT.scale_mantissa, FMT.scale_min_exponent)
         return encode_magnitude(tl.maximum(wanted, FMT.scale_min), FMT.scale_mantissa, FMT.scale_bias)
@@ -67,12 +73,13 @@ def naive_kernel(
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    even, odd = pairs(load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32))
     global_scale = load_global_scale(global_scale_ptr, FMT)
+    largest = largest_product(global_scale, FMT, TARGET)  # here, because the kernel then needs fewer registers
+    even, odd = pairs(load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32))
 
     amax = block_amax(even, odd, flag_ptr)
     normalize = normalizer(amax)
-    code = naive_codes(amax, global_scale, FMT, RULE, TARGET)
+    code = naive_codes(amax, largest, FMT, RULE, TARGET)
 
     even, odd = even * normalize[:, None], odd * normalize[:, None]
     packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)

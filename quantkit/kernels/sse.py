@@ -69,36 +69,51 @@ def step_error(
 
 @triton.jit
 def search(
-    best_code,
-    best_error,
-    next_error,
     first,
     last,
-    start,
     stop,
+    steps,
     even,
     odd,
     unit,
     FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
     EXACT: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """Offers the codes first + start … first + stop - 1 of each block; past its last, the last again.
+    """(code, error, next_error) of least error among the codes first … last of each block; next_error: second least.
 
-    Codes rise and a tie is no improvement, so ties go to the smaller code. Without EXACT next_error is the second
-    least.
+    The tile takes the steps that its widest window needs, the first stop of them clipped; past its last code a block
+    repeats it. Codes rise and a tie is no improvement, so ties go to the smaller code.
     """
-    for step in range(start, stop):
-        code = tl.minimum(first + step, last)
-        error = step_error(even, odd, code, unit, FMT, CLIPPED, EXACT, TARGET)
-        if not EXACT:
-            again = first + step > last
-            next_error = tl.minimum(next_error, tl.where(again, float("inf"), tl.maximum(error, best_error)))
-        better = error < best_error
-        best_code = tl.where(better, code, best_code)
-        best_error = tl.where(better, error, best_error)
+    best_code = first
+    best_error = tl.full(first.shape, float("inf"), tl.float32)
+    next_error = best_error
+    for CLIPPED in tl.static_range(1, -1, -1):
+        for step in range(0 if CLIPPED else stop, stop if CLIPPED else steps):
+            code = tl.minimum(first + step, last)
+            error = step_error(even, odd, code, unit, FMT, CLIPPED, EXACT, TARGET)
+            if not EXACT:
+                again = first + step > last
+                next_error = tl.minimum(next_error, tl.where(again, float("inf"), tl.maximum(error, best_error)))
+            better = error < best_error
+            best_code = tl.where(better, code, best_code)
+            best_error = tl.where(better, error, best_error)
     return best_code, best_error, next_error
+
+
+@triton.jit
+def best_scale(first, last, ratio, even, odd, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
+    """int32 code of least error among first … last of each block, from magnitudes."""
+    if FMT.scale_mantissa == 0:  # at most two
+        at_first = step_error(even, odd, first, unit, FMT, True, True, TARGET)
+        at_last = step_error(even, odd, last, unit, FMT, True, True, TARGET)
+        return tl.where(at_last < at_first, last, first)
+    else:
+        clipped, steps = search_steps(ratio, first, last, FMT)
+        code, error, next_error = search(first, last, clipped, steps, even, odd, unit, FMT, False, TARGET)
+        if tl.max((next_error <= error * (1 + CLOSE)).to(tl.int32), axis=0) > 0:
+            code, error, next_error = search(first, last, clipped, steps, even, odd, unit, FMT, True, TARGET)
+        return code
 
 
 @triton.jit
@@ -130,49 +145,7 @@ def sse_kernel(
     unit = search_unit(global_scale, normalize, FMT)
     ratio = ratio_to(amax, global_scale, FMT)
     first, last = sse_window(ratio, FMT)
-    clipped, steps = search_steps(ratio, first, last, FMT)
-    infinite = tl.full([BLOCK_N], float("inf"), tl.float32)
-    code, error, next_error = first, infinite, infinite
-    EXACT: tl.constexpr = FMT.scale_exact_reciprocal
-    magnitude = tl.abs(even), tl.abs(odd)
-    code, error, next_error = search(
-        code, error, next_error, first, last, 0, clipped, magnitude[0], magnitude[1], unit, FMT, True, EXACT, TARGET
-    )
-    code, error, next_error = search(
-        code,
-        error,
-        next_error,
-        first,
-        last,
-        clipped,
-        steps,
-        magnitude[0],
-        magnitude[1],
-        unit,
-        FMT,
-        False,
-        EXACT,
-        TARGET,
-    )
-    if not EXACT:
-        close = next_error <= error * (1 + CLOSE)
-        if tl.max(close.to(tl.int32), axis=0) > 0:
-            code, error, next_error = search(
-                first,
-                infinite,
-                infinite,
-                first,
-                last,
-                0,
-                steps,
-                magnitude[0],
-                magnitude[1],
-                unit,
-                FMT,
-                True,
-                True,
-                TARGET,
-            )
+    code = best_scale(first, last, ratio, tl.abs(even), tl.abs(odd), unit, FMT, TARGET)
 
     packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
