@@ -8,7 +8,7 @@ a tile in its own shape:
     registers   a thread holds a whole block and all of A: half the multiplications of a full product, in float32.
                 The fastest while A fits: block size 16. The elements are a tuple of block_size tensors [n]
     mma         on NVIDIA's tensor cores, from three products of operands cut to tf32's 11 bits. Four threads share a
-                block as the instruction wants it: a tuple of tensors [4, n, 2], eight elements of each block
+                block as the instruction wants it: a tuple of tensors [n, 8], eight elements of each block
     dot         float32, whatever the device makes of it. A tuple of one tensor [n, block_size]
 
 With the first two, some of the columns can be had alone, and tell of most scales outside the squared error's window
@@ -60,15 +60,16 @@ def columns(x, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_eights(pointers, inside, WIDTH: tl.constexpr):
-    """A tuple of WIDTH / 8 tensors [4, n, 2] of what [n] pointers point to, zero where not inside.
+    """A tuple of WIDTH / 8 tensors [n, 8] of what [n] pointers point to, zero where not inside.
 
-    On a GPU lane 4 m + t of a warp holds elements 2 t and 2 t + 1 of rows m and m + 8 of sixteen.
+    Said to be contiguous by twos, so that on a GPU lane 4 m + t of a warp loads, and holds, elements 2 t and 2 t + 1 of
+    rows m and m + 8 of sixteen: what add_eight needs. launch.py checks it in the compiled kernel.
     """
-    lane = tl.arange(0, 4)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
+    lane = tl.arange(0, 8)[None, :]
     eights = ()
     for start in tl.static_range(0, WIDTH, 8):
-        part = tl.load(pointers[None, :, None] + (start + lane), mask=inside[None, :, None], other=0.0)
-        eights = eights + (part,)  # noqa: RUF005  Triton unpacks nothing
+        places = tl.max_contiguous(pointers[:, None] + (start + lane), [1, 2])
+        eights = eights + (tl.load(places, mask=inside[:, None], other=0.0),)  # noqa: RUF005  Triton unpacks nothing
     return eights
 
 
@@ -90,10 +91,7 @@ def load_elements(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr, P
 @triton.jit
 def beside(value, PRODUCT: tl.constexpr):
     """A value a block, [n], in a shape that broadcasts to the elements."""
-    if PRODUCT == "mma":
-        return value[None, :, None]
-    else:
-        return value if PRODUCT == "registers" else value[:, None]
+    return value if PRODUCT == "registers" else value[:, None]
 
 
 @triton.jit
@@ -105,10 +103,7 @@ def over_block(x, LARGEST: tl.constexpr, PRODUCT: tl.constexpr):
     if PRODUCT == "registers":
         return most
     else:
-        if PRODUCT == "mma":
-            most = tl.reduce(most, 2, larger_or_nan) if LARGEST else tl.min(most, axis=2)
-        AXIS: tl.constexpr = 0 if PRODUCT == "mma" else 1
-        return tl.reduce(most, AXIS, larger_or_nan) if LARGEST else tl.min(most, axis=AXIS)
+        return tl.reduce(most, 1, larger_or_nan) if LARGEST else tl.min(most, axis=1)
 
 
 # ---- r A -------------------------------------------------------------------------------------------------------------
@@ -215,7 +210,7 @@ THREE_PRODUCTS_1 = tl.constexpr(_three_products(1))
 def add_eight(projected, r, factor, HALF: tl.constexpr, TARGET: tl.constexpr):
     """projected + r A of eight rows and eight columns, the first or (HALF = 1) the second of factor's sixteen.
 
-    projected [4, n, 2]: columns 2 t and 2 t + 1 of row m where the elements are those of r. r and factor: tf32 parts.
+    projected [n, 8] is held as r is. r and factor: tf32 parts; n is 16 on "cuda".
     """
     if TARGET == "cuda":
         return tl.inline_asm_elementwise(
@@ -227,11 +222,9 @@ def add_eight(projected, r, factor, HALF: tl.constexpr, TARGET: tl.constexpr):
             pack=4,
         )
     else:
-        rows = tl.reshape(tl.permute(r[0] + r[1], (1, 0, 2)), [projected.shape[1], 8])
-        columns = tl.reshape(tl.permute(factor[0] + factor[1], (1, 0, 2)), [16, 8])
+        rows, columns = r[0] + r[1], factor[0] + factor[1]
         product = tl.sum(rows[:, None, :] * columns[None, :, :], axis=2)
-        halves = tl.split(tl.permute(tl.reshape(product, [projected.shape[1], 2, 8]), (0, 2, 1)))
-        return projected + tl.permute(tl.reshape(halves[HALF], [projected.shape[1], 4, 2]), (1, 0, 2))
+        return projected + tl.split(tl.permute(tl.reshape(product, [rows.shape[0], 2, 8]), (0, 2, 1)))[HALF]
 
 
 @triton.jit
@@ -260,7 +253,7 @@ def mma_error(
             half = factor[(EIGHTS - 1 - back) // 2 * EIGHTS + index]
             projected = add_eight(projected, parts[index - FIRST], half, (EIGHTS - 1 - back) % 2, TARGET)
         total += projected * projected
-    return tl.sum(tl.sum(total, axis=2), axis=0)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
@@ -481,8 +474,8 @@ def hessian_kernel(
             code, error, first, below, above, outside, x, factor, unit, FMT, TARGET, PRODUCT, SCREEN
         )
 
-        if PRODUCT == "mma":  # anew, as the codes want it
-            tile = load_blocks(pointers, inside, QBLOCK, VECTOR)
+        if PRODUCT == "mma":  # anew, as the codes want it; by fours, lest the compiler loads the eights so, too
+            tile = load_blocks(pointers, inside, QBLOCK, 4)
         even, odd = pairs(tile.to(tl.float32) * normalize[:, None])
         packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
         half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ SSE_REGISTERS = {16: {"maxnreg": 80}, 32: {"maxnreg": 96}} if TARGET == "cuda" e
 AMAX_ELEMENTS = 8192  # a step, and programs at most
 AMAX_PROGRAMS = 528
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
+# Lane 4 m + t of a warp holds elements 2 t and 2 t + 1 of rows m and m + 8: what hessian.add_eight is written for.
+MMA_LAYOUT = "#ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [1, 1], order = [1, 0]}>"
 HESSIAN_WIDTH = 64  # columns, and tokens, a program
 HESSIAN_TOKENS = 2048
 
@@ -121,7 +124,7 @@ def quantize(
         factor, inverse_root = factorize(hessians, flags[1:])
         options = _hessian_options(constants)
         grid = (column_blocks * _ceil_div(rows, options["BLOCK_M"] * options["TILES"]),)
-        hessian_kernel[grid](
+        kernel = hessian_kernel[grid](
             matrix,
             factor,
             inverse_root,
@@ -138,6 +141,8 @@ def quantize(
             SLACK=bounds.SLACK,
             **options,
         )
+        if options["PRODUCT"] == "mma" and not INTERPRETED:
+            _check_layout(kernel)
     return codes, scales, candidates, flags
 
 
@@ -247,3 +252,21 @@ def _hessian_options(constants: FormatConstants) -> dict[str, Any]:
         return {"PRODUCT": "registers", "SCREEN": 10 * fine, "BLOCK_M": 32, "TILES": 4 if fine else 8, "num_warps": 1}
     screen = block_size * 3 // 4 * fine
     return {"PRODUCT": "mma", "SCREEN": screen, "BLOCK_M": 16, "TILES": 2, "num_warps": 1, "maxnreg": 128}
+
+
+@functools.cache
+def _check_layout(kernel: Any) -> None:
+    """Raises RuntimeError where Triton compiled the Hessian kernel's tensor core products for another layout."""
+    if unexpected := mma_layouts(kernel.asm["ttgir"]) - {MMA_LAYOUT}:
+        raise RuntimeError(
+            f"Triton {triton.__version__} distributes the Hessian kernel's tiles as {', '.join(sorted(unexpected))}, "
+            f"its products need {MMA_LAYOUT}: install the Triton of requirements.lock, use block size 16, or "
+            "backend='reference'"
+        )
+
+
+def mma_layouts(ttgir: str) -> set[str]:
+    """The layouts of the tensors in a compiled kernel's tensor core instructions, from its intermediate code."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    products = " ".join(line for line in ttgir.splitlines() if "mma.sync" in line)
+    return {layouts[name] for name in re.findall(r"tensor<[^>]*, (#\w+)>", products)}
