@@ -75,12 +75,13 @@ def naive_kernel(
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
     global_scale = load_global_scale(global_scale_ptr, FMT)
     largest = largest_product(global_scale, FMT, TARGET)  # here, because the kernel then needs fewer registers
-    even, odd = pairs(load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32))
+    blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR)
 
-    amax = block_amax(even, odd, flag_ptr)
+    amax = block_amax(blocks, flag_ptr, TARGET)
     normalize = normalizer(amax)
     code = naive_codes(amax, largest, FMT, RULE, TARGET)
 
+    even, odd = pairs(blocks.to(tl.float32))
     even, odd = even * normalize[:, None], odd * normalize[:, None]
     packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]

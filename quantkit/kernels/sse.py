@@ -136,11 +136,12 @@ def sse_kernel(
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    even, odd = pairs(load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR).to(tl.float32))
+    blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR)
     global_scale = load_global_scale(global_scale_ptr, FMT)
 
-    amax = block_amax(even, odd, flag_ptr)
+    amax = block_amax(blocks, flag_ptr, TARGET)
     normalize = normalizer(amax)
+    even, odd = pairs(blocks.to(tl.float32))
     even, odd = even * normalize[:, None], odd * normalize[:, None]
     unit = search_unit(global_scale, normalize, FMT)
     ratio = ratio_to(amax, global_scale, FMT)
