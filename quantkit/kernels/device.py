@@ -190,33 +190,33 @@ def flag_not_finite(amax, flag_ptr):
 def block_amax(blocks, flag_ptr, TARGET: tl.constexpr):
     """Float32 largest magnitude of each row of an [n, block_size] tile; sets the flag where one holds NaN or Inf."""
     if TARGET == "cuda" and blocks.dtype.primitive_bitwidth == 16:
-        amax = _largest_by_twos(blocks)
-    else:
-        even, odd = pairs(blocks.to(tl.float32))
-        amax = tl.reduce(larger_or_nan(tl.abs(even), tl.abs(odd)), 1, larger_or_nan)
+        blocks = _larger_twos(blocks)
+    even, odd = pairs(blocks.to(tl.float32))
+    amax = tl.reduce(larger_or_nan(tl.abs(even), tl.abs(odd)), 1, larger_or_nan)
     flag_not_finite(amax, flag_ptr)
     return amax
 
 
 @triton.jit
-def _largest_by_twos(x):
-    """Float32 largest magnitude, or NaN, of each row of bf16 or fp16 [n, 2^k], two elements an instruction."""
+def _larger_twos(x):
+    """[n, 2], of bf16 or fp16 [n, 2^k]: largest magnitudes of the even and of the odd columns, signs aside, or NaN.
+
+    Neighbours share a register and an instruction. (So they are parted last: a tile that load_blocks put together has
+    them side by side in its parts only.)
+    """
     if x.shape[1] == 2:
-        even, odd = tl.split(x)
-        return larger_or_nan(tl.abs(even.to(tl.float32)), tl.abs(odd.to(tl.float32)))
+        return x
     else:
         low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-        return _largest_by_twos(
-            tl.inline_asm_elementwise(
-                "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;"
-                if x.dtype == tl.bfloat16
-                else "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
-                "=r,r,r",
-                [low, high],
-                dtype=x.dtype,
-                is_pure=True,
-                pack=2,
-            )
+        return tl.inline_asm_elementwise(
+            "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;"
+            if x.dtype == tl.bfloat16
+            else "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
+            "=r,r,r",
+            [_larger_twos(low), _larger_twos(high)],
+            dtype=x.dtype,
+            is_pure=True,
+            pack=2,
         )
 
 
