@@ -169,6 +169,16 @@ def load_blocks(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def columns(x, WIDTH: tl.constexpr):
+    """The columns of an [n, WIDTH] tile as a tuple of [n] tensors."""
+    if WIDTH == 1:
+        return (tl.reshape(x, [x.shape[0]]),)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, WIDTH // 2]), (0, 2, 1)))
+        return columns(low, WIDTH // 2) + columns(high, WIDTH // 2)
+
+
+@triton.jit
 def pairs(blocks):
     """The elements of even and of odd index of an [n, block_size] tile, which share a byte of codes, as two tiles."""
     return tl.split(tl.reshape(blocks, [blocks.shape[0], blocks.shape[1] // 2, 2]))

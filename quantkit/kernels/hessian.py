@@ -1,18 +1,14 @@
 """The representable scale of least ``r H rᵀ``; the twin of reference/hessian.py, where the formula and the steps are.
 
-A program takes TILES tiles of BLOCK_M rows and one block column, which share one Hessian, H = A Aᵀ with A lower
-triangular.
-The error ‖r A‖² is a small matrix product a step, formed in one of three ways (PRODUCT), and each wants the elements of
-a tile in its own shape:
+A program takes TILES tiles of BLOCK_M blocks of one block column, which share one Hessian, H = A Aᵀ with A lower
+triangular. A lane has a whole block: its elements are a tuple of block_size tensors [n].
 
-    registers   a thread holds a whole block and all of A: half the multiplications of a full product, in float32.
-                The fastest while A fits: block size 16. The elements are a tuple of block_size tensors [n]
-    mma         on NVIDIA's tensor cores, from three products of operands cut to tf32's 11 bits. Four threads share a
-                block as the instruction wants it: a tuple of tensors [n, 8], eight elements of each block
-    dot         float32, whatever the device makes of it. A tuple of one tensor [n, block_size]
+A scale is evaluated twice at most. First in half precision, of which a bound of the rounding makes an interval that
+‖r A‖ lies in: a scale whose interval lies above that of another is out. If more than one is left, they are evaluated in
+float32. A block has 1.1 of them on average.
 
-With the first two, some of the columns can be had alone, and tell of most scales outside the squared error's window
-that they cannot be the best.
+What differs from block to block, the scales outside the squared error's window and those left after half precision, is
+pooled: the lanes of a tile share all of its pairs of a block and a scale, a lane a pair.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.device import (
+    columns,
     flag_not_finite,
     larger_or_nan,
     load_blocks,
@@ -44,245 +41,244 @@ from quantkit.kernels.device import (
 
 __all__ = ["hessian_kernel"]
 
+# Half precision rounds a residual and an element of A by 2^-11 each, relatively, and below 2^-14 by 2^-25. The rest of
+# ROUNDING is for the products' sums, the square root, and the weights' own rounding.
+ROUNDING = tl.constexpr(2.0**-10 * (1 + 2.0**-5))
+SUBNORMAL = tl.constexpr(2.0**-22)
+NOTHING = tl.constexpr(0x7FFFFFFF)
+
 
 # ---- the elements of a tile ------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def columns(x, WIDTH: tl.constexpr):
-    """The columns of an [n, WIDTH] tile as a tuple of [n] tensors."""
+def tile_of(x, START: tl.constexpr, WIDTH: tl.constexpr):
+    """The [n, WIDTH] tile of the columns from START on of a tuple of [n] tensors."""
     if WIDTH == 1:
-        return (tl.reshape(x, [x.shape[0]]),)
+        return tl.reshape(x[START], [x[START].shape[0], 1])
     else:
-        low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, WIDTH // 2]), (0, 2, 1)))
-        return columns(low, WIDTH // 2) + columns(high, WIDTH // 2)
+        low, high = tile_of(x, START, WIDTH // 2), tile_of(x, START + WIDTH // 2, WIDTH // 2)
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [low.shape[0], WIDTH])
 
 
 @triton.jit
-def load_eights(pointers, inside, WIDTH: tl.constexpr):
-    """A tuple of WIDTH / 8 tensors [n, 8] of what [n] pointers point to, zero where not inside.
-
-    Said to be contiguous by twos, so that on a GPU lane 4 m + t of a warp loads, and holds, elements 2 t and 2 t + 1 of
-    rows m and m + 8 of sixteen: what add_eight needs. launch.py checks it in the compiled kernel.
-    """
-    lane = tl.arange(0, 8)[None, :]
-    eights = ()
-    for start in tl.static_range(0, WIDTH, 8):
-        places = tl.max_contiguous(pointers[:, None] + (start + lane), [1, 2])
-        eights = eights + (tl.load(places, mask=inside[:, None], other=0.0),)  # noqa: RUF005  Triton unpacks nothing
-    return eights
+def of_lanes(values, lane):
+    """A tuple of [n] tensors, for each lane those of another."""
+    taken = ()
+    for index in tl.static_range(len(values)):
+        taken = taken + (tl.gather(values[index], lane, 0),)  # noqa: RUF005  Triton unpacks nothing
+    return taken
 
 
 @triton.jit
-def as_elements(tile, PRODUCT: tl.constexpr):
-    """An [n, block_size] tile as "registers" and "dot" want it."""
-    return columns(tile, tile.shape[1]) if PRODUCT == "registers" else (tile,)
-
-
-@triton.jit
-def load_elements(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr, PRODUCT: tl.constexpr):
-    """The elements of n blocks as PRODUCT wants them, zero where not inside."""
-    if PRODUCT == "mma":
-        return load_eights(pointers, inside, WIDTH)
-    else:
-        return as_elements(load_blocks(pointers, inside, WIDTH, VECTOR), PRODUCT)
-
-
-@triton.jit
-def beside(value, PRODUCT: tl.constexpr):
-    """A value a block, [n], in a shape that broadcasts to the elements."""
-    return value if PRODUCT == "registers" else value[:, None]
-
-
-@triton.jit
-def over_block(x, LARGEST: tl.constexpr, PRODUCT: tl.constexpr):
-    """The largest, or least, of what elements hold for each block, [n]; NaN if one of the largest is NaN."""
-    most = x[0]
-    for index in tl.static_range(1, len(x)):
-        most = larger_or_nan(most, x[index]) if LARGEST else tl.minimum(most, x[index])
-    if PRODUCT == "registers":
-        return most
-    else:
-        return tl.reduce(most, 1, larger_or_nan) if LARGEST else tl.min(most, axis=1)
-
-
-# ---- r A -------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def split_tf32(x):
-    """(leading, rest) of float32 x: x rounded to tf32's 11 significant bits, and what that leaves, exactly."""
-    leading = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return leading, x - leading
-
-
-@triton.jit
-def load_factor(factor_ptr, QBLOCK: tl.constexpr, PRODUCT: tl.constexpr):
-    """A as the product wants it, from Aᵀ in memory.
-
-    registers: its lower triangle row by row, as scalars. mma: for each sixteen columns, all rows in eights, each as a
-    pair of tf32 parts.
-    """
-    if PRODUCT == "registers":
-        values = ()
-        for row in tl.static_range(QBLOCK):
-            for column in tl.static_range(row + 1):
-                values = values + (tl.load(factor_ptr + column * QBLOCK + row),)  # noqa: RUF005
-        return values
-    elif PRODUCT == "mma":
-        column = tl.arange(0, 16)
-        parts = ()
-        for start in tl.static_range(0, QBLOCK, 16):
-            eights = load_eights(factor_ptr + (start + column) * QBLOCK, column >= 0, QBLOCK)
-            for index in tl.static_range(QBLOCK // 8):
-                leading, rest = split_tf32(eights[index])
-                parts = parts + ((leading, split_tf32(rest)[0]),)  # noqa: RUF005
-        return parts
-    else:
-        lane = tl.arange(0, QBLOCK)
-        return tl.load(factor_ptr + lane[None, :] * QBLOCK + lane[:, None])
-
-
-@triton.jit
-def residual_at(x, scale, reciprocal, rest, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
-    """Float32 ``x − S·Q(x / S)`` of signed elements; scale and its reciprocal_of broadcast to them."""
-    quotient = rounded_quotient(x, scale, reciprocal, rest, FMT, TARGET)
-    return residual(x, nearest_signed_level(quotient, FMT, CLIPPED, TARGET), scale, TARGET)
-
-
-@triton.jit
-def registers_error(
-    x,
-    scale,
-    reciprocal,
-    rest,
-    factor,
-    FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    LAST: tl.constexpr,
-    TARGET: tl.constexpr,
-):
-    """Float32 sum over the last LAST columns of (r A)², from the block's elements as a tuple of [n] tensors.
-
-    A row after the other, from the last, and sums in fours: the compiler then keeps a residual where the next
-    multiplications find it without a register port, which is what limits them.
-    """
-    QBLOCK: tl.constexpr = FMT.block_size
-    projected = ()
-    for step in tl.static_range(LAST):
-        r = residual_at(x[QBLOCK - 1 - step], scale, reciprocal, rest, FMT, CLIPPED, TARGET)
-        sums = ()
-        for column in tl.static_range(QBLOCK - LAST, QBLOCK - step):
-            product = r * factor[(QBLOCK - 1 - step) * (QBLOCK - step) // 2 + column]
-            if step > 0:
-                product += projected[column - (QBLOCK - LAST)]
-            sums = sums + (product,)  # noqa: RUF005
-        projected = sums
-        done = projected[LAST - 1 - step]  # type: ignore[var-annotated]
-        if step % 4 == 0:
-            part = done * done  # type: ignore[var-annotated]
-        else:
-            part += done * done
-        if step == 3:
-            total = part  # type: ignore[var-annotated]
-        elif step % 4 == 3:
-            total += part
-    return total if LAST % 4 == 0 else total + part
-
-
-def _three_products(half: int) -> str:
-    """PTX of add_eight; a thread's four values of each operand are those of row m, then of row m + 8."""
-    mma = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, "
-    leading, rest = "{$8,$10,$9,$11}", "{$12,$14,$13,$15}"
-    factor, factor_rest = (f"{{${start + 2 * half},${start + 2 * half + 1}}}" for start in (16, 20))
-    return f"""
-        {mma} {rest}, {factor}, {{$4,$5,$6,$7}};
-        {mma} {leading}, {factor_rest}, {{$0,$1,$2,$3}};
-        {mma} {leading}, {factor}, {{$0,$1,$2,$3}};
-    """
-
-
-THREE_PRODUCTS_0 = tl.constexpr(_three_products(0))
-THREE_PRODUCTS_1 = tl.constexpr(_three_products(1))
-
-
-@triton.jit
-def add_eight(projected, r, factor, HALF: tl.constexpr, TARGET: tl.constexpr):
-    """projected + r A of eight rows and eight columns, the first or (HALF = 1) the second of factor's sixteen.
-
-    projected [n, 8] is held as r is. r and factor: tf32 parts; n is 16 on "cuda".
-    """
-    if TARGET == "cuda":
-        return tl.inline_asm_elementwise(
-            THREE_PRODUCTS_1 if HALF else THREE_PRODUCTS_0,
-            "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [projected, r[0], r[1], factor[0], factor[1]],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        rows, columns = r[0] + r[1], factor[0] + factor[1]
-        product = tl.sum(rows[:, None, :] * columns[None, :, :], axis=2)
-        return projected + tl.split(tl.permute(tl.reshape(product, [rows.shape[0], 2, 8]), (0, 2, 1)))[HALF]
-
-
-@triton.jit
-def mma_error(
-    x,
-    scale,
-    reciprocal,
-    rest,
-    factor,
-    FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    LAST: tl.constexpr,
-    TARGET: tl.constexpr,
-):
-    """The same from the elements in eights; A's eights above the diagonal are zero and are left out."""
-    EIGHTS: tl.constexpr = FMT.block_size // 8
-    FIRST: tl.constexpr = EIGHTS - LAST // 8
-    parts = ()
-    for index in tl.static_range(FIRST, EIGHTS):
-        r = residual_at(x[index], scale, reciprocal, rest, FMT, CLIPPED, TARGET)
-        parts = parts + (split_tf32(r),)  # noqa: RUF005
-    total = tl.zeros_like(x[0])
-    for back in tl.static_range(EIGHTS - FIRST):
-        projected = tl.zeros_like(x[0])
-        for index in tl.static_range(EIGHTS - 1 - back, EIGHTS):
-            half = factor[(EIGHTS - 1 - back) // 2 * EIGHTS + index]
-            projected = add_eight(projected, parts[index - FIRST], half, (EIGHTS - 1 - back) % 2, TARGET)
-        total += projected * projected
-    return tl.sum(total, axis=1)
-
-
-@triton.jit
-def step_error(
-    x,
-    code,
-    factor,
-    unit,
-    FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    LAST: tl.constexpr,
-    TARGET: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
-    """Float32 ‖r A‖² of each block at its scale code, or of the last LAST columns alone.
-
-    A is triangular, so the last columns need the last elements alone, and the sum over all columns adds to theirs: it
-    is never less, in float32 either.
-    """
+def residuals_at(x, code, unit, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
+    """Float32 ``x − S·Q(x / S)`` of signed elements, a tuple as x, at each block's scale code."""
     scale = scale_value(code, FMT) * unit
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
-    scale, reciprocal, rest = beside(scale, PRODUCT), beside(reciprocal, PRODUCT), beside(rest, PRODUCT)
-    if PRODUCT == "registers":
-        return registers_error(x, scale, reciprocal, rest, factor, FMT, CLIPPED, LAST, TARGET)
-    elif PRODUCT == "mma":
-        return mma_error(x, scale, reciprocal, rest, factor, FMT, CLIPPED, LAST, TARGET)
+    residuals = ()
+    for index in tl.static_range(len(x)):
+        quotient = rounded_quotient(x[index], scale, reciprocal, rest, FMT, TARGET)
+        level = nearest_signed_level(quotient, FMT, CLIPPED, TARGET)
+        residuals = residuals + (residual(x[index], level, scale, TARGET),)  # noqa: RUF005
+    return residuals
+
+
+# ---- ‖r A‖ in half precision ----------------------------------------------------------------------------------------
+#
+# On "cuda" by mma.m16n8k16, for a warp of 32 blocks. It wants rows of r spread over four threads each, so they go
+# through shared memory, in lines of 128 bytes: the eight elements from 8 c on of the block of lane 4 g + t are at
+# 16 (g xor 2 t) of line t · block_size / 8 + c. No two of eight lanes then meet in a bank, neither to write the elements of
+# their blocks nor to read those of eight g. Thread t of the quad g gets, of its four sums of squares, that of the block
+# it has.
+
+
+def _norm_and_margin(block_size: int) -> str:
+    """PTX of (‖r A‖², Σ |r_i| w_i) from block_size residuals; see halves_of for the rest."""
+    depth, eights = block_size // 16, block_size // 8
+    residual, factor = 2, 2 + block_size
+    weight = factor + 2 * sum(depth - column // 2 for column in range(eights))
+    shared, own, row, lane = (f"${weight + 2 * depth + index}" for index in range(4))
+    lines = [
+        ".reg .pred odd, upper;",
+        f".reg .b32 at, bits, r<4>, a<{4 * depth}>, n<{4 * depth}>;",
+        ".reg .f32 zero, own, other, c<4>, e<4>, w<4>, s<4>;",
+        "mov.f32 zero, 0f00000000;",
+        f"add.u32 at, {shared}, {own};",
+        "bar.warp.sync 0xffffffff;",
+    ]
+    for chunk in range(eights):
+        for word in range(4):
+            low = residual + 8 * chunk + 2 * word
+            lines.append(f"cvt.rn.f16x2.f32 r{word}, ${low + 1}, ${low};")
+        lines.append(f"st.shared.v4.b32 [at+{128 * chunk}], {{r0, r1, r2, r3}};")
+    lines.append("bar.warp.sync 0xffffffff;")
+    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    for half in range(2):
+        lines += [f"xor.b32 at, {row}, {64 * half};", f"add.u32 at, at, {shared};"]
+        for step in range(depth):
+            a = ", ".join(f"a{4 * step + index}" for index in range(4))
+            offset = 128 * (2 * half * eights + 2 * step)
+            lines.append(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{a}}}, [at+{offset}];")
+        before = "{zero, zero, zero, zero}"
+        for step in range(depth):
+            for index in range(4):
+                lines.append(f"and.b32 n{4 * step + index}, a{4 * step + index}, 0x7fff7fff;")
+            a = ", ".join(f"n{4 * step + index}" for index in range(4))
+            b = f"${weight + 2 * step}, ${weight + 2 * step + 1}"
+            lines.append(f"{product} {{e0, e1, e2, e3}}, {{{a}}}, {{{b}}}, {before};")
+            before = "{e0, e1, e2, e3}"
+        lines += [f"mov.f32 w{2 * half}, e0;", f"mov.f32 w{2 * half + 1}, e2;"]
+        at = factor
+        for column in range(eights):
+            before = "{zero, zero, zero, zero}"
+            for step in range(column // 2, depth):
+                a = ", ".join(f"a{4 * step + index}" for index in range(4))
+                lines.append(f"{product} {{c0, c1, c2, c3}}, {{{a}}}, {{${at}, ${at + 1}}}, {before};")
+                before = "{c0, c1, c2, c3}"
+                at += 2
+            for index in range(4):
+                total = f"s{2 * half + index // 2}"
+                first = column == 0 and index % 2 == 0
+                lines.append(
+                    f"mul.f32 {total}, c{index}, c{index};" if first else f"fma.rn.f32 {total}, c{index}, c{index}, {total};"
+                )
+    lines += [
+        f"and.b32 bits, {lane}, 1;",
+        "setp.ne.u32 odd, bits, 0;",
+        f"and.b32 bits, {lane}, 2;",
+        "setp.ne.u32 upper, bits, 0;",
+    ]
+    for kept in range(2):
+        lines += [
+            f"selp.f32 other, s{kept}, s{kept + 2}, upper;",
+            f"selp.f32 s{kept}, s{kept + 2}, s{kept}, upper;",
+            "shfl.sync.bfly.b32 other, other, 2, 0x1f, 0xffffffff;",
+            f"add.f32 s{kept}, s{kept}, other;",
+            f"selp.f32 w{kept}, w{kept + 2}, w{kept}, upper;",
+        ]
+    lines += [
+        "selp.f32 other, s0, s1, odd;",
+        "selp.f32 own, s1, s0, odd;",
+        "shfl.sync.bfly.b32 other, other, 1, 0x1f, 0xffffffff;",
+        "add.f32 $0, own, other;",
+        "selp.f32 $1, w1, w0, odd;",
+    ]
+    return "{" + "\n".join(lines) + "}"
+
+
+NORM_AND_MARGIN = tl.constexpr({size: _norm_and_margin(size) for size in (16, 32)})
+NORM_OPERANDS = tl.constexpr(
+    {size: ",".join(["=&f"] * 2 + ["f"] * size + ["r"] * words) for size, words in ((16, 4 + 2 + 4), (32, 12 + 4 + 4))}
+)
+SHARED_TILE = tl.constexpr(
+    {size: f"{{.shared .align 128 .b8 halves[{64 * size}]; mov.u32 $0, halves;}}" for size in (16, 32)}
+)
+
+
+@triton.jit
+def pair_of_halves(low, high):
+    """int32 of two float32 rounded to half precision."""
+    low, high = low.to(tl.float16).to(tl.int16, bitcast=True), high.to(tl.float16).to(tl.int16, bitcast=True)
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def load_halves(factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.constexpr, TARGET: tl.constexpr):
+    """(A in half precision, weights, floor): Σ |r_i| weight_i · ROUNDING + floor bounds what half_norm may be wrong by.
+
+    A and weights as the product wants them; on "cuda" the latter with where each lane writes and reads shared memory.
+    """
+    row = tl.arange(0, QBLOCK)
+    norms = tl.load(row_norm_ptr + row)
+    floor = tl.sum(norms, axis=0) * (SUBNORMAL / 4)
+    if TARGET == "cuda":
+        tl.static_assert(BLOCK_M == 32)
+        lane = tl.arange(0, 32)
+        quad, twos = lane >> 2, (lane & 3) * 2
+        factor = ()
+        for column in tl.static_range(QBLOCK // 8):
+            for start in tl.static_range(column // 2 * 16, QBLOCK, 8):
+                at = factor_ptr + (8 * column + quad) * QBLOCK + start + twos
+                factor = factor + (pair_of_halves(tl.load(at), tl.load(at + 1)),)  # noqa: RUF005
+        weights = ()
+        for start in tl.static_range(0, QBLOCK, 8):
+            at = row_norm_ptr + start + twos
+            low, high = tl.load(at) + SUBNORMAL / ROUNDING, tl.load(at + 1) + SUBNORMAL / ROUNDING
+            weights = weights + (pair_of_halves(low, high),)  # noqa: RUF005
+        base = tl.inline_asm_elementwise(
+            SHARED_TILE[QBLOCK], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1
+        )
+        LINES: tl.constexpr = QBLOCK * 16  # bytes a quarter of the tile
+        own = (lane & 3) * LINES + 16 * (quad ^ twos)
+        eighth, g = lane >> 3, lane & 7
+        read = (eighth & 1) * LINES + (eighth >> 1) * 128 + 16 * (g ^ ((eighth & 1) * 2))
+        return factor, weights + (base, own, read, lane), floor  # noqa: RUF005
     else:
-        r = residual_at(x[0], scale, reciprocal, rest, FMT, CLIPPED, TARGET)
-        projected = tl.dot(r, factor, input_precision="ieee")
+        full = tl.load(factor_ptr + row[None, :] * QBLOCK + row[:, None])
+        return full.to(tl.float16), (norms + SUBNORMAL / ROUNDING), floor
+
+
+@triton.jit
+def half_norm(r, halves, TARGET: tl.constexpr):
+    """(norm, margin) float32: ‖r A‖ of each block lies within margin of norm."""
+    factor, weights, floor = halves
+    if TARGET == "cuda":
+        total, margin = tl.inline_asm_elementwise(
+            NORM_AND_MARGIN[len(r)],
+            NORM_OPERANDS[len(r)],
+            r + factor + weights,
+            dtype=(tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tile = tile_of(r, 0, len(r)).to(tl.float16)
+        projected = tl.dot(tile, factor)
+        total = tl.sum(projected * projected, axis=1)
+        margin = tl.sum(tl.abs(tile.to(tl.float32)) * weights[None, :], axis=1)
+    return tl.sqrt(total), tl.fma(margin, ROUNDING, floor)
+
+
+# ---- and in float32 --------------------------------------------------------------------------------------------------
+
+
+def _full_error(block_size: int) -> str:
+    """PTX of ‖r A‖² from block_size residuals, which four lanes have alike, and the address of Aᵀ; each lane of the four
+    takes every fourth column."""
+    address = block_size + 1
+    lines = [".reg .f32 a<4>, projected, total;", "mov.f32 total, 0f00000000;"]
+    for column in range(0, block_size, 4):
+        for start in range(column, block_size, 4):
+            lines.append(f"ld.global.v4.f32 {{a0, a1, a2, a3}}, [${address}+{4 * (column * block_size + start)}];")
+            for row in range(4):
+                product = f"projected, ${1 + start + row}, a{row}"
+                lines.append(f"mul.f32 {product};" if start + row == column else f"fma.rn.f32 {product}, projected;")
+        lines.append("fma.rn.f32 total, projected, projected, total;")
+    for distance in (1, 2):
+        lines += [f"shfl.sync.bfly.b32 projected, total, {distance}, 0x1f, 0xffffffff;", "add.f32 total, total, projected;"]
+    return "{" + "\n".join([*lines, "mov.f32 $0, total;"]) + "}"
+
+
+FULL_ERROR = tl.constexpr({size: _full_error(size) for size in (16, 32)})
+FULL_OPERANDS = tl.constexpr({size: ",".join(["=f", *["f"] * size, "l"]) for size in (16, 32)})
+
+
+@triton.jit
+def full_error(r, factor_ptr, TARGET: tl.constexpr):
+    """Float32 ‖r A‖² of each block, from Aᵀ in memory; four lanes have the same block.
+
+    In PTX on "cuda", where A is to be loaded anew each time: the compiler would load it early and hold all of it.
+    """
+    QBLOCK: tl.constexpr = len(r)
+    if TARGET == "cuda":
+        address = factor_ptr.to(tl.int64) + ((tl.arange(0, r[0].shape[0]) & 3) * (4 * QBLOCK)).to(tl.int64)
+        return tl.inline_asm_elementwise(
+            FULL_ERROR[QBLOCK], FULL_OPERANDS[QBLOCK], r + (address,), dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        lane = tl.arange(0, QBLOCK)
+        factor = tl.load(factor_ptr + lane[None, :] * QBLOCK + lane[:, None])
+        projected = tl.dot(tile_of(r, 0, QBLOCK), factor, input_precision="ieee")
         return tl.sum(projected * projected, axis=1)
 
 
@@ -292,65 +288,85 @@ def step_error(
 @triton.jit
 def hessian_window(
     x,
-    error,
+    norm,
     inverse_root_ptr,
     normalize,
     ratio,
     global_scale,
     FMT: tl.constexpr,
     SLACK: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
-    """(first, last) int32 codes outside which r H rᵀ exceeds the incumbent's error; see bounds.hessian_window."""
+    """(first, last) int32 codes outside which ‖r A‖ exceeds norm, an upper bound of its least; see
+    bounds.hessian_window."""
     QBLOCK: tl.constexpr = FMT.block_size
-    VECTOR: tl.constexpr = 4
     every = tl.zeros([1], tl.int32)
-    inverse_root = load_elements(inverse_root_ptr + every, every == 0, QBLOCK, VECTOR, PRODUCT)
-    radius = beside(tl.sqrt(error) * (1 + SLACK), PRODUCT)
-    clipping = ()
-    beyond = ()
-    for index in tl.static_range(len(x)):
+    inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, QBLOCK, 4), QBLOCK)
+    radius = norm * (1 + SLACK)
+    clipping = tl.zeros_like(norm)
+    beyond = tl.full(norm.shape, float("inf"), tl.float32)
+    for index in tl.static_range(QBLOCK):
         reach = radius * inverse_root[index]
         magnitude = tl.abs(x[index])
-        clipping = clipping + (magnitude - reach,)  # noqa: RUF005
-        beyond = beyond + (tl.where(magnitude > reach, magnitude + reach, float("inf")),)  # noqa: RUF005
+        clipping = tl.maximum(clipping, magnitude - reach)
+        beyond = tl.minimum(beyond, tl.where(magnitude > reach, magnitude + reach, float("inf")))
     to_scale = tl.minimum(tl.div_rn(1.0, normalize) / global_scale, 3e38)  # from normalized magnitudes
-    least = tl.maximum(over_block(clipping, True, PRODUCT), 0.0) / FMT.element_max * to_scale * (1 - SLACK)
-    most = over_block(beyond, False, PRODUCT) / FMT.element_smallest * to_scale * (1 + SLACK)
+    least = clipping / FMT.element_max * to_scale * (1 - SLACK)
+    most = beyond / FMT.element_smallest * to_scale * (1 + SLACK)
     first = tl.maximum(scale_ceil_code(least, FMT), FMT.scale_min_code)
     last = tl.maximum(scale_floor_code(most, FMT), FMT.scale_min_code)
     return first, tl.minimum(last, zeroing_code(ratio, FMT))
 
 
 @triton.jit
-def better_of(best_code, best_error, code, error):
-    """The code of less error, and its error; ties go to the smaller code."""
-    better = (error < best_error) | ((error == best_error) & (code < best_code))
-    return tl.where(better, code, best_code), tl.where(better, error, best_error)
+def with_key(kept, key):
+    """The four least of four ascending int32 tensors and another one."""
+    result = ()
+    for index in tl.static_range(4):
+        result = result + (tl.minimum(kept[index], key),)  # noqa: RUF005
+        key = tl.maximum(kept[index], key)
+    return result
+
+
+@triton.jit
+def key_of(norm, margin, code, valid):
+    """int32: the float32 bits of norm − margin, of which the last 8 are the code; so never more than that."""
+    lower = tl.maximum(norm - margin, 0.0).to(tl.int32, bitcast=True)
+    return tl.where(valid, (lower & -256) | code, NOTHING)
 
 
 @triton.jit
 def search_inside(
-    best_code,
-    best_error,
+    kept,
+    upper,
     first,
     last,
     start,
     stop,
     x,
-    factor,
+    halves,
     unit,
     FMT: tl.constexpr,
     CLIPPED: tl.constexpr,
     TARGET: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
-    """Offers the codes first + start … first + stop - 1 of each block; past its last, the last again."""
+    """kept and the least norm + margin, after the codes first + start … first + stop - 1 of each block up to last."""
     for step in range(start, stop):
         code = tl.minimum(first + step, last)
-        error = step_error(x, code, factor, unit, FMT, CLIPPED, FMT.block_size, TARGET, PRODUCT)
-        best_code, best_error = better_of(best_code, best_error, code, error)
-    return best_code, best_error
+        norm, margin = half_norm(residuals_at(x, code, unit, FMT, CLIPPED, TARGET), halves, TARGET)
+        kept = with_key(kept, key_of(norm, margin, code, first + step <= last))
+        upper = tl.minimum(upper, norm + margin)
+    return kept, upper
+
+
+@triton.jit
+def owner_of(place, ends, start, WIDTH: tl.constexpr):
+    """The lane whose pairs are those before its end and from the end before, among WIDTH from start on; the last of
+    them for places after all."""
+    if WIDTH == 1:
+        return start
+    else:
+        end = tl.gather(ends, start + (WIDTH // 2 - 1), 0)
+        return owner_of(place, ends, tl.where(end <= place, start + WIDTH // 2, start), WIDTH // 2)
 
 
 @triton.jit
@@ -361,52 +377,112 @@ def code_outside(place, first, below, above):
 
 @triton.jit
 def search_outside(
-    best_code,
-    best_error,
+    kept, upper, first, below, above, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr
+):
+    """kept and upper, after the first count codes of each block that code_outside names, each lane those of its own."""
+    for step in range(tl.max(count, axis=0)):
+        code = tl.minimum(code_outside(step, first, below, above), FMT.scale_max_code)
+        norm, margin = half_norm(residuals_at(x, code, unit, FMT, True, TARGET), halves, TARGET)
+        kept = with_key(kept, key_of(norm, margin, code, step < count))
+        upper = tl.where(step < count, tl.minimum(upper, norm + margin), upper)
+    return kept, upper
+
+
+@triton.jit
+def share_outside(
+    kept, upper, first, below, above, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr
+):
+    """kept and upper, likewise, the lanes sharing all pairs of a block and a code."""
+    lane = tl.arange(0, count.shape[0])
+    ends = tl.cumsum(count, 0)
+    total = tl.max(ends, axis=0)
+    for start in range(0, total, count.shape[0]):
+        place = start + lane
+        owner = owner_of(place, ends, tl.zeros_like(lane), lane.shape[0])
+        place_of_own = place - tl.gather(ends - count, owner, 0)
+        code = code_outside(
+            place_of_own, tl.gather(first, owner, 0), tl.gather(below, owner, 0), tl.gather(above, owner, 0)
+        )
+        code = tl.minimum(code, FMT.scale_max_code)
+        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, True, TARGET)
+        norm, margin = half_norm(r, halves, TARGET)
+        key = key_of(norm, margin, code, place < total)
+        left = tl.where(norm - margin <= tl.gather(upper, owner, 0), key, NOTHING)
+        least = tl.min(left, axis=0)
+        while least < NOTHING:  # a pair after the other
+            at = tl.max(tl.where(left == least, lane, -1), axis=0)
+            to = tl.max(tl.where(lane == at, owner, -1), axis=0)
+            kept = with_key(kept, tl.where(lane == to, least, NOTHING))
+            most = tl.max(tl.where(lane == at, norm + margin, 0.0), axis=0)
+            upper = tl.where(lane == to, tl.minimum(upper, most), upper)
+            left = tl.where(lane == at, NOTHING, left)
+            least = tl.min(left, axis=0)
+    return kept, upper
+
+
+@triton.jit
+def decide(
+    kept,
+    upper,
+    search_first,
+    inside,
     first,
     below,
     above,
-    count,
+    outside,
     x,
-    factor,
+    factor_ptr,
     unit,
     FMT: tl.constexpr,
     TARGET: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    SCREEN: tl.constexpr,
 ):
-    """Offers the first count codes of each block that code_outside names.
-
-    With SCREEN > 0 a round first asks of which codes the last SCREEN columns alone do not exceed the best error yet,
-    and evaluates those.
-    """
-    if SCREEN > 0:
-        ROUND: tl.constexpr = 31
-        for start in range(0, tl.max(count, axis=0), ROUND):
-            survivors = tl.zeros_like(best_code)
-            for step in range(start, tl.minimum(start + ROUND, tl.max(count, axis=0))):
-                code = tl.where(step < count, code_outside(step, first, below, above), best_code)
-                error = step_error(x, code, factor, unit, FMT, True, SCREEN, TARGET, PRODUCT)
-                survivors |= tl.where((step < count) & (error <= best_error), 1 << (step - start), 0)
-            while tl.max(survivors, axis=0) > 0:
-                lowest = survivors & -survivors
-                place = start + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-                code = tl.where(survivors > 0, code_outside(place, first, below, above), best_code)
-                error = step_error(x, code, factor, unit, FMT, True, FMT.block_size, TARGET, PRODUCT)
-                best_code, best_error = better_of(best_code, best_error, code, error)
-                survivors &= survivors - 1
-    else:
-        for step in range(tl.max(count, axis=0)):
-            code = tl.where(step < count, code_outside(step, first, below, above), best_code)
-            error = step_error(x, code, factor, unit, FMT, True, FMT.block_size, TARGET, PRODUCT)
-            best_code, best_error = better_of(best_code, best_error, code, error)
-    return best_code, best_error
+    """int32 best code of each block, by float32 where more than one is left, the smaller of two that tie."""
+    lane = tl.arange(0, outside.shape[0])
+    bound = upper.to(tl.int32, bitcast=True) | 0xFF
+    left = tl.zeros_like(lane)
+    for index in tl.static_range(4):
+        left += (kept[index] <= bound).to(tl.int32)
+    every = left == 4  # there may be more, which only all of them tell
+    count = tl.where(every, inside + outside, tl.where(left > 1, left, 0))
+    best = tl.where(left > 0, kept[0] & 0xFF, search_first)
+    error = tl.full(upper.shape, float("inf"), tl.float32)
+    ends = tl.cumsum(count, 0)
+    begins = ends - count
+    for start in range(0, tl.max(ends, axis=0), count.shape[0] // 4):
+        place = start + (lane >> 2)
+        owner = owner_of(place, ends, tl.zeros_like(lane), lane.shape[0])
+        place_of_own = place - tl.gather(begins, owner, 0)
+        code = tl.gather(kept[3], owner, 0)
+        for back in tl.static_range(3):
+            code = tl.where(place_of_own == 2 - back, tl.gather(kept[2 - back], owner, 0), code)
+        code = code & 0xFF
+        if tl.max(every.to(tl.int32), axis=0) > 0:
+            own_first, own_inside = tl.gather(search_first, owner, 0), tl.gather(inside, owner, 0)
+            own_outside = code_outside(
+                place_of_own - own_inside,
+                tl.gather(first, owner, 0),
+                tl.gather(below, owner, 0),
+                tl.gather(above, owner, 0),
+            )
+            any_code = tl.where(place_of_own < own_inside, own_first + place_of_own, own_outside)
+            code = tl.where(tl.gather(left, owner, 0) == 4, tl.minimum(any_code, FMT.scale_max_code), code)
+        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, True, TARGET)
+        found = full_error(r, factor_ptr, TARGET)
+        here, stop = tl.maximum(begins - start, 0), tl.minimum(ends - start, count.shape[0] // 4)
+        for step in range(tl.max(stop - here, axis=0)):
+            at = tl.minimum((here + step) * 4, count.shape[0] - 1)
+            other, other_error = tl.gather(code, at, 0), tl.gather(found, at, 0)
+            better = (other_error < error) | ((other_error == error) & (other < best))
+            better = better & (here + step < stop)
+            best, error = tl.where(better, other, best), tl.where(better, other_error, error)
+    return best
 
 
 @triton.jit
 def hessian_kernel(
     weight_ptr,  # [rows, num_blocks, block_size] bf16, fp16 or fp32
     factor_ptr,  # [num_blocks, block_size, block_size] fp32, Aᵀ, upper triangular
+    row_norm_ptr,  # [num_blocks, block_size] fp32, of A's rows
     inverse_root_ptr,  # [num_blocks, block_size] fp32, √(H⁻¹)_ii
     global_scale_ptr,  # [1] fp32; written where the format has none
     codes_ptr,  # [rows, num_blocks, block_size / 2] uint8
@@ -418,68 +494,65 @@ def hessian_kernel(
     FMT: tl.constexpr,
     COUNT: tl.constexpr,
     TARGET: tl.constexpr,
-    PRODUCT: tl.constexpr,  # "registers", "mma" or "dot"
-    SCREEN: tl.constexpr,  # columns that screen what lies outside the squared error's window; 0 for none
     SLACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # rows a tile, 16 for "mma"
+    BLOCK_M: tl.constexpr,  # rows a tile; on "cuda" 32, those of a warp
     TILES: tl.constexpr,  # tiles a program, one after the other
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
     column = tl.program_id(0) % num_blocks
-    factor = load_factor(factor_ptr + column * QBLOCK * QBLOCK, QBLOCK, PRODUCT)
+    factor_ptr += column * QBLOCK * QBLOCK
+    halves = load_halves(factor_ptr, row_norm_ptr + column * QBLOCK, BLOCK_M, QBLOCK, TARGET)
     global_scale = load_global_scale(global_scale_ptr, FMT)
     start = tl.program_id(0) // num_blocks * (BLOCK_M * TILES)
     for first_row in range(start, tl.minimum(start + BLOCK_M * TILES, rows), BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
-        inside = row < rows
+        in_range = row < rows
         block = row.to(tl.int64) * num_blocks + column
-        pointers = weight_ptr + block * QBLOCK
-        if PRODUCT == "mma":
-            loaded = load_eights(pointers, inside, QBLOCK)
-        else:
-            tile = load_blocks(pointers, inside, QBLOCK, VECTOR)
-            loaded = as_elements(tile, PRODUCT)
+        tile = load_blocks(weight_ptr + block * QBLOCK, in_range, QBLOCK, VECTOR)
+        loaded = columns(tile, QBLOCK)
         x = ()
-        magnitudes = ()
-        for index in tl.static_range(len(loaded)):
-            x = x + (loaded[index].to(tl.float32),)  # noqa: RUF005
-            magnitudes = magnitudes + (tl.abs(x[index]),)  # noqa: RUF005
-        amax = over_block(magnitudes, True, PRODUCT)
+        amax = tl.abs(loaded[0].to(tl.float32))
+        for index in tl.static_range(1, QBLOCK):
+            amax = larger_or_nan(amax, tl.abs(loaded[index].to(tl.float32)))
         flag_not_finite(amax, flag_ptr)
         normalize = normalizer(amax)
-        normalized = ()
-        for index in tl.static_range(len(x)):
-            normalized = normalized + (x[index] * beside(normalize, PRODUCT),)  # noqa: RUF005
-        x = normalized
+        for index in tl.static_range(QBLOCK):
+            x = x + (loaded[index].to(tl.float32) * normalize,)  # noqa: RUF005
         unit = search_unit(global_scale, normalize, FMT)
         ratio = ratio_to(amax, global_scale, FMT)
         search_first, search_last = sse_window(ratio, FMT)
+        if FMT.scale_mantissa == 0:  # of two codes at most; the other is, where it must be, outside
+            search_first = search_last
         clipped, steps = search_steps(ratio, search_first, search_last, FMT)
-        code = search_first
-        error = tl.full([BLOCK_M], float("inf"), tl.float32)
-        code, error = search_inside(
-            code, error, search_first, search_last, 0, clipped, x, factor, unit, FMT, True, TARGET, PRODUCT
+        nothing = tl.full([BLOCK_M], NOTHING, tl.int32)
+        kept = (nothing, nothing, nothing, nothing)
+        upper = tl.full([BLOCK_M], float("inf"), tl.float32)
+        kept, upper = search_inside(
+            kept, upper, search_first, search_last, 0, clipped, x, halves, unit, FMT, True, TARGET
         )
-        code, error = search_inside(
-            code, error, search_first, search_last, clipped, steps, x, factor, unit, FMT, False, TARGET, PRODUCT
+        kept, upper = search_inside(
+            kept, upper, search_first, search_last, clipped, steps, x, halves, unit, FMT, False, TARGET
         )
         first, last = hessian_window(
-            x, error, inverse_root_ptr + column * QBLOCK, normalize, ratio, global_scale, FMT, SLACK, PRODUCT
+            x, upper, inverse_root_ptr + column * QBLOCK, normalize, ratio, global_scale, FMT, SLACK
         )
         below = tl.maximum(tl.minimum(last, search_first - 1) - first + 1, 0)
         above = tl.maximum(first, search_last + 1)
         outside = below + tl.maximum(last - above + 1, 0)
-        code, error = search_outside(
-            code, error, first, below, above, outside, x, factor, unit, FMT, TARGET, PRODUCT, SCREEN
+        inside = search_last - search_first + 1
+        if FMT.scale_mantissa == 0:
+            kept, upper = search_outside(kept, upper, first, below, above, outside, x, halves, unit, FMT, TARGET)
+        else:
+            kept, upper = share_outside(kept, upper, first, below, above, outside, x, halves, unit, FMT, TARGET)
+        code = decide(
+            kept, upper, search_first, inside, first, below, above, outside, x, factor_ptr, unit, FMT, TARGET
         )
 
-        if PRODUCT == "mma":  # anew, as the codes want it; by fours, lest the compiler loads the eights so, too
-            tile = load_blocks(pointers, inside, QBLOCK, 4)
         even, odd = pairs(tile.to(tl.float32) * normalize[:, None])
         packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
         half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
-        tl.store(codes_ptr + half, packed, mask=inside[:, None])
-        tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)
+        tl.store(codes_ptr + half, packed, mask=in_range[:, None])
+        tl.store(scales_ptr + block, code.to(tl.uint8), mask=in_range)
         if COUNT:
-            tl.store(candidates_ptr + block, (search_last - search_first + 1 + outside).to(tl.uint8), mask=inside)
+            tl.store(candidates_ptr + block, (inside + outside).to(tl.uint8), mask=in_range)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import torch
@@ -34,8 +33,6 @@ SSE_REGISTERS = {16: {"maxnreg": 80}, 32: {"maxnreg": 96}} if TARGET == "cuda" e
 AMAX_ELEMENTS = 8192  # a step, and programs at most
 AMAX_PROGRAMS = 528
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
-# Lane 4 m + t of a warp holds elements 2 t and 2 t + 1 of rows m and m + 8: what hessian.add_eight is written for.
-MMA_LAYOUT = "#ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [1, 1], order = [1, 0]}>"
 HESSIAN_WIDTH = 64  # columns, and tokens, a program
 HESSIAN_TOKENS = 2048
 
@@ -121,12 +118,13 @@ def quantize(
         )
     else:
         assert hessians is not None
-        factor, inverse_root = factorize(hessians, flags[1:])
+        factor, row_norm, inverse_root = factorize(hessians, flags[1:])
         options = _hessian_options(constants)
         grid = (column_blocks * _ceil_div(rows, options["BLOCK_M"] * options["TILES"]),)
-        kernel = hessian_kernel[grid](
+        hessian_kernel[grid](
             matrix,
             factor,
+            row_norm,
             inverse_root,
             global_scale,
             codes,
@@ -141,14 +139,12 @@ def quantize(
             SLACK=bounds.SLACK,
             **options,
         )
-        if options["PRODUCT"] == "mma" and not INTERPRETED:
-            _check_layout(kernel)
     return codes, scales, candidates, flags
 
 
-def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]`` and √(H⁻¹)_ii ``[num_blocks, block_size]``
-    of ``hessians``.
+def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and √(H⁻¹)_ii, both
+    ``[num_blocks, block_size]``, of ``hessians``.
 
     Sets ``flag``, int32 ``[1]``, to 1 for NaN, Inf or a clearly indefinite Hessian.
     """
@@ -157,10 +153,11 @@ def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
     hessians = hessians.contiguous()
     num_blocks, block_size, _ = hessians.shape
     factor = torch.empty_like(hessians, dtype=torch.float32)
-    inverse_root = torch.empty(num_blocks, block_size, device=hessians.device)
+    row_norm, inverse_root = torch.empty(2, num_blocks, block_size, device=hessians.device)
     factorize_kernel[(num_blocks,)](
         hessians,
         factor,
+        row_norm,
         inverse_root,
         flag,
         QBLOCK=block_size,
@@ -168,9 +165,9 @@ def factorize(hessians: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
         DEAD=DEAD_CHANNEL,
         SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
-        num_warps=1 if block_size == 16 else 2,
+        num_warps=1,
     )
-    return factor, inverse_root
+    return factor, row_norm, inverse_root
 
 
 def global_scale(matrix: Tensor, fmt: BlockFormat) -> Tensor:
@@ -239,34 +236,7 @@ def block_hessians(activations: Tensor, block_size: int) -> Tensor:
 
 
 def _hessian_options(constants: FormatConstants) -> dict[str, Any]:
-    """How the Hessian kernel multiplies and screens (see there), its tiles, and what the compiler is told.
-
-    Of a format whose scales are a factor of two apart so few lie outside the window that screening does not pay.
-    """
-    block_size = constants.block_size
-    if TARGET != "cuda":
-        rows, warps = (1024, 1) if INTERPRETED else (128, 4)
-        return {"PRODUCT": "dot", "SCREEN": 0, "BLOCK_M": rows, "TILES": 1, "num_warps": warps}
-    fine = constants.scale_mantissa > 0
-    if block_size == 16:
-        return {"PRODUCT": "registers", "SCREEN": 10 * fine, "BLOCK_M": 32, "TILES": 4 if fine else 8, "num_warps": 1}
-    screen = block_size * 3 // 4 * fine
-    return {"PRODUCT": "mma", "SCREEN": screen, "BLOCK_M": 16, "TILES": 2, "num_warps": 1, "maxnreg": 128}
-
-
-@functools.cache
-def _check_layout(kernel: Any) -> None:
-    """Raises RuntimeError where Triton compiled the Hessian kernel's tensor core products for another layout."""
-    if unexpected := mma_layouts(kernel.asm["ttgir"]) - {MMA_LAYOUT}:
-        raise RuntimeError(
-            f"Triton {triton.__version__} distributes the Hessian kernel's tiles as {', '.join(sorted(unexpected))}, "
-            f"its products need {MMA_LAYOUT}: install the Triton of requirements.lock, use block size 16, or "
-            "backend='reference'"
-        )
-
-
-def mma_layouts(ttgir: str) -> set[str]:
-    """The layouts of the tensors in a compiled kernel's tensor core instructions, from its intermediate code."""
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-    products = " ".join(line for line in ttgir.splitlines() if "mma.sync" in line)
-    return {layouts[name] for name in re.findall(r"tensor<[^>]*, (#\w+)>", products)}
+    """The Hessian kernel's tiles, and what the compiler is told."""
+    if INTERPRETED:
+        return {"BLOCK_M": 512, "TILES": 1, "num_warps": 1}
+    return {"BLOCK_M": 32, "TILES": 4 if constants.scale_mantissa else 8, "num_warps": 1}

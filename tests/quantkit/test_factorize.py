@@ -15,7 +15,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def run(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    factor, inverse_root = factorize(hessians.to(DEVICE), flag)
+    factor, row_norm, inverse_root = factorize(hessians.to(DEVICE), flag)
+    if not flag:
+        torch.testing.assert_close(row_norm, factor.norm(dim=1), rtol=1e-6, atol=0)
     return factor.mT.cpu().double(), inverse_root.cpu().double().square(), int(flag)
 
 
