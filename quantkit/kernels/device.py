@@ -353,7 +353,17 @@ def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constex
 
 
 @triton.jit
-def _larger_magnitude(y, least: tl.constexpr):
+def nearest_multiple(x, scale, FMT: tl.constexpr, CLIPPED: tl.constexpr):
+    """Float32 scale · Q(x / scale) of signed x on "cuda", for scales that are powers of two: as nearest_signed_level,
+    with all numbers multiplied by the scale, which rounds none of them."""
+    SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 22))
+    magic = _larger_magnitude(x, scale * SMALLEST) * 2.0 ** (23 - FMT.element_mantissa)
+    level = magic - (magic - x)
+    return _smaller_magnitude(level, scale * FMT.element_max) if CLIPPED else level
+
+
+@triton.jit
+def _larger_magnitude(y, least):
     """max(|y|, least) with y's sign, of a float32 tensor, in one instruction of sm_86 and later."""
     return tl.inline_asm_elementwise(
         "max.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, tl.zeros_like(y) + least], tl.float32, is_pure=True, pack=1
@@ -361,7 +371,7 @@ def _larger_magnitude(y, least: tl.constexpr):
 
 
 @triton.jit
-def _smaller_magnitude(y, most: tl.constexpr):
+def _smaller_magnitude(y, most):
     """min(|y|, most) with y's sign, likewise."""
     return tl.inline_asm_elementwise(
         "min.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, tl.zeros_like(y) + most], tl.float32, is_pure=True, pack=1

@@ -89,8 +89,8 @@ def factorize_kernel(
             across = rest[0] * (scaling * scaling)
             turned = ()
             for place in tl.static_range(1, QBLOCK + 1):
-                above = rest[place % QBLOCK]
-                turned = turned + (above - step * tl.gather(across, (lane * 0 + (index + place)) % QBLOCK, 0),)  # noqa: RUF005
+                by = tl.gather(across, (lane * 0 + (index + place)) % QBLOCK, 0)
+                turned = turned + (rest[place % QBLOCK] - step * by,)  # noqa: RUF005
             rest = turned
         lowest = tl.min(pivots, axis=0)
         shift = tl.maximum(shift * 4, SHIFT)

@@ -22,6 +22,7 @@ from quantkit.kernels.device import (
     larger_or_nan,
     load_blocks,
     load_global_scale,
+    nearest_multiple,
     nearest_signed_level,
     normalizer,
     packed_codes,
@@ -77,19 +78,22 @@ def residuals_at(x, code, unit, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     residuals = ()
     for index in tl.static_range(len(x)):
-        quotient = rounded_quotient(x[index], scale, reciprocal, rest, FMT, TARGET)
-        level = nearest_signed_level(quotient, FMT, CLIPPED, TARGET)
-        residuals = residuals + (residual(x[index], level, scale, TARGET),)  # noqa: RUF005
+        if FMT.scale_exact_reciprocal and TARGET == "cuda":
+            r = x[index] - nearest_multiple(x[index], scale, FMT, CLIPPED)
+        else:
+            quotient = rounded_quotient(x[index], scale, reciprocal, rest, FMT, TARGET)
+            r = residual(x[index], nearest_signed_level(quotient, FMT, CLIPPED, TARGET), scale, TARGET)
+        residuals = residuals + (r,)  # noqa: RUF005
     return residuals
 
 
 # ---- ‖r A‖ in half precision ----------------------------------------------------------------------------------------
 #
 # On "cuda" by mma.m16n8k16, for a warp of 32 blocks. It wants rows of r spread over four threads each, so they go
-# through shared memory, in lines of 128 bytes: the eight elements from 8 c on of the block of lane 4 g + t are at
-# 16 (g xor 2 t) of line t · block_size / 8 + c. No two of eight lanes then meet in a bank, neither to write the elements of
-# their blocks nor to read those of eight g. Thread t of the quad g gets, of its four sums of squares, that of the block
-# it has.
+# through shared memory, in lines of 128 bytes: of the block of lane 4 g + t, the eight elements from 8 c on are at
+# 16 (g xor 2 t) of line t · block_size / 8 + c. No two of eight lanes then meet in a bank, neither to write elements
+# of their own nor to read those of eight g. Thread t of the quad g gets, of its four sums of squares, that of the
+# block it has.
 
 
 def _norm_and_margin(block_size: int) -> str:
@@ -138,10 +142,9 @@ def _norm_and_margin(block_size: int) -> str:
                 at += 2
             for index in range(4):
                 total = f"s{2 * half + index // 2}"
+                square = f"{total}, c{index}, c{index}"
                 first = column == 0 and index % 2 == 0
-                lines.append(
-                    f"mul.f32 {total}, c{index}, c{index};" if first else f"fma.rn.f32 {total}, c{index}, c{index}, {total};"
-                )
+                lines.append(f"mul.f32 {square};" if first else f"fma.rn.f32 {square}, {total};")
     lines += [
         f"and.b32 bits, {lane}, 1;",
         "setp.ne.u32 odd, bits, 0;",
@@ -205,9 +208,7 @@ def load_halves(factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.cons
             at = row_norm_ptr + start + twos
             low, high = tl.load(at) + SUBNORMAL / ROUNDING, tl.load(at + 1) + SUBNORMAL / ROUNDING
             weights = weights + (pair_of_halves(low, high),)  # noqa: RUF005
-        base = tl.inline_asm_elementwise(
-            SHARED_TILE[QBLOCK], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1
-        )
+        base = tl.inline_asm_elementwise(SHARED_TILE[QBLOCK], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1)
         LINES: tl.constexpr = QBLOCK * 16  # bytes a quarter of the tile
         own = (lane & 3) * LINES + 16 * (quad ^ twos)
         eighth, g = lane >> 3, lane & 7
@@ -243,8 +244,10 @@ def half_norm(r, halves, TARGET: tl.constexpr):
 
 
 def _full_error(block_size: int) -> str:
-    """PTX of ‖r A‖² from block_size residuals, which four lanes have alike, and the address of Aᵀ; each lane of the four
-    takes every fourth column."""
+    """PTX of ‖r A‖² from block_size residuals, which four lanes have alike, and the address of Aᵀ.
+
+    Each of the four lanes takes every fourth column.
+    """
     address = block_size + 1
     lines = [".reg .f32 a<4>, projected, total;", "mov.f32 total, 0f00000000;"]
     for column in range(0, block_size, 4):
@@ -255,7 +258,8 @@ def _full_error(block_size: int) -> str:
                 lines.append(f"mul.f32 {product};" if start + row == column else f"fma.rn.f32 {product}, projected;")
         lines.append("fma.rn.f32 total, projected, projected, total;")
     for distance in (1, 2):
-        lines += [f"shfl.sync.bfly.b32 projected, total, {distance}, 0x1f, 0xffffffff;", "add.f32 total, total, projected;"]
+        lines.append(f"shfl.sync.bfly.b32 projected, total, {distance}, 0x1f, 0xffffffff;")
+        lines.append("add.f32 total, total, projected;")
     return "{" + "\n".join([*lines, "mov.f32 $0, total;"]) + "}"
 
 
@@ -272,8 +276,9 @@ def full_error(r, factor_ptr, TARGET: tl.constexpr):
     QBLOCK: tl.constexpr = len(r)
     if TARGET == "cuda":
         address = factor_ptr.to(tl.int64) + ((tl.arange(0, r[0].shape[0]) & 3) * (4 * QBLOCK)).to(tl.int64)
+        operands = r + (address,)  # noqa: RUF005
         return tl.inline_asm_elementwise(
-            FULL_ERROR[QBLOCK], FULL_OPERANDS[QBLOCK], r + (address,), dtype=tl.float32, is_pure=False, pack=1
+            FULL_ERROR[QBLOCK], FULL_OPERANDS[QBLOCK], operands, dtype=tl.float32, is_pure=False, pack=1
         )
     else:
         lane = tl.arange(0, QBLOCK)
@@ -377,21 +382,33 @@ def code_outside(place, first, below, above):
 
 @triton.jit
 def search_outside(
-    kept, upper, first, below, above, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr
+    kept,
+    upper,
+    first,
+    below,
+    above,
+    count,
+    start,
+    stop,
+    x,
+    halves,
+    unit,
+    FMT: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    TARGET: tl.constexpr,
 ):
-    """kept and upper, after the first count codes of each block that code_outside names, each lane those of its own."""
-    for step in range(tl.max(count, axis=0)):
+    """kept and upper, after those of the first count codes of each block that code_outside gives the places start …
+    stop - 1."""
+    for step in range(start, stop):
         code = tl.minimum(code_outside(step, first, below, above), FMT.scale_max_code)
-        norm, margin = half_norm(residuals_at(x, code, unit, FMT, True, TARGET), halves, TARGET)
+        norm, margin = half_norm(residuals_at(x, code, unit, FMT, CLIPPED, TARGET), halves, TARGET)
         kept = with_key(kept, key_of(norm, margin, code, step < count))
         upper = tl.where(step < count, tl.minimum(upper, norm + margin), upper)
     return kept, upper
 
 
 @triton.jit
-def share_outside(
-    kept, upper, first, below, above, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr
-):
+def share_outside(kept, upper, first, below, above, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
     """kept and upper, likewise, the lanes sharing all pairs of a block and a code."""
     lane = tl.arange(0, count.shape[0])
     ends = tl.cumsum(count, 0)
@@ -542,12 +559,17 @@ def hessian_kernel(
         outside = below + tl.maximum(last - above + 1, 0)
         inside = search_last - search_first + 1
         if FMT.scale_mantissa == 0:
-            kept, upper = search_outside(kept, upper, first, below, above, outside, x, halves, unit, FMT, TARGET)
+            most = tl.max(outside, axis=0)  # those above clip nothing where none of those inside did
+            may_clip = tl.minimum(tl.where(clipped > 0, most, tl.max(below, axis=0)), most)
+            kept, upper = search_outside(
+                kept, upper, first, below, above, outside, 0, may_clip, x, halves, unit, FMT, True, TARGET
+            )
+            kept, upper = search_outside(
+                kept, upper, first, below, above, outside, may_clip, most, x, halves, unit, FMT, False, TARGET
+            )
         else:
             kept, upper = share_outside(kept, upper, first, below, above, outside, x, halves, unit, FMT, TARGET)
-        code = decide(
-            kept, upper, search_first, inside, first, below, above, outside, x, factor_ptr, unit, FMT, TARGET
-        )
+        code = decide(kept, upper, search_first, inside, first, below, above, outside, x, factor_ptr, unit, FMT, TARGET)
 
         even, odd = pairs(tile.to(tl.float32) * normalize[:, None])
         packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)

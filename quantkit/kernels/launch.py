@@ -32,6 +32,7 @@ SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
 SSE_REGISTERS = {16: {"maxnreg": 80}, 32: {"maxnreg": 96}} if TARGET == "cuda" else {16: {}, 32: {}}
 AMAX_ELEMENTS = 8192  # a step, and programs at most
 AMAX_PROGRAMS = 528
+HESSIAN_REGISTERS = {16: 96, 32: 128}  # of the format with many scales; the other takes what it wants
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
 HESSIAN_WIDTH = 64  # columns, and tokens, a program
 HESSIAN_TOKENS = 2048
@@ -239,4 +240,7 @@ def _hessian_options(constants: FormatConstants) -> dict[str, Any]:
     """The Hessian kernel's tiles, and what the compiler is told."""
     if INTERPRETED:
         return {"BLOCK_M": 512, "TILES": 1, "num_warps": 1}
-    return {"BLOCK_M": 32, "TILES": 4 if constants.scale_mantissa else 8, "num_warps": 1}
+    options = {"BLOCK_M": 32, "TILES": 2, "num_warps": 1}
+    if not constants.scale_mantissa:
+        return options | {"TILES": 64 // constants.block_size}
+    return options | ({"maxnreg": HESSIAN_REGISTERS[constants.block_size]} if TARGET == "cuda" else {})

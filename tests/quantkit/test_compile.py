@@ -25,10 +25,10 @@ constants = format_constants(FORMATS[format], int(block_size))
 options = launch._hessian_options(constants)
 given = {key: options.pop(key) for key in ("num_warps", "maxnreg") if key in options}
 options |= {"FMT": constants, "COUNT": True, "TARGET": "cuda", "SLACK": bounds.SLACK}
-types = dict.fromkeys(hessian_kernel.arg_names, "*u8") | {
-    "weight_ptr": dtype, "factor_ptr": "*fp32", "row_norm_ptr": "*fp32", "inverse_root_ptr": "*fp32", "global_scale_ptr": "*fp32",
-    "flag_ptr": "*i32", "rows": "i32", "num_blocks": "i32",
-} | dict.fromkeys(options, "constexpr")
+types = dict.fromkeys(hessian_kernel.arg_names, "*fp32")
+types |= dict.fromkeys(("codes_ptr", "scales_ptr", "candidates_ptr"), "*u8")
+types |= {"weight_ptr": dtype, "flag_ptr": "*i32", "rows": "i32", "num_blocks": "i32"}
+types |= dict.fromkeys(options, "constexpr")
 at = {name: (index,) for index, name in enumerate(hessian_kernel.arg_names)}
 aligned = {at[name]: [["tt.divisibility", 16]] for name, type in types.items() if type.startswith("*")}
 source = ASTSource(hessian_kernel, types, {at[name]: value for name, value in options.items()}, aligned)

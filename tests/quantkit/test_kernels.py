@@ -68,9 +68,7 @@ def _product_kernel(
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(
-    block_size: int, spread: float
-) -> None:
+def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(block_size: int, spread: float) -> None:
     """Also of elements that half precision holds as subnormals, or not at all."""
     generator = torch.Generator().manual_seed(0)
     r = torch.randn(32, block_size, generator=generator) * spread ** torch.rand(32, block_size, generator=generator)
@@ -96,9 +94,7 @@ def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(
 
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("format", FORMATS)
-def test_tiles_of_a_warp_choose_the_least_error(
-    format: str, block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles as on a GPU, four a program, the last one partial; blocks of zeros and of ties leave every scale open."""
     rng = np.random.default_rng(3)
     weight = torch.tensor(all_families(block_size, rng)).reshape(-1, 32).float()[:100].to(DEVICE)
