@@ -38,7 +38,6 @@ from torch import Tensor
 from experiments.provenance import device_name, git_state, versions
 from experiments.record import write_atomically
 from quantkit import FORMATS, METHODS, quantize
-from quantkit.formats import get_format
 
 QWEN3_4B = ((4096, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (2560, 9728))  # q, k and v, o, gate and up, down
 MAIN = ((2560, 9728),)
@@ -140,12 +139,11 @@ def cases(weight: Tensor, backends: list[str], with_peers: bool, block_sizes: tu
     if "triton" in backends and weight.is_cuda:
         from quantkit.kernels import launch
 
-        nvfp4 = get_format("nvfp4")
         yield Case(
             "kernel",
             "quantkit",
             "amax",
-            lambda: launch.global_scale(weight, nvfp4),
+            lambda: launch.amax_parts(weight),
             size * itemsize,
             "nvfp4",
             None,

@@ -74,10 +74,10 @@ def quantize(
         calibration.check_finite(weight, "weight")
     multiplier = _global_scale(matrix, fmt, global_scale, use_triton)
 
-    if use_triton:
+    if use_triton and matrix.numel():
         from quantkit.kernels import launch
 
-        codes, scales, candidates, flags = launch.quantize(
+        codes, scales, multiplier, candidates, flags = launch.quantize(
             matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates, check_finite
         )
         if check_finite and any(flags.tolist()):
@@ -85,6 +85,7 @@ def quantize(
             if hessians is not None:
                 calibration.factorize(hessians)  # raises, and says why
     else:
+        assert multiplier is not None
         with parallel.one_torch_thread():
             factors = None if hessians is None else calibration.factorize(hessians)
         codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
@@ -205,8 +206,11 @@ def _hessians_from_activations(activations: Tensor, in_features: int, block_size
 
 def _global_scale(
     matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None, use_triton: bool = False
-) -> Tensor:
-    """Float32 scalar: the decode multiplier. amax is taken from the weight and computed with in float32."""
+) -> Tensor | None:
+    """Float32 scalar: the decode multiplier, or None where the kernels find it, which saves launches of their own.
+
+    amax is taken from the weight and computed with in float32.
+    """
     requested = fmt.default_global_scale if requested is None else requested
     if not fmt.two_level and (isinstance(requested, Tensor) or requested != "none"):
         raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
@@ -217,17 +221,13 @@ def _global_scale(
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
         return requested if requested.ndim == 0 else requested.reshape(())
+    if use_triton and matrix.numel() and requested == ("amax" if fmt.two_level else "none"):
+        return None
     if requested == "none":
-        if use_triton and not fmt.two_level and matrix.numel():
-            return torch.empty((), device=matrix.device)  # the kernels write the 1: a launch less
         return torch.ones((), device=matrix.device)
     if requested == "amax":
         if matrix.numel() == 0:
             return torch.ones((), device=matrix.device)
-        if use_triton:
-            from quantkit.kernels import launch
-
-            return launch.global_scale(matrix, fmt)
         amax = torch.linalg.vector_norm(matrix, torch.inf).float()
         # Divided by a tensor: by a number, CUDA would multiply with its reciprocal and may miss the quotient by an ulp.
         multiplier = amax / torch.full_like(amax, fmt.element.max_value * fmt.scale.max_value)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit import bounds
 from quantkit.formats import BlockFormat
@@ -231,14 +232,42 @@ def _larger_twos(x):
 
 
 @triton.jit
-def load_global_scale(global_scale_ptr, FMT: tl.constexpr):
-    """Float32 decode multiplier: what the pointer holds, or for a single-level format 1, which is written there."""
-    if FMT.two_level:
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Until the kernel before has ended, where this one may start earlier: to be called before anything is written, or
+    read that it wrote."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """Lets the kernel after start as soon as all programs of this one have come here."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def global_scale_of(amax_ptr, PARTS: tl.constexpr, LARGEST_PRODUCT: tl.constexpr):
+    """Float32 decode multiplier: the largest of PARTS magnitudes (int32 bits) over LARGEST_PRODUCT, of an element and a
+    scale. A zero weight has no scale, so 1 will do; below float32's normal range a multiplier would lose precision."""
+    amax = tl.max(tl.load(amax_ptr + tl.arange(0, PARTS)), axis=0).to(tl.float32, bitcast=True)
+    quotient = tl.div_rn(amax, amax * 0.0 + LARGEST_PRODUCT)
+    return tl.where(amax > 0, tl.maximum(quotient, 2.0**-126), 1.0)
+
+
+@triton.jit
+def load_global_scale(global_scale_ptr, amax_ptr, FMT: tl.constexpr, AMAX_PARTS: tl.constexpr):
+    """Float32 decode multiplier: what the pointer holds; or, written there, that of AMAX_PARTS magnitudes, if there are
+    any, or 1 for a single-level format."""
+    if FMT.two_level and not AMAX_PARTS:
         return tl.load(global_scale_ptr)
     else:
+        global_scale = 1.0
+        if FMT.two_level:
+            global_scale = global_scale_of(amax_ptr, AMAX_PARTS, FMT.element_max * FMT.scale_max)
         if tl.program_id(0) == 0:
-            tl.store(global_scale_ptr, 1.0)
-        return 1.0
+            tl.store(global_scale_ptr, global_scale)
+        return global_scale
 
 
 @triton.jit
@@ -353,13 +382,12 @@ def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constex
 
 
 @triton.jit
-def nearest_multiple(x, scale, FMT: tl.constexpr, CLIPPED: tl.constexpr):
+def nearest_multiple(x, scale, FMT: tl.constexpr):
     """Float32 scale · Q(x / scale) of signed x on "cuda", for scales that are powers of two: as nearest_signed_level,
     with all numbers multiplied by the scale, which rounds none of them."""
     SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 22))
     magic = _larger_magnitude(x, scale * SMALLEST) * 2.0 ** (23 - FMT.element_mantissa)
-    level = magic - (magic - x)
-    return _smaller_magnitude(level, scale * FMT.element_max) if CLIPPED else level
+    return _smaller_magnitude(magic - (magic - x), scale * FMT.element_max)
 
 
 @triton.jit
@@ -379,16 +407,16 @@ def _smaller_magnitude(y, most):
 
 
 @triton.jit
-def nearest_signed_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
+def nearest_signed_level(y, FMT: tl.constexpr, TARGET: tl.constexpr):
     """Float32 element value Q(y) of a signed quotient, with its sign (a zero may have either); see nearest_level.
 
     On "cuda" the rounding keeps the sign, and the level is clamped, not the quotient.
     """
     if TARGET == "cuda":
         level = round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent, SIGNED=True)
-        return _smaller_magnitude(level, FMT.element_max) if CLIPPED else level
+        return _smaller_magnitude(level, FMT.element_max)
     else:
-        return with_sign_of(nearest_level(tl.abs(y), FMT, CLIPPED), y)
+        return with_sign_of(nearest_level(tl.abs(y), FMT, True), y)
 
 
 @triton.jit

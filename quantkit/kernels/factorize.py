@@ -13,17 +13,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantkit.kernels.device import global_scale_of, let_next_start, wait_for_previous
+
 __all__ = ["FIRST_SHIFT", "factorize_kernel"]
 
 FIRST_SHIFT = 1e-8
 
 
 @triton.jit
-def inverse_root(x):
-    """Float64 1/√x of values in float32's normal range: float32's, and two Newton steps."""
-    y = tl.rsqrt(x.to(tl.float32)).to(tl.float64)
-    y = y * (1.5 - 0.5 * x * y * y)
-    return y * (1.5 - 0.5 * x * y * y)
+def reciprocal(x, TARGET: tl.constexpr):
+    """Float64 1/x of values in float32's normal range, within an ulp or two."""
+    if TARGET == "cuda":  # a division would first see whether it may be done so
+        near = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], tl.float64, is_pure=True, pack=1)
+        error = 1.0 - x * near
+        return tl.fma(tl.fma(error, error, error), near, near)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def inverse_root(x, TARGET: tl.constexpr):
+    """Float64 1/√x of values in float32's normal range, likewise."""
+    if TARGET == "cuda":
+        near = tl.inline_asm_elementwise("rsqrt.approx.ftz.f64 $0, $1;", "=d,d", [x], tl.float64, is_pure=True, pack=1)
+        error = 1.0 - x * near * near
+        return tl.fma(tl.fma(error, 0.375, 0.5) * error, near, near)
+    else:
+        return 1.0 / tl.sqrt(x)
 
 
 @triton.jit
@@ -40,65 +56,78 @@ def factorize_kernel(
     row_norm_ptr,  # [num_blocks, block_size] fp32, of the rows of A
     inverse_root_ptr,  # [num_blocks, block_size] fp32
     flag_ptr,  # [1] int32, set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
+    amax_ptr,  # [AMAX_PARTS] int32; unused without them
+    global_scale_ptr,  # [1] fp32, likewise
     QBLOCK: tl.constexpr,
     DAMPING: tl.constexpr,
     DEAD: tl.constexpr,
     SHIFT: tl.constexpr,
     MAX_NEGATIVE: tl.constexpr,
+    TARGET: tl.constexpr,
+    AMAX_PARTS: tl.constexpr,  # largest magnitudes, from the kernel before, that give the global scale; 0: none
+    LARGEST_PRODUCT: tl.constexpr,  # of an element and a scale
+    OVERLAP: tl.constexpr,  # with the kernel after, and the one before if that takes the amax
 ):
+    let_next_start(OVERLAP)
     base = tl.program_id(0).to(tl.int64) * QBLOCK * QBLOCK
     lane = tl.arange(0, QBLOCK)
     diagonal = tl.load(hessian_ptr + base + lane * (QBLOCK + 1)).to(tl.float64)
-    magnitudes = diagonal * 0
-    for column in tl.static_range(QBLOCK):
-        magnitudes += tl.abs(symmetric_column(hessian_ptr + base, column, QBLOCK))
     mean = tl.sum(diagonal, axis=0) / QBLOCK
-    # Equilibrated: S H S with S_i = 1/√H_ii, and the other way round for the factor. NaN fails every comparison.
-    sound = tl.where(tl.sum(magnitudes, axis=0) < 1e300, tl.min(diagonal, axis=0), -1.0) >= 0
-    relative = tl.where(mean > 0, diagonal / tl.where(mean > 0, mean, 1.0), 1.0)
+    # NaN fails every comparison. Off the diagonal it makes a pivot fail, as does what no diagonal can outweigh.
+    sound = tl.where(mean < 1e300, tl.min(diagonal, axis=0), -1.0) >= 0
+    # Equilibrated: S H S with S_i = 1/√H_ii, and the other way round for the factor.
+    per_mean = 1 / tl.where(mean > 0, mean, 1.0)
+    relative = tl.where(mean > 0, diagonal * per_mean, 1.0)
     root = tl.sqrt(tl.where(relative > 0, relative, DEAD))
     per_root = 1 / root
-    per_mean = 1 / tl.where(mean > 0, mean, 1.0)
 
     shift = DAMPING
-    lowest = tl.where(sound, -1.0, 1.0).to(tl.float64)  # the least pivot; what is not sound is not tried
+    failed = tl.where(sound, 1, 0)  # pivots; what is not sound is not tried
     bound = diagonal
-    added = lowest
-    while lowest <= 0:
-        # Loaded again, so that it need not be held while the factor is found.
+    added = mean
+    while failed > 0:
         rest = ()
         for column in tl.static_range(QBLOCK):
             across = tl.gather(per_root * per_mean, lane * 0 + column, 0)
             scaled = symmetric_column(hessian_ptr + base, column, QBLOCK) * per_root * across
             rest = rest + (tl.where(lane == column, 1 + shift, scaled),)  # noqa: RUF005
-        added = lowest * 0 + shift
+        added = mean * 0 + shift
         bound = diagonal * 0
-        pivots = bound + 1
+        failures = lane * 0
+        pivot = bound + (1 + shift)
+        per_pivot = reciprocal(pivot, TARGET)
         for index in range(QBLOCK):
             step = rest[0]
-            pivot = tl.gather(step, lane * 0 + index, 0)
-            pivots = tl.minimum(pivots, tl.where(pivot > DAMPING / 16, pivot, -1.0))
-            scaling = inverse_root(tl.maximum(pivot, DAMPING / 16))
-            # Back from the equilibrated matrix to H / mean.
-            step_of_factor = tl.where(lane >= index, step * scaling * root, 0.0)
-            tl.store(factor_ptr + base + index * QBLOCK + lane, step_of_factor.to(tl.float32))
-            solved = tl.where(lane == index, 1.0, step) * scaling
-            bound += tl.where(lane <= index, solved * solved, 0.0)
             # In this row pivot · across is what is there, and − across what comes there.
-            step += tl.where(lane == index, 1.0, 0.0)
-            across = rest[0] * (scaling * scaling)
-            turned = ()
-            for place in tl.static_range(1, QBLOCK + 1):
-                by = tl.gather(across, (lane * 0 + (index + place)) % QBLOCK, 0)
-                turned = turned + (rest[place % QBLOCK] - step * by,)  # noqa: RUF005
-            rest = turned
-        lowest = tl.min(pivots, axis=0)
+            across = step * per_pivot
+            swept = step + tl.where(lane == index, 1.0, 0.0)
+            # The next column and its pivot come before all else, because the next step waits for them.
+            after = lane * 0 + (index + 1) % QBLOCK
+            turned = (rest[1] - swept * tl.gather(across, after, 0),)
+            next_pivot = tl.gather(turned[0], after, 0)
+            next_pivot = tl.where(next_pivot > DAMPING / 16, next_pivot, DAMPING / 32)
+            per_next = reciprocal(next_pivot, TARGET)
+            for place in tl.static_range(2, QBLOCK + 1):
+                by = tl.gather(across, lane * 0 + (index + place) % QBLOCK, 0)
+                turned = turned + (rest[place % QBLOCK] - swept * by,)  # noqa: RUF005
+            # Back from the equilibrated matrix to H / mean.
+            column_of_factor = tl.where(lane >= index, step * inverse_root(pivot, TARGET) * root, 0.0)
+            tl.store(factor_ptr + base + index * QBLOCK + lane, column_of_factor.to(tl.float32))
+            solved = tl.where(lane == index, 1.0, step)
+            bound += tl.where(lane <= index, solved * solved * per_pivot, 0.0)
+            failures += (pivot < DAMPING / 16).to(tl.int32)
+            rest, pivot, per_pivot = turned, next_pivot, per_next
+        failed = tl.max(failures, axis=0)
         shift = tl.maximum(shift * 4, SHIFT)
-        if shift > MAX_NEGATIVE * QBLOCK * 16:
+        if (failed > 0) & (shift > MAX_NEGATIVE * QBLOCK * 16):
             sound = False
-            lowest = lowest * 0 + 1
+            failed = 0
     if sound == 0:
         tl.store(flag_ptr, 1)
     place = tl.program_id(0) * QBLOCK + lane
     tl.store(inverse_root_ptr + place, (tl.sqrt(bound) * per_root).to(tl.float32))
     tl.store(row_norm_ptr + place, (root * tl.sqrt(1 + added)).to(tl.float32))
+    if AMAX_PARTS:
+        wait_for_previous(OVERLAP)
+        if tl.program_id(0) == 0:
+            tl.store(global_scale_ptr, global_scale_of(amax_ptr, AMAX_PARTS, LARGEST_PRODUCT))

@@ -34,9 +34,9 @@ from quantkit.kernels.device import (
     scale_ceil_code,
     scale_floor_code,
     scale_value,
-    search_steps,
     search_unit,
     sse_window,
+    wait_for_previous,
     zeroing_code,
 )
 
@@ -72,17 +72,17 @@ def of_lanes(values, lane):
 
 
 @triton.jit
-def residuals_at(x, code, unit, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET: tl.constexpr):
+def residuals_at(x, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
     """Float32 ``x − S·Q(x / S)`` of signed elements, a tuple as x, at each block's scale code."""
     scale = scale_value(code, FMT) * unit
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     residuals = ()
     for index in tl.static_range(len(x)):
         if FMT.scale_exact_reciprocal and TARGET == "cuda":
-            r = x[index] - nearest_multiple(x[index], scale, FMT, CLIPPED)
+            r = x[index] - nearest_multiple(x[index], scale, FMT)
         else:
             quotient = rounded_quotient(x[index], scale, reciprocal, rest, FMT, TARGET)
-            r = residual(x[index], nearest_signed_level(quotient, FMT, CLIPPED, TARGET), scale, TARGET)
+            r = residual(x[index], nearest_signed_level(quotient, FMT, TARGET), scale, TARGET)
         residuals = residuals + (r,)  # noqa: RUF005
     return residuals
 
@@ -96,24 +96,41 @@ def residuals_at(x, code, unit, FMT: tl.constexpr, CLIPPED: tl.constexpr, TARGET
 # block it has.
 
 
-def _norm_and_margin(block_size: int) -> str:
-    """PTX of (‖r A‖², Σ |r_i| w_i) from block_size residuals; see halves_of for the rest."""
+def _norm_and_margin(block_size: int, by_twos: bool) -> str:
+    """PTX of (‖r A‖², Σ |r_i| w_i) from block_size residuals, or by twos from the elements; see load_halves and
+    norm_of_twos for the operands."""
     depth, eights = block_size // 16, block_size // 8
-    residual, factor = 2, 2 + block_size
+    first_operand, factor = 2, 2 + (block_size // 2 + 3 if by_twos else block_size)
+    least, most, times = (f"${factor - 3 + index}" for index in range(3))
     weight = factor + 2 * sum(depth - column // 2 for column in range(eights))
     shared, own, row, lane = (f"${weight + 2 * depth + index}" for index in range(4))
     lines = [
         ".reg .pred odd, upper;",
-        f".reg .b32 at, bits, r<4>, a<{4 * depth}>, n<{4 * depth}>;",
+        f".reg .b32 at, bits, least, most, times, y, level, minus, r<4>, a<{4 * depth}>, n<{4 * depth}>;",
         ".reg .f32 zero, own, other, c<4>, e<4>, w<4>, s<4>;",
         "mov.f32 zero, 0f00000000;",
         f"add.u32 at, {shared}, {own};",
         "bar.warp.sync 0xffffffff;",
     ]
+    if by_twos:
+        lines += [f"cvt.rn.f16x2.f32 {name}, {given}, {given};" for name, given in (("least", least), ("most", most))]
+        lines.append(f"cvt.rn.f16x2.f32 times, {times}, {times};")
     for chunk in range(eights):
         for word in range(4):
-            low = residual + 8 * chunk + 2 * word
-            lines.append(f"cvt.rn.f16x2.f32 r{word}, ${low + 1}, ${low};")
+            if by_twos:
+                x = f"${first_operand + 4 * chunk + word}"
+                lines += [
+                    f"max.xorsign.abs.f16x2 y, {x}, least;",
+                    f"neg.f16x2 minus, {x};",
+                    "fma.rn.f16x2 level, y, times, minus;",
+                    "neg.f16x2 minus, level;",
+                    "fma.rn.f16x2 level, y, times, minus;",
+                    "min.xorsign.abs.f16x2 level, level, most;",
+                    f"sub.rn.f16x2 r{word}, {x}, level;",
+                ]
+            else:
+                low = first_operand + 8 * chunk + 2 * word
+                lines.append(f"cvt.rn.f16x2.f32 r{word}, ${low + 1}, ${low};")
         lines.append(f"st.shared.v4.b32 [at+{128 * chunk}], {{r0, r1, r2, r3}};")
     lines.append("bar.warp.sync 0xffffffff;")
     product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
@@ -169,9 +186,17 @@ def _norm_and_margin(block_size: int) -> str:
     return "{" + "\n".join(lines) + "}"
 
 
-NORM_AND_MARGIN = tl.constexpr({size: _norm_and_margin(size) for size in (16, 32)})
+FACTOR_OPERANDS = {16: 4 + 2 + 4, 32: 12 + 4 + 4}
+NORM_AND_MARGIN = tl.constexpr({size: _norm_and_margin(size, by_twos=False) for size in (16, 32)})
 NORM_OPERANDS = tl.constexpr(
-    {size: ",".join(["=&f"] * 2 + ["f"] * size + ["r"] * words) for size, words in ((16, 4 + 2 + 4), (32, 12 + 4 + 4))}
+    {size: ",".join(["=&f"] * 2 + ["f"] * size + ["r"] * words) for size, words in FACTOR_OPERANDS.items()}
+)
+NORM_OF_TWOS = tl.constexpr({size: _norm_and_margin(size, by_twos=True) for size in (16, 32)})
+TWOS_OPERANDS = tl.constexpr(
+    {
+        size: ",".join(["=&f"] * 2 + ["r"] * (size // 2) + ["f"] * 3 + ["r"] * words)
+        for size, words in FACTOR_OPERANDS.items()
+    }
 )
 SHARED_TILE = tl.constexpr(
     {size: f"{{.shared .align 128 .b8 halves[{64 * size}]; mov.u32 $0, halves;}}" for size in (16, 32)}
@@ -240,6 +265,45 @@ def half_norm(r, halves, TARGET: tl.constexpr):
     return tl.sqrt(total), tl.fma(margin, ROUNDING, floor)
 
 
+@triton.jit
+def twos_of(x):
+    """Neighbours of a tuple of float32 tensors, rounded to half precision, as a tuple of int32 tensors; on "cuda"."""
+    twos = ()
+    for index in tl.static_range(0, len(x), 2):
+        two = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x[index], x[index + 1]], tl.int32, is_pure=True, pack=1
+        )
+        twos = twos + (two,)  # noqa: RUF005
+    return twos
+
+
+@triton.jit
+def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
+    """As half_norm of residuals_at, for scales that are powers of two and elements that half precision holds exactly,
+    or below 2^-14 within 2^-25; on "cuda".
+
+    The residuals then are exact, too, and so found two an instruction, rounding as nearest_multiple does. (2^-25 is
+    what half_norm's margin has for rounding them.) Where the smallest tie is not above 2^-14, rounded elements could be
+    on its other side, and where the largest level is far above them, numbers overflow: there nothing is known.
+    """
+    factor, weights, floor = halves
+    QBLOCK: tl.constexpr = 2 * len(twos)
+    SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 9))
+    scale = scale_value(code, FMT) * unit
+    known = (scale * (FMT.element_smallest / 2) > 2.0**-14) & (scale * FMT.element_max < 2.0**10)
+    times = tl.full(code.shape, 2.0 ** (10 - FMT.element_mantissa), tl.float32)
+    total, margin = tl.inline_asm_elementwise(
+        NORM_OF_TWOS[QBLOCK],
+        TWOS_OPERANDS[QBLOCK],
+        twos + (scale * SMALLEST, scale * FMT.element_max, times) + factor + weights,  # noqa: RUF005
+        dtype=(tl.float32, tl.float32),
+        is_pure=False,
+        pack=1,
+    )
+    margin = tl.where(known, tl.fma(margin, ROUNDING, floor), float("inf"))
+    return tl.where(known, tl.sqrt(total), 0.0), margin
+
+
 # ---- and in float32 --------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +368,7 @@ def hessian_window(
     """(first, last) int32 codes outside which ‖r A‖ exceeds norm, an upper bound of its least; see
     bounds.hessian_window."""
     QBLOCK: tl.constexpr = FMT.block_size
-    every = tl.zeros([1], tl.int32)
+    every = tl.zeros(norm.shape, tl.int32)
     inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, QBLOCK, 4), QBLOCK)
     radius = norm * (1 + SLACK)
     clipping = tl.zeros_like(norm)
@@ -320,6 +384,33 @@ def hessian_window(
     first = tl.maximum(scale_ceil_code(least, FMT), FMT.scale_min_code)
     last = tl.maximum(scale_floor_code(most, FMT), FMT.scale_min_code)
     return first, tl.minimum(last, zeroing_code(ratio, FMT))
+
+
+@triton.jit
+def code_outside(place, first, below, above):
+    """int32 code of place 0, 1, … among those outside: below of them from first on, then from above on."""
+    return tl.where(place < below, first + place, above + place - below)
+
+
+@triton.jit
+def codes_outside(
+    x,
+    upper,
+    search_first,
+    search_last,
+    inverse_root_ptr,
+    normalize,
+    ratio,
+    global_scale,
+    FMT: tl.constexpr,
+    SLACK: tl.constexpr,
+):
+    """(first, below, above, count) int32 of the Hessian's window without the codes search_first … search_last: below
+    of them from first on, and the others from above on."""
+    first, last = hessian_window(x, upper, inverse_root_ptr, normalize, ratio, global_scale, FMT, SLACK)
+    below = tl.maximum(tl.minimum(last, search_first - 1) - first + 1, 0)
+    above = tl.maximum(first, search_last + 1)
+    return first, below, above, below + tl.maximum(last - above + 1, 0)
 
 
 @triton.jit
@@ -340,27 +431,17 @@ def key_of(norm, margin, code, valid):
 
 
 @triton.jit
-def search_inside(
-    kept,
-    upper,
-    first,
-    last,
-    start,
-    stop,
-    x,
-    halves,
-    unit,
-    FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    TARGET: tl.constexpr,
+def with_scale(
+    kept, upper, code, valid, x, halves, unit, FMT: tl.constexpr, BY_TWOS: tl.constexpr, TARGET: tl.constexpr
 ):
-    """kept and the least norm + margin, after the codes first + start … first + stop - 1 of each block up to last."""
-    for step in range(start, stop):
-        code = tl.minimum(first + step, last)
-        norm, margin = half_norm(residuals_at(x, code, unit, FMT, CLIPPED, TARGET), halves, TARGET)
-        kept = with_key(kept, key_of(norm, margin, code, first + step <= last))
-        upper = tl.minimum(upper, norm + margin)
-    return kept, upper
+    """kept and upper, the least norm + margin, after one more code of each block, where it is valid; x by twos if
+    BY_TWOS."""
+    if BY_TWOS:
+        norm, margin = norm_of_twos(x, code, unit, halves, FMT)
+    else:
+        norm, margin = half_norm(residuals_at(x, code, unit, FMT, TARGET), halves, TARGET)
+    kept = with_key(kept, key_of(norm, margin, code, valid))
+    return kept, tl.where(valid, tl.minimum(upper, norm + margin), upper)
 
 
 @triton.jit
@@ -372,39 +453,6 @@ def owner_of(place, ends, start, WIDTH: tl.constexpr):
     else:
         end = tl.gather(ends, start + (WIDTH // 2 - 1), 0)
         return owner_of(place, ends, tl.where(end <= place, start + WIDTH // 2, start), WIDTH // 2)
-
-
-@triton.jit
-def code_outside(place, first, below, above):
-    """int32 code of place 0, 1, … among those outside: below of them from first on, then from above on."""
-    return tl.where(place < below, first + place, above + place - below)
-
-
-@triton.jit
-def search_outside(
-    kept,
-    upper,
-    first,
-    below,
-    above,
-    count,
-    start,
-    stop,
-    x,
-    halves,
-    unit,
-    FMT: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    TARGET: tl.constexpr,
-):
-    """kept and upper, after those of the first count codes of each block that code_outside gives the places start …
-    stop - 1."""
-    for step in range(start, stop):
-        code = tl.minimum(code_outside(step, first, below, above), FMT.scale_max_code)
-        norm, margin = half_norm(residuals_at(x, code, unit, FMT, CLIPPED, TARGET), halves, TARGET)
-        kept = with_key(kept, key_of(norm, margin, code, step < count))
-        upper = tl.where(step < count, tl.minimum(upper, norm + margin), upper)
-    return kept, upper
 
 
 @triton.jit
@@ -421,7 +469,7 @@ def share_outside(kept, upper, first, below, above, count, x, halves, unit, FMT:
             place_of_own, tl.gather(first, owner, 0), tl.gather(below, owner, 0), tl.gather(above, owner, 0)
         )
         code = tl.minimum(code, FMT.scale_max_code)
-        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, True, TARGET)
+        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, TARGET)
         norm, margin = half_norm(r, halves, TARGET)
         key = key_of(norm, margin, code, place < total)
         left = tl.where(norm - margin <= tl.gather(upper, owner, 0), key, NOTHING)
@@ -483,7 +531,7 @@ def decide(
             )
             any_code = tl.where(place_of_own < own_inside, own_first + place_of_own, own_outside)
             code = tl.where(tl.gather(left, owner, 0) == 4, tl.minimum(any_code, FMT.scale_max_code), code)
-        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, True, TARGET)
+        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, TARGET)
         found = full_error(r, factor_ptr, TARGET)
         here, stop = tl.maximum(begins - start, 0), tl.minimum(ends - start, count.shape[0] // 4)
         for step in range(tl.max(stop - here, axis=0)):
@@ -514,13 +562,15 @@ def hessian_kernel(
     SLACK: tl.constexpr,
     BLOCK_M: tl.constexpr,  # rows a tile; on "cuda" 32, those of a warp
     TILES: tl.constexpr,  # tiles a program, one after the other
+    OVERLAP: tl.constexpr,  # with the kernel before, which factorizes
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
     column = tl.program_id(0) % num_blocks
     factor_ptr += column * QBLOCK * QBLOCK
+    wait_for_previous(OVERLAP)
     halves = load_halves(factor_ptr, row_norm_ptr + column * QBLOCK, BLOCK_M, QBLOCK, TARGET)
-    global_scale = load_global_scale(global_scale_ptr, FMT)
+    global_scale = load_global_scale(global_scale_ptr, None, FMT, 0)
     start = tl.program_id(0) // num_blocks * (BLOCK_M * TILES)
     for first_row in range(start, tl.minimum(start + BLOCK_M * TILES, rows), BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
@@ -541,33 +591,36 @@ def hessian_kernel(
         search_first, search_last = sse_window(ratio, FMT)
         if FMT.scale_mantissa == 0:  # of two codes at most; the other is, where it must be, outside
             search_first = search_last
-        clipped, steps = search_steps(ratio, search_first, search_last, FMT)
         nothing = tl.full([BLOCK_M], NOTHING, tl.int32)
         kept = (nothing, nothing, nothing, nothing)
         upper = tl.full([BLOCK_M], float("inf"), tl.float32)
-        kept, upper = search_inside(
-            kept, upper, search_first, search_last, 0, clipped, x, halves, unit, FMT, True, TARGET
-        )
-        kept, upper = search_inside(
-            kept, upper, search_first, search_last, clipped, steps, x, halves, unit, FMT, False, TARGET
-        )
-        first, last = hessian_window(
-            x, upper, inverse_root_ptr + column * QBLOCK, normalize, ratio, global_scale, FMT, SLACK
-        )
-        below = tl.maximum(tl.minimum(last, search_first - 1) - first + 1, 0)
-        above = tl.maximum(first, search_last + 1)
-        outside = below + tl.maximum(last - above + 1, 0)
         inside = search_last - search_first + 1
+        inverse_roots = inverse_root_ptr + column * QBLOCK
         if FMT.scale_mantissa == 0:
-            most = tl.max(outside, axis=0)  # those above clip nothing where none of those inside did
-            may_clip = tl.minimum(tl.where(clipped > 0, most, tl.max(below, axis=0)), most)
-            kept, upper = search_outside(
-                kept, upper, first, below, above, outside, 0, may_clip, x, halves, unit, FMT, True, TARGET
-            )
-            kept, upper = search_outside(
-                kept, upper, first, below, above, outside, may_clip, most, x, halves, unit, FMT, False, TARGET
-            )
+            # One inside, then those outside; in one loop, because two of them fill the instruction cache.
+            first, below, above, outside = inside * 0, inside * 0, inside * 0, inside * 0
+            step, steps = 0, 1
+            BY_TWOS: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
+            searched = twos_of(x) if BY_TWOS else x
+            while step < steps:
+                code = tl.minimum(code_outside(step - 1, first, below, above), FMT.scale_max_code)
+                code = tl.where(step == 0, search_first, code)
+                kept, upper = with_scale(
+                    kept, upper, code, step <= outside, searched, halves, unit, FMT, BY_TWOS, TARGET
+                )
+                if step == 0:
+                    first, below, above, outside = codes_outside(
+                        x, upper, search_first, search_last, inverse_roots, normalize, ratio, global_scale, FMT, SLACK
+                    )
+                    steps = tl.max(outside, axis=0) + 1
+                step += 1
         else:
+            for step in range(tl.max(inside, axis=0)):
+                code = tl.minimum(search_first + step, search_last)
+                kept, upper = with_scale(kept, upper, code, step < inside, x, halves, unit, FMT, False, TARGET)
+            first, below, above, outside = codes_outside(
+                x, upper, search_first, search_last, inverse_roots, normalize, ratio, global_scale, FMT, SLACK
+            )
             kept, upper = share_outside(kept, upper, first, below, above, outside, x, halves, unit, FMT, TARGET)
         code = decide(kept, upper, search_first, inside, first, below, above, outside, x, factor_ptr, unit, FMT, TARGET)
 

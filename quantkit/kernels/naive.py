@@ -17,6 +17,7 @@ from quantkit.kernels.device import (
     round_to_grid,
     rounded_quotient,
     scale_ceil_code,
+    wait_for_previous,
 )
 
 __all__ = ["naive_codes", "naive_kernel"]
@@ -57,7 +58,8 @@ def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl
 @triton.jit
 def naive_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    global_scale_ptr,  # [1] fp32; written where the format has none
+    global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
+    amax_ptr,  # [AMAX_PARTS] int32; unused without them
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
     flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf
@@ -66,6 +68,8 @@ def naive_kernel(
     RULE: tl.constexpr,
     TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,  # blocks a program
+    AMAX_PARTS: tl.constexpr,  # parts of the weight whose largest magnitudes give the global scale; 0: it is given
+    OVERLAP: tl.constexpr,  # with the kernel before, which takes the amax
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     # From the end: of a weight whose amax was taken just before, that is what the cache still holds.
@@ -73,7 +77,8 @@ def naive_kernel(
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    global_scale = load_global_scale(global_scale_ptr, FMT)
+    wait_for_previous(OVERLAP)
+    global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
     largest = largest_product(global_scale, FMT, TARGET)  # here, because the kernel then needs fewer registers
     blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR)
 

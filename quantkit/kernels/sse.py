@@ -29,6 +29,7 @@ from quantkit.kernels.device import (
     search_unit,
     squared_error,
     sse_window,
+    wait_for_previous,
 )
 
 __all__ = ["sse_kernel"]
@@ -119,7 +120,8 @@ def best_scale(first, last, ratio, even, odd, unit, FMT: tl.constexpr, TARGET: t
 @triton.jit
 def sse_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    global_scale_ptr,  # [1] fp32; written where the format has none
+    global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
+    amax_ptr,  # [AMAX_PARTS] int32; unused without them
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
     candidates_ptr,  # [num_blocks] uint8; unused unless COUNT
@@ -129,6 +131,8 @@ def sse_kernel(
     COUNT: tl.constexpr,
     TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,  # blocks a program
+    AMAX_PARTS: tl.constexpr,  # parts of the weight whose largest magnitudes give the global scale; 0: it is given
+    OVERLAP: tl.constexpr,  # with the kernel before, which takes the amax
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     # From the end: of a weight whose amax was taken just before, that is what the cache still holds.
@@ -137,7 +141,8 @@ def sse_kernel(
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
     blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR)
-    global_scale = load_global_scale(global_scale_ptr, FMT)
+    wait_for_previous(OVERLAP)
+    global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
 
     amax = block_amax(blocks, flag_ptr, TARGET)
     normalize = normalizer(amax)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit import E2M1, E4M3, FORMATS, quantize, verify
+from quantkit import E2M1, E4M3, FORMATS, METHODS, quantize, verify
 from quantkit.calibration import hessians_from_activations
 from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
@@ -153,20 +153,32 @@ def test_dequantize(format: str, block_size: int, shape: tuple[int, ...], dtype:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(300, 128), (1, 16), (513, 33)])
-def test_global_scale(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype)
-    for matrix in (weight, weight * 0, -weight.abs()):
-        assert launch.global_scale(matrix.to(DEVICE), FORMATS["nvfp4"]).cpu() == _global_scale(
-            matrix, FORMATS["nvfp4"], "amax"
-        )
+@pytest.mark.parametrize("shape", [(300, 128), (1, 16), (513, 33), (700, 8192)])
+def test_amax_parts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of every element, wherever the largest is, and NaN above all."""
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype).to(DEVICE)
+    for step, index in enumerate((0, 1, weight.numel() // 2, weight.numel() - 1)):
+        weight.view(-1)[index] = -3 - step
+        assert launch.amax_parts(weight).max().view(torch.float32) == weight.abs().max()
+    weight.view(-1)[weight.numel() // 3] = torch.nan
+    assert launch.amax_parts(weight).max().view(torch.float32).isnan()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_global_scale_from_amax(dtype: torch.dtype, method: str) -> None:
+    """The float32 quotient, whichever kernel finds it."""
+    weight = (torch.randn(300, 128, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype)
+    given = {"hessian": torch.eye(16).repeat(8, 1, 1).to(DEVICE)} if method == "hessian" else {}
+    for matrix in (weight, weight * 0, -weight.abs(), weight * 1e-30):
+        q = quantize(matrix.to(DEVICE), "nvfp4", 16, method, backend="triton", **given)  # type: ignore[arg-type]
+        assert q.global_scale.cpu() == _global_scale(matrix, FORMATS["nvfp4"], "amax")
 
 
 def test_global_scale_of_adversarial_weights() -> None:
     for block in torch.tensor(all_families(16, np.random.default_rng(4))).split(48):
-        assert launch.global_scale(block.to(DEVICE), FORMATS["nvfp4"]).cpu() == _global_scale(
-            block, FORMATS["nvfp4"], "amax"
-        )
+        q = quantize(block.to(DEVICE), "nvfp4", 16, backend="triton")
+        assert q.global_scale.cpu() == _global_scale(block.float(), FORMATS["nvfp4"], "amax")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,0 +1,39 @@
+"""The first pass of a two-level format whose global scale comes from amax: largest magnitudes of parts of W.
+
+    global scale = amax(W) / (6 · 448)
+
+Each program takes its share of W in strides and writes one largest magnitude. The kernel that quantizes finds the
+largest of these (``load_global_scale``), so nothing has to be zeroed before, and no program waits for another.
+Magnitudes are compared as integers, which orders floats, and puts NaN last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.device import let_next_start
+
+__all__ = ["amax_kernel"]
+
+
+@triton.jit
+def amax_kernel(
+    weight_ptr,  # [size] bf16, fp16 or fp32
+    parts_ptr,  # [programs] int32, bits of the float32 largest magnitudes
+    size,
+    BLOCK_N: tl.constexpr,  # elements a step
+    OVERLAP: tl.constexpr,  # with the kernel after
+):
+    let_next_start(OVERLAP)
+    GROUP: tl.constexpr = 8  # elements that a thread folds at once, so that it need not keep them apart
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK_N
+    lane = tl.arange(0, BLOCK_N)
+    largest = tl.zeros([BLOCK_N // GROUP], tl.int32)
+    for offset in range(start, size, stride):
+        position = offset + lane
+        weight = tl.load(weight_ptr + position, mask=position < size, other=0.0).to(tl.float32)
+        magnitude = weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.maximum(largest, tl.max(tl.reshape(magnitude, [BLOCK_N // GROUP, GROUP]), axis=1))
+    tl.store(parts_ptr + tl.program_id(0), tl.max(largest, axis=0))
