@@ -42,6 +42,51 @@ def inverse_root(x, TARGET: tl.constexpr):
         return 1.0 / tl.sqrt(x)
 
 
+def _in_turn(size: int) -> str:
+    """PTX of the float64 in ``size`` places of 8 bytes in shared memory, after each lane has written to one."""
+    value, own, base = (f"${size + index}" for index in range(3))
+    lines = ["bar.warp.sync 0xffffffff;", f"st.shared.f64 [{own}], {value};", "bar.warp.sync 0xffffffff;"]
+    for place in range(0, size, 2):
+        lines.append(f"ld.shared.v2.f64 {{${place}, ${place + 1}}}, [{base}+{8 * place}];")
+    return "\n".join(lines)
+
+
+IN_TURN = tl.constexpr({size: _in_turn(size) for size in (16, 32)})
+IN_TURN_OPERANDS = tl.constexpr({size: ",".join(["=&d"] * size + ["d", "r", "r"]) for size in (16, 32)})
+IN_TURN_TYPES = tl.constexpr({size: (tl.float64,) * size for size in (16, 32)})
+IN_TURN_PLACES = tl.constexpr(
+    {size: f"{{.shared .align 16 .b8 turn[{8 * size}]; mov.u32 $0, turn;}}" for size in (16, 32)}
+)
+
+
+@triton.jit
+def places_in_turn(lane, SIZE: tl.constexpr, TARGET: tl.constexpr):
+    """What in_turn needs, found once: on "cuda" an address in shared memory."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise(IN_TURN_PLACES[SIZE], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return lane
+
+
+@triton.jit
+def in_turn(x, index, places, SIZE: tl.constexpr, TARGET: tl.constexpr):
+    """Of float64 x [SIZE], as a tuple of [SIZE], the elements index + 1, index + 2, … index + SIZE, modulo SIZE.
+
+    On "cuda" through shared memory: shuffles would be four times as many instructions.
+    """
+    lane = tl.arange(0, SIZE)
+    if TARGET == "cuda":
+        own = places + ((lane - index - 1) & (SIZE - 1)) * 8
+        return tl.inline_asm_elementwise(
+            IN_TURN[SIZE], IN_TURN_OPERANDS[SIZE], [x, own, places], dtype=IN_TURN_TYPES[SIZE], is_pure=False, pack=1
+        )
+    else:
+        elements = ()
+        for place in tl.static_range(1, SIZE + 1):
+            elements = elements + (tl.gather(x, lane * 0 + (index + place) % SIZE, 0),)  # noqa: RUF005
+        return elements
+
+
 @triton.jit
 def symmetric_column(pointer, index, SIZE: tl.constexpr):
     """A column of float64 (H + Hᵀ) / 2, [SIZE], of [SIZE, SIZE] elements."""
@@ -81,6 +126,7 @@ def factorize_kernel(
     root = tl.sqrt(tl.where(relative > 0, relative, DEAD))
     per_root = 1 / root
 
+    places = places_in_turn(lane, QBLOCK, TARGET)
     shift = DAMPING
     failed = tl.where(sound, 1, 0)  # pivots; what is not sound is not tried
     bound = diagonal
@@ -102,14 +148,13 @@ def factorize_kernel(
             across = step * per_pivot
             swept = step + tl.where(lane == index, 1.0, 0.0)
             # The next column and its pivot come before all else, because the next step waits for them.
-            after = lane * 0 + (index + 1) % QBLOCK
-            turned = (rest[1] - swept * tl.gather(across, after, 0),)
-            next_pivot = tl.gather(turned[0], after, 0)
+            by = in_turn(across, index, places, QBLOCK, TARGET)
+            turned = (rest[1] - swept * by[0],)
+            next_pivot = tl.gather(turned[0], lane * 0 + (index + 1) % QBLOCK, 0)
             next_pivot = tl.where(next_pivot > DAMPING / 16, next_pivot, DAMPING / 32)
             per_next = reciprocal(next_pivot, TARGET)
             for place in tl.static_range(2, QBLOCK + 1):
-                by = tl.gather(across, lane * 0 + (index + place) % QBLOCK, 0)
-                turned = turned + (rest[place % QBLOCK] - swept * by,)  # noqa: RUF005
+                turned = turned + (rest[place % QBLOCK] - swept * by[place - 1],)  # noqa: RUF005
             # Back from the equilibrated matrix to H / mean.
             column_of_factor = tl.where(lane >= index, step * inverse_root(pivot, TARGET) * root, 0.0)
             tl.store(factor_ptr + base + index * QBLOCK + lane, column_of_factor.to(tl.float32))

@@ -97,3 +97,18 @@ def test_backends_agree_at_full_size(format: str, block_size: int, method: str, 
     compare(
         weight, format, block_size, method, **({"hessian": hessians(9728, block_size)} if method == "hessian" else {})
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("method", ["naive", "hessian"])
+def test_the_kernels_run_on_the_weight_s_device(method: str) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    given = {"hessian": hessians(64, 16)} if method == "hessian" else {}
+    results = [
+        quantize(weight.to(device), "nvfp4", 16, method, **{k: v.to(device) for k, v in given.items()})  # type: ignore[arg-type]
+        for device in ("cuda:0", "cuda:1")
+    ]
+    assert results[1].codes.device == torch.device("cuda:1")
+    assert torch.equal(results[0].codes.cpu(), results[1].codes.cpu())
+    assert torch.equal(results[0].dequantize().cpu(), results[1].dequantize().cpu())

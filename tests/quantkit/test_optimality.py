@@ -24,9 +24,16 @@ BLOCK_SIZES = [16, 32]
 
 
 def check(
-    blocks: np.ndarray, format: str, global_scale: str, backend: str, device: str, hessians: np.ndarray | None
+    blocks: np.ndarray,
+    format: str,
+    global_scale: str,
+    backend: str,
+    device: str,
+    hessians: np.ndarray | None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Judges every scale chosen for float32 ``blocks [n, b]``, each paired with each of ``hessians [h, b, b]``."""
+    """Judges every scale chosen for float32 ``blocks [n, b]`` that dtype holds, each paired with each of ``hessians
+    [h, b, b]``."""
     block_size = blocks.shape[-1]
     if hessians is None:
         q = quantize(
@@ -36,7 +43,7 @@ def check(
     else:
         weight = np.repeat(blocks[:, None], len(hessians), axis=1)
         q = quantize(
-            torch.tensor(weight.reshape(len(blocks), -1), device=device),
+            torch.tensor(weight.reshape(len(blocks), -1), device=device, dtype=dtype),
             format,
             block_size,
             "hessian",
@@ -75,6 +82,21 @@ def test_hessian_scale_is_optimal(
     rng = np.random.default_rng(2)
     hessians = np.stack([hessian_family(name, block_size, rng) for name in HESSIAN_FAMILIES])
     check(blocks_of(family, block_size, rng)[::3], format, global_scale, backend, device, hessians)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_hessian_scale_of_16_bit_weights_is_optimal(block_size: int, format: str, dtype: torch.dtype) -> None:
+    """They take other instructions than float32 weights; so do elements far below their block's largest."""
+    rng = np.random.default_rng(8)
+    hessians = np.stack([hessian_family(name, block_size, rng) for name in HESSIAN_FAMILIES])
+    blocks = all_families(block_size, rng)[::2]
+    wide = rng.standard_normal((48, block_size)) * 2.0 ** rng.uniform(-20, 0, (48, block_size))
+    blocks = torch.tensor(np.concatenate([blocks, wide]), dtype=torch.float32).to(dtype).float()
+    blocks = blocks[blocks.isfinite().all(1)].numpy()
+    check(blocks, format, "none", "triton", "cuda", hessians, dtype)
 
 
 finite_blocks = hnp.arrays(
