@@ -544,20 +544,6 @@ def decide(
 
 
 @triton.jit
-def prefetch(pointers, TARGET: tl.constexpr):
-    """Asks for what the pointers point to, so that it is in the L2 cache when it is loaded."""
-    if TARGET == "cuda":
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def hessian_kernel(
     weight_ptr,  # [rows, num_blocks, block_size] bf16, fp16 or fp32
     factor_ptr,  # [num_blocks, block_size, block_size] fp32, Aᵀ, upper triangular
@@ -591,8 +577,6 @@ def hessian_kernel(
         in_range = row < rows
         block = row.to(tl.int64) * num_blocks + column
         tile = load_blocks(weight_ptr + block * QBLOCK, in_range, QBLOCK, VECTOR)
-        next_block = tl.where(row + BLOCK_M < rows, block + BLOCK_M * num_blocks, block)
-        prefetch(weight_ptr + next_block * QBLOCK, TARGET)
         loaded = columns(tile, QBLOCK)
         x = ()
         amax = tl.abs(loaded[0].to(tl.float32))
