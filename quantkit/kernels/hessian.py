@@ -290,7 +290,7 @@ def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
     QBLOCK: tl.constexpr = 2 * len(twos)
     SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 9))
     scale = scale_value(code, FMT) * unit
-    known = (scale * (FMT.element_smallest / 2) > 2.0**-14) & (scale * FMT.element_max < 2.0**10)
+    known = (scale * (FMT.element_smallest / 2) > 2.0**-14) & (scale * FMT.element_max < 2.0**9)
     times = tl.full(code.shape, 2.0 ** (10 - FMT.element_mantissa), tl.float32)
     total, margin = tl.inline_asm_elementwise(
         NORM_OF_TWOS[QBLOCK],
