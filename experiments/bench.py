@@ -21,7 +21,9 @@ import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -314,16 +316,41 @@ def quantiles(times: list[float]) -> tuple[float | None, float | None, float | N
     return tuple(round(float(v), 3) for v in values)  # type: ignore[return-value]
 
 
-def run_shape(
-    shape: tuple[int, int], clock: Clock, bandwidth: float | None, options: argparse.Namespace
-) -> list[BenchRow]:
+def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> list[Case]:
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(rows, columns, generator=generator) * 0.02).to(options.device, getattr(torch, options.dtype))
     block_sizes = tuple(int(b) for b in options.block_sizes.split(","))
     todo = list(cases(weight, options.backends.split(","), not options.no_peers, block_sizes))
-    if options.block_hessians and clock.cuda:
+    if options.block_hessians and weight.is_cuda:
         todo += block_hessian_cases(columns, weight.dtype, options.device)
+    return todo
+
+
+def compile_ahead(arguments: list[str], jobs: int) -> None:
+    """Fills Triton's cache, which takes most of a benchmark's time where it is empty: each process calls some cases."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    processes = [subprocess.Popen([*command, "--compile", f"{job}/{jobs}"]) for job in range(jobs)]
+    for process in processes:
+        process.wait()  # an error there will show here
+
+
+def compile_share(options: argparse.Namespace) -> None:
+    """What one of these processes does: calls every ``jobs``-th case of the first shape."""
+    job, jobs = (int(number) for number in options.compile.split("/"))
+    for case in cases_of(options.shapes[0], options)[job::jobs]:
+        try:
+            case.call()
+        except Exception:
+            if case.kind != "peer":  # a peer that cannot run is reported by the measurement
+                raise
+
+
+def run_shape(
+    shape: tuple[int, int], clock: Clock, bandwidth: float | None, options: argparse.Namespace
+) -> list[BenchRow]:
+    rows, columns = shape
+    todo = cases_of(shape, options)
     ready = []
     for case in todo:
         try:
@@ -398,6 +425,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--no-peers", action="store_true", help="leave out qwantize and nvidia-modelopt")
     parser.add_argument("--block-hessians", action="store_true", help=f"also of {TOKENS} tokens of activations")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(12, os.cpu_count() or 1),
+        help="processes that compile the kernels before anything is timed; 1: none",
+    )
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(arguments)
     known = set(FORMATS["nvfp4"].block_sizes)
@@ -423,6 +457,11 @@ def parse_shapes(name: str) -> tuple[tuple[int, int], ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.compile:
+        compile_share(options)
+        return 0
+    if options.jobs > 1 and options.device.startswith("cuda") and "triton" in options.backends:
+        compile_ahead(sys.argv[1:] if arguments is None else arguments, options.jobs)
     clock = Clock(options.device)
     bandwidth = clock.bandwidth()
     lines: list[BenchRow] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -28,6 +29,23 @@ def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: 
     naive = kernels[(kernels["operation"] == "naive") & (kernels["block_size"] == 16)]
     assert (naive["bytes"] == 8 * 64 * 2 + 8 * 64 // 2 + 8 * 64 // 16).all()
     assert "quantkit hessian mxfp4 32" in capsys.readouterr().out
+
+
+def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processes together; none of them measures or writes."""
+    called: list[str] = []
+    found = [bench.Case("kernel", "quantkit", name, lambda name=name: called.append(name), 0) for name in "abcde"]  # type: ignore[misc]
+    found.append(bench.Case("peer", "other", "broken", lambda: 1 / 0, 0))
+    monkeypatch.setattr(bench, "cases_of", lambda shape, options: found)
+
+    def start(command: list[str]) -> SimpleNamespace:
+        assert bench.main(command[2:]) == 0
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", start)
+    out = tmp_path / "times.csv"
+    bench.compile_ahead(["--device", "cpu", "--out", str(out)], 3)
+    assert sorted(called) == list("abcde") and not out.exists()
 
 
 @pytest.mark.parametrize(

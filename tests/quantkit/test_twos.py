@@ -33,5 +33,5 @@ def test_every_residual_is_exact(scale: float) -> None:
 
 
 def test_the_scales_are_those_of_all_blocks_but_odd_ones() -> None:
-    """Elements are normalized to below 2, so beyond these scales all are zero, or the largest is clipped 300 times over."""
+    """Of elements normalized to below 2: beyond, all are zero, or the largest is clipped 300 times over."""
     assert min(SCALES) == 2.0**-11 and max(SCALES) == 2.0**6

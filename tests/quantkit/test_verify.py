@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit import FORMATS, quantize, verify
+from quantkit import E2M1, E4M3, FORMATS, quantize, verify
+from quantkit.calibration import hessians_from_activations
 from tests.inputs import HESSIAN_FAMILIES, all_families, hessian_family, weight_family
 from tests.oracle import contract_violations
 
@@ -78,3 +79,31 @@ def test_empty_and_errors() -> None:
         verify(quantize(weight), weight, torch.eye(16)[None])
     with pytest.raises(ValueError, match="NaN or Inf"):
         verify(quantize(weight), weight * torch.inf)
+
+
+def whole_weight(name: str) -> torch.Tensor:
+    """Of the shape of Qwen3-4B's down_proj."""
+    generator, shape = torch.Generator().manual_seed(0), (2560, 9728)
+    if name == "gaussian":
+        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    if name == "student":
+        normal = torch.randn(4, *shape, generator=generator)
+        return (0.02 * normal[0] / (normal[1:].square().mean(0)).sqrt()).half()
+    # A hair off the points of a scale for each block.
+    scales = E4M3.decode(torch.randint(32, 96, (2560, 608, 1), generator=generator))
+    levels = E2M1.decode_signed(torch.randint(0, 16, (2560, 608, 16), generator=generator).to(torch.uint8))
+    return (scales * levels * (1 + 4e-6 * (torch.rand(levels.shape, generator=generator) - 0.5))).reshape(shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gaussian", "student", "lattice"])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_scale_of_a_whole_weight_breaks_the_contract(format: str, block_size: int, name: str) -> None:
+    weight = whole_weight(name).cuda()
+    x = torch.randn(4096, 9728, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 9728)
+    hessian = hessians_from_activations((x + 0.5 * x.roll(1, 1)).cuda(), block_size)
+    for method, h in (("sse", None), ("hessian", hessian)):
+        q = quantize(weight, format, block_size, method, backend="triton", hessian=h)
+        found = verify(q, weight, h)
+        assert found.ok and found.blocks == weight.numel() // block_size, found
