@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Before anything imports torch, triton, datasets or wandb: they read these once.
@@ -19,6 +21,36 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def interpret_quickly() -> None:
+    """Triton's interpreter replaces all of triton.language at each call of a device function, which takes most of a
+    kernel's time; at the first of a launch is enough. Without this the tests say the same, later."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: set[frozenset[int]] = set()
+
+    @functools.cache
+    def languages(fn: Callable[..., object]) -> frozenset[int]:
+        return frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+    def replace_once(fn: Callable[..., object]) -> object:
+        if languages(fn) in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(languages(fn))
+        return replace(fn)
+
+    def run_afresh(self: object, *arguments: object, **options: object) -> None:
+        replaced.clear()
+        run(self, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, run_afresh
+
+
+if not HAS_CUDA:
+    interpret_quickly()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
