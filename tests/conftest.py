@@ -30,6 +30,7 @@ def interpret_quickly() -> None:
     from triton.runtime import interpreter
 
     replace, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # not in every version of Triton
     replaced: set[frozenset[int]] = set()
 
     @functools.cache
@@ -38,7 +39,7 @@ def interpret_quickly() -> None:
 
     def replace_once(fn: Callable[..., object]) -> object:
         if languages(fn) in replaced:
-            return interpreter._LangPatchScope()
+            return nothing()
         replaced.add(languages(fn))
         return replace(fn)
 
