@@ -8,8 +8,8 @@ A scale is evaluated twice at most. First in half precision, of which a bound of
 float32. A block has 1.1 of them on average.
 
 What differs from block to block, the scales outside the squared error's window and those left after half precision, is
-pooled: the lanes of a tile share all of its pairs of a block and a scale, a lane a pair. Where scales are powers of two,
-there are too few outside for that to pay; and 16-bit weights are searched two elements an instruction.
+pooled: the lanes of a tile share all of its pairs of a block and a scale, a lane a pair. Where scales are powers of
+two, there are too few outside for that to pay; and 16-bit weights are searched two elements an instruction.
 """
 
 from __future__ import annotations
