@@ -336,9 +336,10 @@ def compile_ahead(arguments: list[str], jobs: int) -> None:
 
 
 def compile_share(options: argparse.Namespace) -> None:
-    """What one of these processes does: calls every ``jobs``-th case of the first shape."""
+    """What one of these processes does: calls every ``jobs``-th of the first shape's cases that Triton compiles."""
     job, jobs = (int(number) for number in options.compile.split("/"))
-    for case in cases_of(options.shapes[0], options)[job::jobs]:
+    options.block_hessians = False  # two kernels, soon compiled, whose activations would fill a GPU many times over
+    for case in [case for case in cases_of(options.shapes[0], options) if case.backend == "triton"][job::jobs]:
         try:
             case.call()
         except Exception:

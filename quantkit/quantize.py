@@ -72,9 +72,10 @@ def quantize(
         matrix = matrix.float()
     if check_finite and not use_triton:
         calibration.check_finite(weight, "weight")
-    multiplier = _global_scale(matrix, fmt, global_scale, use_triton)
+    use_kernels = use_triton and matrix.numel() > 0
+    multiplier = _global_scale(matrix, fmt, global_scale, use_kernels)
 
-    if use_triton and matrix.numel():
+    if use_kernels:
         from quantkit.kernels import launch
 
         codes, scales, multiplier, candidates, flags = launch.quantize(
@@ -205,7 +206,7 @@ def _hessians_from_activations(activations: Tensor, in_features: int, block_size
 
 
 def _global_scale(
-    matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None, use_triton: bool = False
+    matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None, use_kernels: bool = False
 ) -> Tensor | None:
     """Float32 scalar: the decode multiplier, or None where the kernels find it, which saves launches of their own.
 
@@ -221,7 +222,7 @@ def _global_scale(
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
         return requested if requested.ndim == 0 else requested.reshape(())
-    if use_triton and matrix.numel() and requested == ("amax" if fmt.two_level else "none"):
+    if use_kernels and requested == ("amax" if fmt.two_level else "none"):
         return None
     if requested == "none":
         return torch.ones((), device=matrix.device)

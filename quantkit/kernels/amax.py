@@ -2,8 +2,8 @@
 
     global scale = amax(W) / (6 · 448)
 
-Each program takes its share of W in strides and writes one largest magnitude. The kernel that quantizes finds the
-largest of these (``load_global_scale``), so nothing has to be zeroed before, and no program waits for another.
+Each program takes its share of W in strides and writes one largest magnitude. The kernel after finds the largest of
+these (``global_scale_of``), so nothing has to be zeroed before, and no program waits for another.
 Magnitudes are compared as integers, which orders floats, and puts NaN last.
 """
 

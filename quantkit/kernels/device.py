@@ -20,9 +20,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit import bounds
-from quantkit.formats import BlockFormat
+from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat
 
 __all__ = ["FormatConstants", "format_constants"]
+
+SMALLEST_NORMAL = tl.constexpr(FLOAT32_SMALLEST_NORMAL)
 
 
 class FormatConstants(NamedTuple):
@@ -252,7 +254,7 @@ def global_scale_of(amax_ptr, PARTS: tl.constexpr, LARGEST_PRODUCT: tl.constexpr
     scale. A zero weight has no scale, so 1 will do; below float32's normal range a multiplier would lose precision."""
     amax = tl.max(tl.load(amax_ptr + tl.arange(0, PARTS)), axis=0).to(tl.float32, bitcast=True)
     quotient = tl.div_rn(amax, amax * 0.0 + LARGEST_PRODUCT)
-    return tl.where(amax > 0, tl.maximum(quotient, 2.0**-126), 1.0)
+    return tl.where(amax > 0, tl.maximum(quotient, SMALLEST_NORMAL), 1.0)
 
 
 @triton.jit

@@ -356,9 +356,17 @@ def full_error(r, factor_ptr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def hessian_window(
+def code_outside(place, first, below, above):
+    """int32 code of place 0, 1, … among those outside: below of them from first on, then from above on."""
+    return tl.where(place < below, first + place, above + place - below)
+
+
+@triton.jit
+def codes_outside(
     x,
     norm,
+    search_first,
+    search_last,
     inverse_root_ptr,
     normalize,
     ratio,
@@ -366,8 +374,8 @@ def hessian_window(
     FMT: tl.constexpr,
     SLACK: tl.constexpr,
 ):
-    """(first, last) int32 codes outside which ‖r A‖ exceeds norm, an upper bound of its least; see
-    bounds.hessian_window."""
+    """(first, below, above, count) int32, as code_outside wants them: the codes other than search_first … search_last
+    at which ‖r A‖ may be no more than norm, an upper bound of its least; see bounds.hessian_window."""
     QBLOCK: tl.constexpr = FMT.block_size
     every = tl.zeros(norm.shape, tl.int32)
     inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, QBLOCK, 4), QBLOCK)
@@ -384,31 +392,7 @@ def hessian_window(
     most = beyond / FMT.element_smallest * to_scale * (1 + SLACK)
     first = tl.maximum(scale_ceil_code(least, FMT), FMT.scale_min_code)
     last = tl.maximum(scale_floor_code(most, FMT), FMT.scale_min_code)
-    return first, tl.minimum(last, zeroing_code(ratio, FMT))
-
-
-@triton.jit
-def code_outside(place, first, below, above):
-    """int32 code of place 0, 1, … among those outside: below of them from first on, then from above on."""
-    return tl.where(place < below, first + place, above + place - below)
-
-
-@triton.jit
-def codes_outside(
-    x,
-    upper,
-    search_first,
-    search_last,
-    inverse_root_ptr,
-    normalize,
-    ratio,
-    global_scale,
-    FMT: tl.constexpr,
-    SLACK: tl.constexpr,
-):
-    """(first, below, above, count) int32 of the Hessian's window without the codes search_first … search_last: below
-    of them from first on, and the others from above on."""
-    first, last = hessian_window(x, upper, inverse_root_ptr, normalize, ratio, global_scale, FMT, SLACK)
+    last = tl.minimum(last, zeroing_code(ratio, FMT))
     below = tl.maximum(tl.minimum(last, search_first - 1) - first + 1, 0)
     above = tl.maximum(first, search_last + 1)
     return first, below, above, below + tl.maximum(last - above + 1, 0)

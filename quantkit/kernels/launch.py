@@ -145,7 +145,8 @@ def quantize(
 
     if method == "hessian":
         assert hessians is not None
-        factor, row_norm, inverse_root = factorize(hessians, flags[1:], amax, global_scale, constants)
+        largest_product = 0 if amax is None else constants.element_max * constants.scale_max
+        factor, row_norm, inverse_root = factorize(hessians, flags[1:], amax, global_scale, largest_product)
         options |= overlap | _hessian_options(constants)
         _launch(
             hessian_kernel,
@@ -219,13 +220,13 @@ def factorize(
     flag: Tensor,
     amax: Tensor | None = None,
     global_scale: Tensor | None = None,
-    constants: FormatConstants | None = None,
+    largest_product: float = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and √(H⁻¹)_ii, both
     ``[num_blocks, block_size]``, of ``hessians``.
 
     Sets ``flag``, int32 ``[1]``, to 1 for NaN, Inf or a clearly indefinite Hessian. amax: what amax_parts returned just
-    before; global_scale, of the format with these constants, is then written.
+    before; its largest over largest_product is then written to global_scale.
     """
     if hessians.dtype != torch.float64:
         hessians = hessians.float()
@@ -234,12 +235,6 @@ def factorize(
     factor = torch.empty_like(hessians, dtype=torch.float32)
     row_norm, inverse_root = torch.empty(2, num_blocks, block_size, device=hessians.device)
     overlap = _overlap(hessians.device)
-    if amax is None:
-        options: dict[str, Any] = {"AMAX_PARTS": 0, "LARGEST_PRODUCT": 0, "OVERLAP": overlap["OVERLAP"]}
-    else:
-        assert constants is not None
-        options = {"AMAX_PARTS": AMAX_PROGRAMS, "LARGEST_PRODUCT": constants.element_max * constants.scale_max}
-        options |= overlap
     _launch(
         factorize_kernel,
         (num_blocks,),
@@ -256,8 +251,10 @@ def factorize(
         SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
         TARGET=TARGET,
+        AMAX_PARTS=0 if amax is None else AMAX_PROGRAMS,
+        LARGEST_PRODUCT=largest_product,
         num_warps=1,
-        **options,
+        **({"OVERLAP": overlap["OVERLAP"]} if amax is None else overlap),  # what came before may be anything
     )
     return factor, row_norm, inverse_root
 

@@ -34,8 +34,14 @@ def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: 
 def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processes together; none of them measures or writes."""
     called: list[str] = []
-    found = [bench.Case("kernel", "quantkit", name, lambda name=name: called.append(name), 0) for name in "abcde"]  # type: ignore[misc]
-    found.append(bench.Case("peer", "other", "broken", lambda: 1 / 0, 0))
+    found = [
+        bench.Case("kernel", "quantkit", name, lambda name=name: called.append(name), 0, backend="triton")  # type: ignore[misc]
+        for name in "abcde"
+    ]
+    found.append(bench.Case("peer", "other", "broken", lambda: 1 / 0, 0, backend="triton"))
+    found.append(
+        bench.Case("kernel", "quantkit", "compiles nothing", lambda: called.append("f"), 0, backend="reference")
+    )
     monkeypatch.setattr(bench, "cases_of", lambda shape, options: found)
 
     def start(command: list[str]) -> SimpleNamespace:
