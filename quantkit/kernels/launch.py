@@ -25,7 +25,7 @@ __all__ = ["Quantized", "amax_parts", "block_hessians", "dequantize", "factorize
 
 INTERPRETED = triton.knobs.runtime.interpret
 TARGET = "interpreter" if INTERPRETED else "cuda" if torch.version.cuda else "hip"
-# Sizes that were fastest on an H200 (docs/log.md); the interpreter pays by the operation, not by the element.
+# Sizes that were fastest on an H200 or H100 (docs/log.md); the interpreter pays by the operation, not the element.
 NAIVE_ELEMENTS = dict.fromkeys((16, 32), 8192) if INTERPRETED else {16: 2048, 32: 1024}  # a program, one warp
 NAIVE_REGISTERS = {16: {}, 32: {"maxnreg": 56}} if TARGET == "cuda" else {16: {}, 32: {}}
 SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
