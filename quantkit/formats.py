@@ -194,6 +194,9 @@ class BlockFormat:
     scale_rules: tuple[str, ...]
     two_level: bool
 
+    def __hash__(self) -> int:  # of all fields it would take as long as a launch
+        return hash(self.name)
+
     @property
     def default_global_scale(self) -> str:
         return "amax" if self.two_level else "none"

@@ -158,16 +158,19 @@ def scale_ceil_code(value, FMT: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+def load_blocks(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr, POLICY: tl.constexpr):
     """[n, WIDTH] elements from [n] pointers, zero where not inside, every row in one thread.
 
-    A thread loads at most VECTOR elements at once, so the row is put together from halves.
+    A thread loads at most VECTOR elements at once, so the row is put together from halves. POLICY: "evict_first" for
+    what is read only once, or "".
     """
     if WIDTH <= VECTOR:
-        return tl.load(pointers[:, None] + tl.arange(0, WIDTH)[None, :], mask=inside[:, None], other=0.0)
+        return tl.load(
+            pointers[:, None] + tl.arange(0, WIDTH)[None, :], mask=inside[:, None], other=0.0, eviction_policy=POLICY
+        )
     else:
-        low = load_blocks(pointers, inside, WIDTH // 2, VECTOR)
-        high = load_blocks(pointers + WIDTH // 2, inside, WIDTH // 2, VECTOR)
+        low = load_blocks(pointers, inside, WIDTH // 2, VECTOR, POLICY)
+        high = load_blocks(pointers + WIDTH // 2, inside, WIDTH // 2, VECTOR, POLICY)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [low.shape[0], WIDTH])
 
 

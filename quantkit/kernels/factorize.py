@@ -97,10 +97,8 @@ def symmetric_column(pointer, index, SIZE: tl.constexpr):
 @triton.jit
 def factorize_kernel(
     hessian_ptr,  # [num_blocks, block_size, block_size] fp32 or fp64, symmetric up to rounding
-    factor_ptr,  # [num_blocks, block_size, block_size] fp32, Aᵀ
-    row_norm_ptr,  # [num_blocks, block_size] fp32, of the rows of A
-    inverse_root_ptr,  # [num_blocks, block_size] fp32
-    flag_ptr,  # [1] int32, set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
+    factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32: Aᵀ, the norms of A's rows, √(H⁻¹)_ii
+    flags_ptr,  # [2] int32, the second of which is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
     amax_ptr,  # [AMAX_PARTS] int32; unused without them
     global_scale_ptr,  # [1] fp32, likewise
     QBLOCK: tl.constexpr,
@@ -115,6 +113,7 @@ def factorize_kernel(
 ):
     let_next_start(OVERLAP)
     base = tl.program_id(0).to(tl.int64) * QBLOCK * QBLOCK
+    factor_ptr = factors_ptr + tl.program_id(0).to(tl.int64) * (QBLOCK + 2) * QBLOCK
     lane = tl.arange(0, QBLOCK)
     diagonal = tl.load(hessian_ptr + base + lane * (QBLOCK + 1)).to(tl.float64)
     mean = tl.sum(diagonal, axis=0) / QBLOCK
@@ -157,7 +156,7 @@ def factorize_kernel(
                 turned = turned + (rest[place % QBLOCK] - swept * by[place - 1],)  # noqa: RUF005
             # Back from the equilibrated matrix to H / mean.
             column_of_factor = tl.where(lane >= index, step * inverse_root(pivot, TARGET) * root, 0.0)
-            tl.store(factor_ptr + base + index * QBLOCK + lane, column_of_factor.to(tl.float32))
+            tl.store(factor_ptr + index * QBLOCK + lane, column_of_factor.to(tl.float32))
             solved = tl.where(lane == index, 1.0, step)
             bound += tl.where(lane <= index, solved * solved * per_pivot, 0.0)
             failures += (pivot < DAMPING / 16).to(tl.int32)
@@ -168,10 +167,10 @@ def factorize_kernel(
             sound = False
             failed = 0
     if sound == 0:
-        tl.store(flag_ptr, 1)
-    place = tl.program_id(0) * QBLOCK + lane
-    tl.store(inverse_root_ptr + place, (tl.sqrt(bound) * per_root).to(tl.float32))
-    tl.store(row_norm_ptr + place, (root * tl.sqrt(1 + added)).to(tl.float32))
+        tl.store(flags_ptr + 1, 1)
+    norm_ptr = factor_ptr + QBLOCK * QBLOCK + lane
+    tl.store(norm_ptr, (root * tl.sqrt(1 + added)).to(tl.float32))
+    tl.store(norm_ptr + QBLOCK, (tl.sqrt(bound) * per_root).to(tl.float32))
     if AMAX_PARTS:
         wait_for_previous(OVERLAP)
         if tl.program_id(0) == 0:

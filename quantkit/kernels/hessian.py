@@ -378,7 +378,7 @@ def codes_outside(
     at which ‖r A‖ may be no more than norm, an upper bound of its least; see bounds.hessian_window."""
     QBLOCK: tl.constexpr = FMT.block_size
     every = tl.zeros(norm.shape, tl.int32)
-    inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, QBLOCK, 4), QBLOCK)
+    inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, QBLOCK, 4, ""), QBLOCK)
     radius = norm * (1 + SLACK)
     clipping = tl.zeros_like(norm)
     beyond = tl.full(norm.shape, float("inf"), tl.float32)
@@ -531,9 +531,7 @@ def decide(
 @triton.jit
 def hessian_kernel(
     weight_ptr,  # [rows, num_blocks, block_size] bf16, fp16 or fp32
-    factor_ptr,  # [num_blocks, block_size, block_size] fp32, Aᵀ, upper triangular
-    row_norm_ptr,  # [num_blocks, block_size] fp32, of A's rows
-    inverse_root_ptr,  # [num_blocks, block_size] fp32, √(H⁻¹)_ii
+    factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32: Aᵀ, the norms of A's rows, √(H⁻¹)_ii
     global_scale_ptr,  # [1] fp32; written where the format has none
     codes_ptr,  # [rows, num_blocks, block_size / 2] uint8
     scales_ptr,  # [rows, num_blocks] uint8
@@ -552,16 +550,18 @@ def hessian_kernel(
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
     column = tl.program_id(0) % num_blocks
-    factor_ptr += column * QBLOCK * QBLOCK
+    factor_ptr = factors_ptr + column * ((QBLOCK + 2) * QBLOCK)
+    row_norms = factor_ptr + QBLOCK * QBLOCK
+    inverse_roots = row_norms + QBLOCK
     wait_for_previous(OVERLAP)
-    halves = load_halves(factor_ptr, row_norm_ptr + column * QBLOCK, BLOCK_M, QBLOCK, TARGET)
+    halves = load_halves(factor_ptr, row_norms, BLOCK_M, QBLOCK, TARGET)
     global_scale = load_global_scale(global_scale_ptr, None, FMT, 0)
     start = tl.program_id(0) // num_blocks * (BLOCK_M * TILES)
     for first_row in range(start, tl.minimum(start + BLOCK_M * TILES, rows), BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         in_range = row < rows
         block = row.to(tl.int64) * num_blocks + column
-        tile = load_blocks(weight_ptr + block * QBLOCK, in_range, QBLOCK, VECTOR)
+        tile = load_blocks(weight_ptr + block * QBLOCK, in_range, QBLOCK, VECTOR, "evict_first")
         loaded = columns(tile, QBLOCK)
         x = ()
         amax = tl.abs(loaded[0].to(tl.float32))
@@ -580,7 +580,6 @@ def hessian_kernel(
         kept = (nothing, nothing, nothing, nothing)
         upper = tl.full([BLOCK_M], float("inf"), tl.float32)
         inside = search_last - search_first + 1
-        inverse_roots = inverse_root_ptr + column * QBLOCK
         if FMT.scale_mantissa == 0:
             # One inside, then those outside; in one loop, because two of them fill the instruction cache.
             first, below, above, outside = inside * 0, inside * 0, inside * 0, inside * 0

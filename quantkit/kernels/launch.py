@@ -15,7 +15,7 @@ from quantkit.formats import BlockFormat
 from quantkit.kernels.amax import amax_kernel
 from quantkit.kernels.block_hessians import block_hessians_kernel
 from quantkit.kernels.dequantize import dequantize_kernel
-from quantkit.kernels.device import FormatConstants, format_constants
+from quantkit.kernels.device import format_constants
 from quantkit.kernels.factorize import FIRST_SHIFT, factorize_kernel
 from quantkit.kernels.hessian import hessian_kernel
 from quantkit.kernels.naive import naive_kernel
@@ -34,9 +34,11 @@ AMAX_PROGRAMS = 1 if INTERPRETED else 128
 AMAX_ELEMENTS = 8192 if INTERPRETED else 16384  # a step of a program
 AMAX_WARPS = 32
 HESSIAN_REGISTERS = {16: 80, 32: 128}
+HESSIAN_ROWS, HESSIAN_TILES = (512, 1) if INTERPRETED else (32, 2)  # of a tile; tiles a program
+ALIGNED = 16  # bytes: for an address that divides, Triton compiles wider loads
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
-HESSIAN_WIDTH = 64  # columns, and tokens, a program
-HESSIAN_TOKENS = 2048
+BLOCK_HESSIANS_WIDTH = 64  # columns, and tokens, a program
+BLOCK_HESSIANS_TOKENS = 2048
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -44,49 +46,162 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@functools.cache
-def _constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
-    return format_constants(fmt, block_size)
+class Kernel:
+    """A kernel with its compile-time constants on one device: ``kernel(grid, *arguments)``.
+
+    Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. Here that is
+    found by numbers and the tensors' types and alignment alone, which saves most of a launch's time on the host.
+    """
+
+    def __init__(self, kernel: Any, device: torch.device, **constants: Any) -> None:
+        self.kernel, self.device, self.constants = kernel, device, constants
+        self.last = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, int], *arguments: Tensor | int) -> None:
+        if INTERPRETED:
+            self.kernel[grid](*arguments, **self.constants)
+        elif self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self(grid, *arguments)
+        else:
+            alike: list[Any] = []
+            for argument in arguments:
+                if isinstance(argument, int):
+                    alike.append(argument)
+                else:
+                    alike += argument.dtype, argument.data_ptr() % ALIGNED
+            key = tuple(alike)
+            compiled = self.compiled.get(key)
+            if compiled is None or _is_hooked():
+                self.compiled[key] = self.kernel[grid](*arguments, **self.constants)
+            else:
+                stream = triton.runtime.driver.active.get_current_stream(self.device.index)
+                start = (*grid, 1, stream, compiled.function, compiled.packed_metadata)
+                compiled.run(*start, None, None, None, *arguments, *self.last)
+
+
+def _is_hooked() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    enter, exit = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(exit, "calls", exit))
 
 
 @functools.cache
 def _overlap(device: torch.device) -> dict[str, Any]:
     """Options of a kernel that starts while the one before it, on the same stream, still runs; none where the device
     cannot."""
-    if TARGET == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if TARGET == device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
 
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# ---- the kernels on a device, with constants and tiles ---------------------------------------------------------------
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)`` on the first argument's device.
+def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
+    """Options of a kernel that takes the global scale from so many largest magnitudes, or is given it for none."""
+    return {"AMAX_PARTS": parts, **(_overlap(device) if parts else {"OVERLAP": False})}
 
-    Triton looks at all arguments and constants at each call for what it compiled for their like. Here this is found by
-    the little of them that it depends on, which saves half of a launch's time on the host.
-    """
-    device = arguments[0].device  # type: ignore[union-attr]
-    if INTERPRETED:
-        kernel[grid](*arguments, **constants)
-    elif device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, grid, *arguments, **constants)
-    else:
-        alike = [
-            (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else (a == 1, a % 16 == 0, a >= 1 << 31)
-            for a in arguments
-        ]
-        key = (kernel.fn, device.index, *alike, *constants.values())
-        found = _COMPILED.get(key)
-        if found is None:
-            compiled = kernel[grid](*arguments, **constants)
-            rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            _COMPILED[key] = compiled, rest
-        else:
-            compiled, rest = found
-            compiled[(*grid, 1, 1)](*arguments, *rest)
+
+@functools.cache
+def _naive(fmt: BlockFormat, block_size: int, rule: str, amax_parts: int, device: torch.device) -> Kernel:
+    return Kernel(
+        naive_kernel,
+        device,
+        FMT=format_constants(fmt, block_size),
+        RULE=rule,
+        TARGET=TARGET,
+        BLOCK_N=NAIVE_ELEMENTS[block_size] // block_size,
+        num_warps=1,
+        **_after_amax(amax_parts, device),
+        **NAIVE_REGISTERS[block_size],
+    )
+
+
+@functools.cache
+def _sse(fmt: BlockFormat, block_size: int, count: bool, amax_parts: int, device: torch.device) -> Kernel:
+    return Kernel(
+        sse_kernel,
+        device,
+        FMT=format_constants(fmt, block_size),
+        COUNT=count,
+        TARGET=TARGET,
+        BLOCK_N=SSE_ELEMENTS // block_size,
+        num_warps=1,
+        **_after_amax(amax_parts, device),
+        **SSE_REGISTERS[block_size],
+    )
+
+
+@functools.cache
+def _hessian(fmt: BlockFormat, block_size: int, count: bool, device: torch.device) -> Kernel:
+    registers = {"maxnreg": HESSIAN_REGISTERS[block_size]} if TARGET == "cuda" else {}
+    return Kernel(
+        hessian_kernel,
+        device,
+        FMT=format_constants(fmt, block_size),
+        COUNT=count,
+        TARGET=TARGET,
+        SLACK=bounds.SLACK,
+        BLOCK_M=HESSIAN_ROWS,
+        TILES=HESSIAN_TILES,
+        num_warps=1,
+        **_overlap(device),
+        **registers,
+    )
+
+
+@functools.cache
+def _factorize(block_size: int, amax_parts: int, largest_product: float, device: torch.device) -> Kernel:
+    overlap = _overlap(device)
+    return Kernel(
+        factorize_kernel,
+        device,
+        QBLOCK=block_size,
+        DAMPING=RELATIVE_DAMPING,
+        DEAD=DEAD_CHANNEL,
+        SHIFT=FIRST_SHIFT,
+        MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
+        TARGET=TARGET,
+        AMAX_PARTS=amax_parts,
+        LARGEST_PRODUCT=largest_product,
+        num_warps=1,
+        **(overlap if amax_parts else {"OVERLAP": overlap["OVERLAP"]}),  # what came before may be anything
+    )
+
+
+@functools.cache
+def _amax(keep: bool, device: torch.device) -> Kernel:
+    return Kernel(
+        amax_kernel,
+        device,
+        BLOCK_N=AMAX_ELEMENTS,
+        KEEP=keep,
+        OVERLAP=_overlap(device)["OVERLAP"],
+        num_warps=AMAX_WARPS,
+    )
+
+
+@functools.cache
+def _dequantize(fmt: BlockFormat, block_size: int, device: torch.device) -> Kernel:
+    return Kernel(dequantize_kernel, device, FMT=format_constants(fmt, block_size), BLOCK_N=DEQUANTIZE_CHUNKS)
+
+
+@functools.cache
+def _block_hessians(block_size: int, tokens: int, device: torch.device) -> Kernel:
+    return Kernel(
+        block_hessians_kernel,
+        device,
+        QBLOCK=block_size,
+        WIDTH=BLOCK_HESSIANS_WIDTH,
+        BLOCK_T=tokens,
+        UPCAST=INTERPRETED,
+        num_warps=4,
+    )
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -135,26 +250,26 @@ def quantize(
     candidates = torch.empty_like(scales) if count_candidates else None
     flags = torch.zeros(2, dtype=torch.int32, device=device) if check_finite else _unread_flags(device)
     counted = scales if candidates is None else candidates  # any pointer will do where nothing is counted
-    constants = _constants(fmt, block_size)
-    overlap = _overlap(device)
-    options: dict[str, Any] = {"FMT": constants, "TARGET": TARGET}
+    if hessians is not None:
+        hessians = _as_factorized(hessians)
     # From here on each kernel may start before the one before it has ended.
-    amax = amax_parts(matrix) if fmt.two_level and global_scale is None else None
+    from_amax = fmt.two_level and global_scale is None
+    amax = amax_parts(matrix, keep=method == "naive") if from_amax else flags  # likewise
+    parts = AMAX_PROGRAMS if from_amax else 0
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels
 
     if method == "hessian":
         assert hessians is not None
-        largest_product = 0 if amax is None else constants.element_max * constants.scale_max
-        factor, row_norm, inverse_root = factorize(hessians, flags[1:], amax, global_scale, largest_product)
-        options |= overlap | _hessian_options(constants)
-        _launch(
-            hessian_kernel,
-            (column_blocks * _ceil_div(rows, options["BLOCK_M"] * options["TILES"]),),
+        factors = torch.empty(column_blocks, block_size + 2, block_size, device=device)
+        largest_product = fmt.element.max_value * fmt.scale.max_value if from_amax else 0
+        kernel = _factorize(block_size, parts, largest_product, device)
+        kernel((column_blocks, 1), hessians, factors, flags, amax, global_scale)
+        kernel = _hessian(fmt, block_size, count_candidates, device)
+        kernel(
+            (column_blocks * _ceil_div(rows, HESSIAN_ROWS * HESSIAN_TILES), 1),
             matrix,
-            factor,
-            row_norm,
-            inverse_root,
+            factors,
             global_scale,
             codes,
             scales,
@@ -162,117 +277,45 @@ def quantize(
             flags,
             rows,
             column_blocks,
-            COUNT=count_candidates,
-            SLACK=bounds.SLACK,
-            **options,
         )
-        return Quantized(codes, scales, global_scale, candidates, flags)
-
-    if amax is None:
-        options |= {"AMAX_PARTS": 0, "OVERLAP": False}
-        amax = flags  # unused
-    else:
-        options |= {"AMAX_PARTS": AMAX_PROGRAMS} | overlap
-    if method == "naive":
-        tile = NAIVE_ELEMENTS[block_size] // block_size
-        _launch(
-            naive_kernel,
-            (_ceil_div(num_blocks, tile),),
-            matrix,
-            global_scale,
-            amax,
-            codes,
-            scales,
-            flags,
-            num_blocks,
-            RULE=rule,
-            BLOCK_N=tile,
-            num_warps=1,
-            **options,
-            **NAIVE_REGISTERS[block_size],
-        )
+    elif method == "naive":
+        kernel = _naive(fmt, block_size, rule, parts, device)
+        grid = (_ceil_div(num_blocks, NAIVE_ELEMENTS[block_size] // block_size), 1)
+        kernel(grid, matrix, global_scale, amax, codes, scales, flags, num_blocks)
         if candidates is not None:
             candidates.fill_(1)
     else:
-        tile = SSE_ELEMENTS // block_size
-        _launch(
-            sse_kernel,
-            (_ceil_div(num_blocks, tile),),
-            matrix,
-            global_scale,
-            amax,
-            codes,
-            scales,
-            counted,
-            flags,
-            num_blocks,
-            COUNT=count_candidates,
-            BLOCK_N=tile,
-            num_warps=1,
-            **options,
-            **SSE_REGISTERS[block_size],
-        )
+        kernel = _sse(fmt, block_size, count_candidates, parts, device)
+        grid = (_ceil_div(num_blocks, SSE_ELEMENTS // block_size), 1)
+        kernel(grid, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
     return Quantized(codes, scales, global_scale, candidates, flags)
 
 
-def factorize(
-    hessians: Tensor,
-    flag: Tensor,
-    amax: Tensor | None = None,
-    global_scale: Tensor | None = None,
-    largest_product: float = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and √(H⁻¹)_ii, both
-    ``[num_blocks, block_size]``, of ``hessians``.
-
-    Sets ``flag``, int32 ``[1]``, to 1 for NaN, Inf or a clearly indefinite Hessian. amax: what amax_parts returned just
-    before; its largest over largest_product is then written to global_scale.
-    """
+def _as_factorized(hessians: Tensor) -> Tensor:
+    """As the kernel takes them: float32 or float64, contiguous."""
     if hessians.dtype != torch.float64:
         hessians = hessians.float()
-    hessians = hessians.contiguous()
+    return hessians.contiguous()
+
+
+def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and √(H⁻¹)_ii, both
+    ``[num_blocks, block_size]``, of ``hessians``, as quantize has them made.
+
+    Sets ``flags[1]``, int32, to 1 for NaN, Inf or a clearly indefinite Hessian.
+    """
+    hessians = _as_factorized(hessians)
     num_blocks, block_size, _ = hessians.shape
-    factor = torch.empty_like(hessians, dtype=torch.float32)
-    row_norm, inverse_root = torch.empty(2, num_blocks, block_size, device=hessians.device)
-    overlap = _overlap(hessians.device)
-    _launch(
-        factorize_kernel,
-        (num_blocks,),
-        hessians,
-        factor,
-        row_norm,
-        inverse_root,
-        flag,
-        flag if amax is None else amax,
-        row_norm if global_scale is None else global_scale,
-        QBLOCK=block_size,
-        DAMPING=RELATIVE_DAMPING,
-        DEAD=DEAD_CHANNEL,
-        SHIFT=FIRST_SHIFT,
-        MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
-        TARGET=TARGET,
-        AMAX_PARTS=0 if amax is None else AMAX_PROGRAMS,
-        LARGEST_PRODUCT=largest_product,
-        num_warps=1,
-        **({"OVERLAP": overlap["OVERLAP"]} if amax is None else overlap),  # what came before may be anything
-    )
-    return factor, row_norm, inverse_root
+    factors = torch.empty(num_blocks, block_size + 2, block_size, device=hessians.device)
+    _factorize(block_size, 0, 0, hessians.device)((num_blocks, 1), hessians, factors, flags, flags, factors)
+    return factors[:, :block_size], factors[:, block_size], factors[:, block_size + 1]
 
 
-def amax_parts(matrix: Tensor) -> Tensor:
+def amax_parts(matrix: Tensor, keep: bool = False) -> Tensor:
     """int32 ``[AMAX_PROGRAMS]``: float32 bits of the largest magnitudes of as many parts of ``matrix``, bf16, fp16 or
-    fp32 and contiguous."""
+    fp32 and contiguous. keep: what of the matrix fits in the L2 cache shall stay there."""
     parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=matrix.device)
-    _launch(
-        amax_kernel,
-        (AMAX_PROGRAMS,),
-        matrix,
-        parts,
-        matrix.numel(),
-        BLOCK_N=AMAX_ELEMENTS,
-        OVERLAP=_overlap(matrix.device)["OVERLAP"],
-        num_warps=AMAX_WARPS,
-    )
+    _amax(keep, matrix.device)((AMAX_PROGRAMS, 1), matrix, parts, matrix.numel())
     return parts
 
 
@@ -284,17 +327,8 @@ def dequantize(
     weight = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype, device=codes.device)
     num_chunks = weight.numel() // 8
     if num_chunks:
-        _launch(
-            dequantize_kernel,
-            (_ceil_div(num_chunks, DEQUANTIZE_CHUNKS),),
-            codes,
-            scales,
-            global_scale,
-            weight,
-            num_chunks,
-            FMT=_constants(fmt, block_size),
-            BLOCK_N=DEQUANTIZE_CHUNKS,
-        )
+        kernel = _dequantize(fmt, block_size, codes.device)
+        kernel((_ceil_div(num_chunks, DEQUANTIZE_CHUNKS), 1), codes, scales, global_scale, weight, num_chunks)
     return weight
 
 
@@ -303,30 +337,11 @@ def block_hessians(activations: Tensor, block_size: int) -> Tensor:
     activations = activations.contiguous()
     tokens, in_features = activations.shape
     num_blocks = in_features // block_size
-    splits = max(1, _ceil_div(tokens, HESSIAN_TOKENS))
+    splits = max(1, _ceil_div(tokens, BLOCK_HESSIANS_TOKENS))
     shape = (splits, num_blocks, block_size, block_size)
     parts = torch.empty(shape, dtype=torch.float32, device=activations.device)
     if parts.numel():
-        _launch(
-            block_hessians_kernel,
-            (_ceil_div(in_features, HESSIAN_WIDTH), splits),
-            activations,
-            parts,
-            tokens,
-            in_features,
-            HESSIAN_TOKENS,
-            QBLOCK=block_size,
-            WIDTH=HESSIAN_WIDTH,
-            BLOCK_T=128 if activations.element_size() == 2 else 32,
-            UPCAST=INTERPRETED,
-            num_warps=4,
-        )
+        kernel = _block_hessians(block_size, 128 if activations.element_size() == 2 else 32, activations.device)
+        grid = (_ceil_div(in_features, BLOCK_HESSIANS_WIDTH), splits)
+        kernel(grid, activations, parts, tokens, in_features, BLOCK_HESSIANS_TOKENS)
     return parts[0] if splits == 1 else parts.sum(0)
-
-
-def _hessian_options(constants: FormatConstants) -> dict[str, Any]:
-    """The Hessian kernel's tiles, and what the compiler is told."""
-    if INTERPRETED:
-        return {"BLOCK_M": 512, "TILES": 1, "num_warps": 1}
-    registers = {"maxnreg": HESSIAN_REGISTERS[constants.block_size]} if TARGET == "cuda" else {}
-    return {"BLOCK_M": 32, "TILES": 2, "num_warps": 1} | registers

@@ -80,7 +80,7 @@ def naive_kernel(
     wait_for_previous(OVERLAP)
     global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
     largest = largest_product(global_scale, FMT, TARGET)  # here, because the kernel then needs fewer registers
-    blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR)
+    blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR, "evict_first")
 
     amax = block_amax(blocks, flag_ptr, TARGET)
     normalize = normalizer(amax)

@@ -140,7 +140,7 @@ def sse_kernel(
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR)
+    blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR, "evict_first")
     wait_for_previous(OVERLAP)
     global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
 

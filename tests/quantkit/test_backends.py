@@ -87,6 +87,19 @@ def test_backends_agree_on_mx_rules(rule: str) -> None:
     compare(weight, "mxfp4", 32, "naive", scale_rule=rule)
 
 
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_hessians_in_half_precision_with_amax(block_size: int) -> None:
+    """They are converted between kernels that overlap, and must be there in time."""
+    device, columns = ("cuda", 9728) if CUDA else ("cpu", 64)
+    weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(2)).to(device)
+    hessian = (hessians(columns, block_size) / 2**14).half().to(device)
+    given, exact = (
+        quantize(weight, "nvfp4", block_size, "hessian", hessian=h, backend="triton")
+        for h in (hessian, hessian.float())
+    )
+    assert torch.equal(given.codes, exact.codes) and torch.equal(given.scales, exact.scales)
+
+
 @pytest.mark.gpu
 @each
 @pytest.mark.parametrize("rows", [2560, 2561, 7])

@@ -11,20 +11,18 @@ import pytest
 COMPILE = """
 import sys
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from quantkit import bounds
 from quantkit.formats import FORMATS
 from quantkit.kernels import launch
-from quantkit.kernels.device import format_constants
 from quantkit.kernels.hessian import hessian_kernel
 
 format, block_size, dtype = sys.argv[1:]
-constants = format_constants(FORMATS[format], int(block_size))
-options = launch._hessian_options(constants)
+options = launch._hessian(FORMATS[format], int(block_size), True, torch.device("cpu")).constants
 given = {key: options.pop(key) for key in ("num_warps", "maxnreg") if key in options}
-options |= {"FMT": constants, "COUNT": True, "TARGET": "cuda", "SLACK": bounds.SLACK}
+options |= {"TARGET": "cuda", "OVERLAP": True}
 types = dict.fromkeys(hessian_kernel.arg_names, "*fp32")
 types |= dict.fromkeys(("codes_ptr", "scales_ptr", "candidates_ptr"), "*u8")
 types |= {"weight_ptr": dtype, "flag_ptr": "*i32", "rows": "i32", "num_blocks": "i32"}

@@ -14,11 +14,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    factor, row_norm, inverse_root = factorize(hessians.to(DEVICE), flag)
-    if not flag:
+    flags = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    factor, row_norm, inverse_root = factorize(hessians.to(DEVICE), flags)
+    assert flags[0] == 0
+    if not flags[1]:
         torch.testing.assert_close(row_norm, factor.norm(dim=1), rtol=1e-6, atol=0)
-    return factor.mT.cpu().double(), inverse_root.cpu().double().square(), int(flag)
+    return factor.mT.cpu().double(), inverse_root.cpu().double().square(), int(flags[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

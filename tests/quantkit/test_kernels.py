@@ -59,10 +59,12 @@ def _product_kernel(
 ):
     lane = tl.arange(0, 32)
     halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, TARGET)
-    norm, margin = half_norm(columns(load_blocks(r_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4), QBLOCK), halves, TARGET)
+    norm, margin = half_norm(
+        columns(load_blocks(r_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK), halves, TARGET
+    )
     tl.store(norm_ptr + lane, norm)
     tl.store(margin_ptr + lane, margin)
-    same = columns(load_blocks(r_ptr + (lane >> 2) * QBLOCK, lane >= 0, QBLOCK, 4), QBLOCK)
+    same = columns(load_blocks(r_ptr + (lane >> 2) * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
     tl.store(error_ptr + lane, full_error(same, factor_ptr, TARGET))
 
 
@@ -102,8 +104,9 @@ def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, mo
     weight[7] = 0
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 32)
     hessian = hessians_from_activations(x, block_size).to(DEVICE)
-    options = {"BLOCK_M": 32, "TILES": 4, "num_warps": 1}
-    monkeypatch.setattr(launch, "_hessian_options", lambda constants: options)
+    monkeypatch.setattr(launch, "HESSIAN_ROWS", 32)
+    monkeypatch.setattr(launch, "HESSIAN_TILES", 4)
+    monkeypatch.setattr(launch, "_hessian", launch._hessian.__wrapped__)
     whole, got = (
         quantize(
             weight,
