@@ -8,6 +8,7 @@ scale given), between two events. `call_us`: the call from Python until the GPU 
 there is only the call. Before each measurement a buffer larger than the L2 cache is overwritten, and the cases take
 turns, so that a drift of the clocks meets all of them. `floor_us` is what the bytes alone need, each read or written
 once, at the rate of a large copy in the same process; `ratio_to_copy` compares gpu_us with a copy of the same weight.
+The line `launch` is a kernel with nothing to do: what of each gpu_us the size of a weight does not change.
 
 Peers take part where they are installed, and return other things than codes and scales. qwantize: element and scale
 values, float32; its Hessian method builds H itself, here from 2048 tokens. nvidia-modelopt: naive, the dequantized
@@ -56,9 +57,9 @@ SLOW_ROUNDS = 3
 class BenchRow:
     """A line of the CSV; times are microseconds, quantiles over `iterations`."""
 
-    kind: str  # kernel, copy, or peer
+    kind: str  # kernel, copy, launch, or peer
     tool: str
-    operation: str  # naive, sse, hessian, dequantize, amax, block_hessians, copy
+    operation: str  # naive, sse, hessian, dequantize, amax, block_hessians, copy, launch
     format: str
     block_size: int | None
     backend: str
@@ -107,6 +108,8 @@ def cases(weight: Tensor, backends: list[str], with_peers: bool, block_sizes: tu
     size, itemsize = weight.numel(), weight.element_size()
     target = torch.empty_like(weight)
     yield Case("copy", "torch", "copy", lambda: target.copy_(weight), 2 * size * itemsize)
+    one = torch.zeros(1, device=weight.device)
+    yield Case("launch", "torch", "launch", lambda: one.add_(1), 0)
     tokens = torch.randn(2048, columns, device=weight.device) * torch.logspace(-0.5, 0.5, columns, device=weight.device)
     tokens = tokens + 0.5 * tokens.roll(1, 1)  # neighbours correlate, as in a layer's inputs
     for name, fmt in FORMATS.items():
