@@ -88,6 +88,15 @@ def in_turn(x, index, places, SIZE: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
+def turned_by(x, COUNT: tl.constexpr):
+    """A tuple without its first COUNT elements, and these after the rest."""
+    turned = ()
+    for place in tl.static_range(len(x)):
+        turned = turned + (x[(place + COUNT) % len(x)],)  # noqa: RUF005
+    return turned
+
+
+@triton.jit
 def symmetric_column(pointer, index, SIZE: tl.constexpr):
     """A column of float64 (H + Hᵀ) / 2, [SIZE], of [SIZE, SIZE] elements."""
     lane = tl.arange(0, SIZE)
@@ -112,6 +121,7 @@ def factorize_kernel(
     OVERLAP: tl.constexpr,  # with the kernel after, and the one before if that takes the amax
 ):
     let_next_start(OVERLAP)
+    UNROLL: tl.constexpr = 4  # steps after which the columns change registers, so that the next one is the first
     base = tl.program_id(0).to(tl.int64) * QBLOCK * QBLOCK
     factor_ptr = factors_ptr + tl.program_id(0).to(tl.int64) * (QBLOCK + 2) * QBLOCK
     lane = tl.arange(0, QBLOCK)
@@ -139,28 +149,32 @@ def factorize_kernel(
         added = mean * 0 + shift
         bound = diagonal * 0
         failures = lane * 0
-        pivot = bound + (1 + shift)
+        own = bound + (1 + shift)  # the diagonal, from which the next pivot comes before the columns
+        pivot = own
         per_pivot = reciprocal(pivot, TARGET)
-        for index in range(QBLOCK):
-            step = rest[0]
-            # In this row pivot · across is what is there, and − across what comes there.
-            across = step * per_pivot
-            swept = step + tl.where(lane == index, 1.0, 0.0)
-            # The next column and its pivot come before all else, because the next step waits for them.
-            by = in_turn(across, index, places, QBLOCK, TARGET)
-            turned = (rest[1] - swept * by[0],)
-            next_pivot = tl.gather(turned[0], lane * 0 + (index + 1) % QBLOCK, 0)
-            next_pivot = tl.where(next_pivot > DAMPING / 16, next_pivot, DAMPING / 32)
-            per_next = reciprocal(next_pivot, TARGET)
-            for place in tl.static_range(2, QBLOCK + 1):
-                turned = turned + (rest[place % QBLOCK] - swept * by[place - 1],)  # noqa: RUF005
-            # Back from the equilibrated matrix to H / mean.
-            column_of_factor = tl.where(lane >= index, step * inverse_root(pivot, TARGET) * root, 0.0)
-            tl.store(factor_ptr + index * QBLOCK + lane, column_of_factor.to(tl.float32))
-            solved = tl.where(lane == index, 1.0, step)
-            bound += tl.where(lane <= index, solved * solved * per_pivot, 0.0)
-            failures += (pivot < DAMPING / 16).to(tl.int32)
-            rest, pivot, per_pivot = turned, next_pivot, per_next
+        for start in range(0, QBLOCK, UNROLL):
+            for turn in tl.static_range(UNROLL):
+                index = start + turn
+                step = rest[turn]
+                # In this row pivot · across is what is there, and − across what comes there.
+                across = step * per_pivot
+                swept = step + tl.where(lane == index, 1.0, 0.0)
+                own -= step * across
+                next_pivot = tl.gather(own, lane * 0 + (index + 1) % QBLOCK, 0)
+                next_pivot = tl.where(next_pivot > DAMPING / 16, next_pivot, DAMPING / 32)
+                per_next = reciprocal(next_pivot, TARGET)
+                by = in_turn(across, index, places, QBLOCK, TARGET)
+                turned = ()
+                for place in tl.static_range(QBLOCK):
+                    turned = turned + (rest[place] - swept * by[(place - turn - 1) % QBLOCK],)  # noqa: RUF005
+                # Back from the equilibrated matrix to H / mean.
+                column_of_factor = tl.where(lane >= index, step * inverse_root(pivot, TARGET) * root, 0.0)
+                tl.store(factor_ptr + index * QBLOCK + lane, column_of_factor.to(tl.float32))
+                solved = tl.where(lane == index, 1.0, step)
+                bound += tl.where(lane <= index, solved * solved * per_pivot, 0.0)
+                failures += (pivot < DAMPING / 16).to(tl.int32)
+                rest, pivot, per_pivot = turned, next_pivot, per_next
+            rest = turned_by(rest, UNROLL)
         failed = tl.max(failures, axis=0)
         shift = tl.maximum(shift * 4, SHIFT)
         if (failed > 0) & (shift > MAX_NEGATIVE * QBLOCK * 16):
