@@ -4,11 +4,12 @@
     python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
 
 What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global
-scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock. On a CPU
-there is only the call. Before each measurement a buffer larger than the L2 cache is overwritten, and the cases take
-turns, so that a drift of the clocks meets all of them. `floor_us` is what the bytes alone need, each read or written
-once, at the rate of a large copy in the same process; `ratio_to_copy` compares gpu_us with a copy of the same weight.
-The line `launch` is a kernel with nothing to do: what of each gpu_us the size of a weight does not change.
+scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, after one
+that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer larger
+than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. `floor_us`
+is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
+`ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` is a kernel with nothing to do: what
+of each gpu_us the size of a weight does not change.
 
 Peers take part where they are installed, and return other things than codes and scales. qwantize: element and scale
 values, float32; its Hessian method builds H itself, here from 2048 tokens. nvidia-modelopt: naive, the dequantized
@@ -287,6 +288,7 @@ class Clock:
             end.record()
             end.synchronize()
             case.gpu_us.append(1e3 * begin.elapsed_time(end))
+            case.call()
             self.flush.zero_()
         self.wait()
         start = time.perf_counter()

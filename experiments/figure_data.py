@@ -263,6 +263,33 @@ def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
     return times.dropna(subset=["us_median"]).drop_duplicates([*SETTINGS, "backend", *MATRIX], keep="last")
 
 
+def scaling(sources: Sources) -> pd.DataFrame:
+    """operation, format, rows, bytes, us_per_mb, TIMES, columns, dtype, device, commit: the benchmark's kernels on
+    weights of one width on one device, global scales given, with the copy's and the launch's lines; block size 16."""
+    columns = ["operation", "format", "rows", "bytes", "us_per_mb", *TIMES, "columns", "dtype", "device", "commit"]
+    bench = sources.bench
+    if bench is None:
+        return pd.DataFrame(columns=columns)
+    kernels = bench["tool"].eq("quantkit") & bench["backend"].eq("triton") & bench["block_size"].eq(16)
+    kernels &= bench["operation"].isin([*METHODS, "dequantize"]) & bench["global_scale"].ne("amax")
+    lines = bench[kernels | bench["kind"].isin(["copy", "launch"])].dropna(subset=["gpu_us_median", "rows", "columns"])
+    groups = lines.groupby(["device", "columns", "dtype"], sort=False)
+    found = max((group for _, group in groups), key=lambda group: group["rows"].nunique(), default=lines)
+    if found["rows"].nunique() < 3:
+        return pd.DataFrame(columns=columns)
+    found = found.rename(columns={f"gpu_{name}": name for name in TIMES}).astype({"rows": int, "columns": int})
+    found = found.drop_duplicates(["operation", "format", "rows"], keep="last")
+    found = found.assign(us_per_mb=found["us_median"] / (found["bytes"].where(found["bytes"] > 0) / 1e6))
+    order = ["copy", *METHODS, "dequantize", "launch"]
+    found = found.sort_values("operation", key=lambda names: names.map(order.index), kind="stable")
+    return in_order(found, ["format"]).sort_values(["format", "operation", "rows"], key=_as_found)[columns]
+
+
+def _as_found(values: pd.Series) -> pd.Series:
+    """Numbers as they are, names by their first place."""
+    return values if pd.api.types.is_numeric_dtype(values) else pd.Series(pd.factorize(values)[0], values.index)
+
+
 def _record_timings(sources: Sources) -> pd.DataFrame:
     """Of the records whose settings both backends were timed with, by one timer on one device."""
     runs = [

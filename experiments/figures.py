@@ -116,6 +116,8 @@ def stands_on(frame: pd.DataFrame) -> str:
         sentences += [f"{', '.join(part for part in measured if part)}.", *all_of("model_origin")]
     if only("rows") is not None:
         sentences.append(f"Timed on a {only('rows')} × {only('columns')} {only('dtype')} matrix, {only('device')}.")
+    elif only("device") is not None:
+        sentences.append(f"Timed on {only('dtype')} matrices of {only('columns')} columns, {only('device')}.")
     names = ("commit", "commit_error", "commit_timing")
     commits = dict.fromkeys(str(value)[:10] for name in names for value in all_of(name))
     if commits:
@@ -317,6 +319,30 @@ def draw_time_error(figure: Figure, frame: pd.DataFrame) -> None:
     floors = [Patch(color=GREY, alpha=0.35, lw=0, label="memory floor")] if len(floor) else []
     _legend(figure, [*_method_markers(frame), *floors], [*_size_markers(frame), *_format_lines(frame)])
 
+
+def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
+    kernels = frame[frame["format"].notna()]
+    for axes, (name, part) in _panels(figure, kernels, "format", sharey=True):
+        for operation, rows in _by(pd.concat([frame[frame["operation"] == "copy"], part]), "operation"):
+            style = OF_OPERATION.get(operation) or {"color": COLOR[operation], "marker": MARKER[operation]}
+            axes.plot(rows["rows"], rows["us_per_mb"], ms=3, lw=0.9, **style)
+        axes.set(title=FORMATS.get(name, name), xscale="log", yscale="log", xlabel="rows of the weight")
+        axes.xaxis.set_major_locator(FixedLocator([256, 1024, 4096, 16384, 65536]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    figure.axes[0].set_ylabel("µs a MB read and written")
+    methods = kernels[kernels["operation"].isin(METHODS)].rename(columns={"operation": "method"})
+    others = [Line2D([], [], ms=3, lw=0.9, label=name, **style) for name, style in OF_OPERATION.items()]
+    _legend(figure, [*_method_markers(methods), *others])
+
+
+OF_OPERATION: dict[str, dict[str, Any]] = {
+    "dequantize": {"color": "#CC79A7", "marker": "v"},
+    "copy": {"color": GREY, "ls": "--"},
+}
 
 BAR = 0.26  # width, in units of the distance between two formats
 
@@ -558,5 +584,17 @@ FIGURES = (
         draw_speed_up,
         NARROW,
         2.2,
+    ),
+    Plot(
+        "scaling",
+        "Time against the size of the weight",
+        "Median time on the GPU over the bytes that must be read and written, block size 16, beside PyTorch's copy of "
+        "the weight. Each time includes that of a launch, a kernel with nothing to do (`launch` in the data).",
+        "results/bench has no timings of three or more numbers of rows; run `python experiments/bench.py --shapes rows "
+        "--out results/bench/NAME.csv` on a GPU",
+        figure_data.scaling,
+        draw_scaling,
+        WIDE,
+        2.4,
     ),
 )

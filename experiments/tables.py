@@ -272,6 +272,8 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
             same = here[(here["operation"] == line["operation"]) & (here["format"] == line["format"])]
             same = same[same["block_size"] == line["block_size"]]
             reference = same[(same["backend"] == "reference") & (same["global_scale"] != "amax")]
+            kernel = same[(same["tool"] == "quantkit") & (same["backend"] == "triton")]
+            from_amax = kernel[(kernel["global_scale"] == "amax") & (kernel["operation"] != "amax")]
             lines.append(
                 {
                     "Operation": OPERATIONS[line["operation"]],
@@ -279,7 +281,9 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
                     "Block": f"{line['block_size']:.0f}" if pd.notna(line["block_size"]) else NONE,
                     "GPU time, µs": f"{line['gpu_us_median']:,.1f}",
                     "× copy": f"{line['ratio_to_copy']:.2f}",
+                    "With amax": f"{from_amax['ratio_to_copy'].iloc[0]:.2f}" if len(from_amax) else NONE,
                     "Floor, µs": f"{line['floor_us']:,.1f}",
+                    "Call, µs": f"{line['call_us_median']:,.0f}",
                     "PyTorch, µs": _microseconds(reference),
                     **{title: _microseconds(same[same["tool"] == tool]) for tool, title in PEERS.items()},
                 }
@@ -293,7 +297,9 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
             f"{device}; {', '.join(used)}; commit {str(copy['commit'])[:10]}",
             f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
             f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
-            "A global scale, where the format has one, and the block Hessians are given, except in their own lines",
+            "A global scale, where the format has one, and the block Hessians are given, except in their own lines. "
+            "With amax: × copy, with the pass over the weight that finds its largest magnitude",
+            f"Call: from Python to the end on the GPU, check_finite=False; the copy {copy['call_us_median']:.0f} µs",
             "ModelOpt's naive writes dequantized weights, its searches write one value a block and no codes; qwantize "
             "writes float32 values, and its Hessian time includes the Hessian of 2,048 tokens",
         )

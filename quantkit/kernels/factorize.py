@@ -155,7 +155,7 @@ def factorize_kernel(
         for start in range(0, QBLOCK, UNROLL):
             for turn in tl.static_range(UNROLL):
                 index = start + turn
-                step = rest[turn]
+                step = rest[turn]  # type: ignore[var-annotated]
                 # In this row pivot · across is what is there, and − across what comes there.
                 across = step * per_pivot
                 swept = step + tl.where(lane == index, 1.0, 0.0)

@@ -77,9 +77,32 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
     same = {"operation": "naive", "format": "nvfp4", "block_size": 16, "ratio_to_copy": 1.5, "floor_us": 1.0}
     frame = pd.DataFrame(
         [
-            row(kind="copy", tool="torch", operation="copy", gpu_us_median=10.0, iterations=7, commit="abc"),
-            row(kind="kernel", tool="quantkit", backend="triton", global_scale="given", gpu_us_median=15.0, **same),
-            row(kind="kernel", tool="quantkit", backend="triton", global_scale="amax", gpu_us_median=25.0, **same),
+            row(
+                kind="copy",
+                tool="torch",
+                operation="copy",
+                gpu_us_median=10.0,
+                call_us_median=17.0,
+                iterations=7,
+                commit="abc",
+            ),
+            row(
+                kind="kernel",
+                tool="quantkit",
+                backend="triton",
+                global_scale="given",
+                gpu_us_median=15.0,
+                call_us_median=30.0,
+                **same,
+            ),
+            row(
+                kind="kernel",
+                tool="quantkit",
+                backend="triton",
+                global_scale="amax",
+                gpu_us_median=25.0,
+                **same | {"ratio_to_copy": 2.5},
+            ),
             row(kind="kernel", tool="quantkit", backend="reference", global_scale="given", gpu_us_median=99.0, **same),
             row(kind="peer", tool="modelopt", backend="triton", global_scale="given", gpu_us_median=45.0, **same),
         ]
@@ -88,6 +111,8 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
     (line,) = table.frame.to_dict("records")
     assert (line["GPU time, µs"], line["× copy"], line["PyTorch, µs"]) == ("15.0", "1.50", "99")
     assert (line["ModelOpt"], line["qwantize"]) == ("45", "–")
+    assert (line["With amax"], line["Call, µs"]) == ("2.50", "30")
+    assert "the copy 17 µs" in " ".join(table.notes)
     assert "a copy of the weight takes 10.0 µs" in " ".join(table.notes)
 
 

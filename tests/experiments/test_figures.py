@@ -105,6 +105,13 @@ def full() -> Sources:
         for size in (16, 32)
         for backend in ("triton", "reference")
     ]  # fmt: skip
+    scaled = [("kernel", "sse", "nvfp4"), ("kernel", "dequantize", "mxfp4"), ("copy", "copy", None)]
+    times += [
+        bench(kind=kind, operation=name, format=format, global_scale="given", rows=rows, bytes=1000 * rows)
+        | ({} if kind == "kernel" else {"tool": "torch", "block_size": None})
+        for rows in (64, 128, 256)
+        for kind, name, format in (*scaled, ("launch", "launch", None))
+    ]
     modules = [record for module in ("mlp.up_proj", "self_attn.k_proj") for record in every(layer_module=module)]
     records = {
         "main": every(), "scale_distance": every(**HISTOGRAMS), "layers": layers, "calibration_size": sizes,
@@ -252,6 +259,17 @@ def test_the_benchmark_is_of_one_matrix_and_of_this_library(full: Sources):
     assert frame["us_median"].tolist() == [10.0, 9.0]
     assert "a 64 × 128 bfloat16" in figures.stands_on(frame)
     assert frame.loc[0, ["floor_us", "output_error", "method"]].tolist() == [5.0, 0.05, "sse"]
+
+
+def test_scaling_is_of_one_device_and_width(full: Sources):
+    frame = figure_data.scaling(full)
+    assert frame.groupby("operation")["rows"].nunique()[["copy", "sse", "dequantize", "launch"]].eq(3).all()
+    copy = frame[frame["operation"] == "copy"]
+    assert copy["us_per_mb"].tolist() == pytest.approx([10 / 0.064, 10 / 0.128, 10 / 0.256])
+    assert full.bench is not None
+    elsewhere = full.bench.assign(device="Another GPU").query("rows < 200")
+    assert figure_data.scaling(replace(full, bench=pd.concat([elsewhere, full.bench])))["device"].eq("Some GPU").all()
+    assert figure_data.scaling(replace(full, bench=elsewhere)).empty
 
 
 @pytest.mark.parametrize("plot", figures.FIGURES, ids=lambda plot: plot.name)
