@@ -8,8 +8,8 @@ scale given), between two events. `call_us`: the call from Python until the GPU 
 that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer larger
 than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. `floor_us`
 is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
-`ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` is a kernel with nothing to do: what
-of each gpu_us the size of a weight does not change.
+`ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
+that any kernel takes.
 
 Peers take part where they are installed, and return other things than codes and scales. qwantize: element and scale
 values, float32; its Hessian method builds H itself, here from 2048 tokens. nvidia-modelopt: naive, the dequantized
@@ -49,7 +49,7 @@ ROWS = tuple((rows, 9728) for rows in (256, 512, 1024, 2048, 4096, 8192, 16384, 
 SETS = {"main": MAIN, "qwen3_4b": QWEN3_4B, "rows": ROWS}
 TOKENS = 65536  # of the activations whose block Hessians are timed
 FLUSH_BYTES = 256 << 20  # larger than any L2
-LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. From 1 GiB on an H200 copies a third slower
+LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
 

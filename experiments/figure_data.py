@@ -280,14 +280,10 @@ def scaling(sources: Sources) -> pd.DataFrame:
     found = found.rename(columns={f"gpu_{name}": name for name in TIMES}).astype({"rows": int, "columns": int})
     found = found.drop_duplicates(["operation", "format", "rows"], keep="last")
     found = found.assign(us_per_mb=found["us_median"] / (found["bytes"].where(found["bytes"] > 0) / 1e6))
-    order = ["copy", *METHODS, "dequantize", "launch"]
-    found = found.sort_values("operation", key=lambda names: names.map(order.index), kind="stable")
-    return in_order(found, ["format"]).sort_values(["format", "operation", "rows"], key=_as_found)[columns]
-
-
-def _as_found(values: pd.Series) -> pd.Series:
-    """Numbers as they are, names by their first place."""
-    return values if pd.api.types.is_numeric_dtype(values) else pd.Series(pd.factorize(values)[0], values.index)
+    order = pd.CategoricalDtype(["copy", *METHODS, "dequantize", "launch"], ordered=True)
+    formats = pd.CategoricalDtype(list(FORMATS), ordered=True)
+    found = found.astype({"operation": order, "format": formats}).sort_values(["format", "operation", "rows"])
+    return found.astype({"operation": str, "format": object})[columns].reset_index(drop=True)
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:

@@ -320,6 +320,12 @@ def draw_time_error(figure: Figure, frame: pd.DataFrame) -> None:
     _legend(figure, [*_method_markers(frame), *floors], [*_size_markers(frame), *_format_lines(frame)])
 
 
+OF_OPERATION: dict[str, dict[str, Any]] = {
+    "dequantize": {"color": "#CC79A7", "marker": "v"},
+    "copy": {"color": GREY, "ls": "--"},
+}
+
+
 def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
     kernels = frame[frame["format"].notna()]
     for axes, (name, part) in _panels(figure, kernels, "format", sharey=True):
@@ -338,11 +344,6 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
     others = [Line2D([], [], ms=3, lw=0.9, label=name, **style) for name, style in OF_OPERATION.items()]
     _legend(figure, [*_method_markers(methods), *others])
 
-
-OF_OPERATION: dict[str, dict[str, Any]] = {
-    "dequantize": {"color": "#CC79A7", "marker": "v"},
-    "copy": {"color": GREY, "ls": "--"},
-}
 
 BAR = 0.26  # width, in units of the distance between two formats
 
@@ -589,7 +590,8 @@ FIGURES = (
         "scaling",
         "Time against the size of the weight",
         "Median time on the GPU over the bytes that must be read and written, block size 16, beside PyTorch's copy of "
-        "the weight. Each time includes that of a launch, a kernel with nothing to do (`launch` in the data).",
+        "the weight, which in a CUDA graph slows down where more than 1 GB is read and written. Each time includes at "
+        "least one launch (`launch` in the data).",
         "results/bench has no timings of three or more numbers of rows; run `python experiments/bench.py --shapes rows "
         "--out results/bench/NAME.csv` on a GPU",
         figure_data.scaling,

@@ -252,7 +252,7 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
     """
     tables = []
     done = bench[bench["kind"] != "copy"]
-    for (device, rows, columns, dtype), _ in bench[bench["kind"] == "copy"].groupby(
+    for (device, rows, columns, dtype), copies in bench[bench["kind"] == "copy"].groupby(
         ["device", "rows", "columns", "dtype"], sort=False
     ):
         here = done[(done["device"] == device) & (done["columns"] == columns) & (done["dtype"] == dtype)]
@@ -281,7 +281,7 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
                     "Block": f"{line['block_size']:.0f}" if pd.notna(line["block_size"]) else NONE,
                     "GPU time, µs": f"{line['gpu_us_median']:,.1f}",
                     "× copy": f"{line['ratio_to_copy']:.2f}",
-                    "With amax": f"{from_amax['ratio_to_copy'].iloc[0]:.2f}" if len(from_amax) else NONE,
+                    "× copy, with amax": f"{from_amax['ratio_to_copy'].iloc[0]:.2f}" if len(from_amax) else NONE,
                     "Floor, µs": f"{line['floor_us']:,.1f}",
                     "Call, µs": f"{line['call_us_median']:,.0f}",
                     "PyTorch, µs": _microseconds(reference),
@@ -290,15 +290,15 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
             )
         if not lines:
             continue
-        copy = bench[(bench["kind"] == "copy") & (bench["rows"] == rows) & (bench["columns"] == columns)].iloc[0]
+        copy = copies.iloc[0]
         known = dict(word.split("=") for word in copy["versions"].split())
         used = [f"{name} {known[name]}" for name in ("torch", "triton", "qwantize", "nvidia-modelopt") if name in known]
         notes = (
             f"{device}; {', '.join(used)}; commit {str(copy['commit'])[:10]}",
             f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
             f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
-            "A global scale, where the format has one, and the block Hessians are given, except in their own lines. "
-            "With amax: × copy, with the pass over the weight that finds its largest magnitude",
+            "A global scale, where the format has one, and the block Hessians are given, except in their own lines; "
+            "with amax: with the pass over the weight that finds its largest magnitude",
             f"Call: from Python to the end on the GPU, check_finite=False; the copy {copy['call_us_median']:.0f} µs",
             "ModelOpt's naive writes dequantized weights, its searches write one value a block and no codes; qwantize "
             "writes float32 values, and its Hessian time includes the Hessian of 2,048 tokens",

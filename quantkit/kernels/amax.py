@@ -27,7 +27,7 @@ def amax_kernel(
     OVERLAP: tl.constexpr,  # with the kernel after
 ):
     let_next_start(OVERLAP)
-    # Else lines that wait to be written may stay in the cache: the kernel after has the time for them.
+    # With evict_first, lines in the cache that wait to be written stay there: the next kernel has more time for them.
     POLICY: tl.constexpr = "" if KEEP else "evict_first"
     GROUP: tl.constexpr = 8  # elements that a thread folds at once, so that it need not keep them apart
     start = tl.program_id(0).to(tl.int64) * BLOCK_N

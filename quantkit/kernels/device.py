@@ -238,8 +238,8 @@ def _larger_twos(x):
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
-    """Until the kernel before has ended, where this one may start earlier: to be called before anything is written, or
-    read that it wrote."""
+    """Until the kernel before has ended, where this one may start earlier: to be called before anything is read that it
+    wrote, or written that it reads."""
     if OVERLAP:
         gdc_wait()
 

@@ -149,8 +149,8 @@ def factorize_kernel(
         added = mean * 0 + shift
         bound = diagonal * 0
         failures = lane * 0
-        own = bound + (1 + shift)  # the diagonal, from which the next pivot comes before the columns
-        pivot = own
+        remaining = bound + (1 + shift)  # of the diagonal: has the next pivot before the columns do
+        pivot = remaining
         per_pivot = reciprocal(pivot, TARGET)
         for start in range(0, QBLOCK, UNROLL):
             for turn in tl.static_range(UNROLL):
@@ -159,8 +159,8 @@ def factorize_kernel(
                 # In this row pivot · across is what is there, and − across what comes there.
                 across = step * per_pivot
                 swept = step + tl.where(lane == index, 1.0, 0.0)
-                own -= step * across
-                next_pivot = tl.gather(own, lane * 0 + (index + 1) % QBLOCK, 0)
+                remaining -= step * across
+                next_pivot = tl.gather(remaining, lane * 0 + (index + 1) % QBLOCK, 0)
                 next_pivot = tl.where(next_pivot > DAMPING / 16, next_pivot, DAMPING / 32)
                 per_next = reciprocal(next_pivot, TARGET)
                 by = in_turn(across, index, places, QBLOCK, TARGET)

@@ -50,7 +50,7 @@ class Kernel:
     """A kernel with its compile-time constants on one device: ``kernel(grid, *arguments)``.
 
     Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. Here that is
-    found by numbers and the tensors' types and alignment alone, which saves most of a launch's time on the host.
+    found by numbers and the tensors' types and alignment alone, an entry a shape; docs/log.md has what that saves.
     """
 
     def __init__(self, kernel: Any, device: torch.device, **constants: Any) -> None:
@@ -70,12 +70,12 @@ class Kernel:
                 if isinstance(argument, int):
                     alike.append(argument)
                 else:
-                    alike += argument.dtype, argument.data_ptr() % ALIGNED
+                    alike += argument.dtype, argument.data_ptr() % ALIGNED == 0
             key = tuple(alike)
             compiled = self.compiled.get(key)
             if compiled is None or _is_hooked():
                 self.compiled[key] = self.kernel[grid](*arguments, **self.constants)
-            else:
+            else:  # as compiled[grid] does; test_launch.py holds Triton to the order of the arguments
                 stream = triton.runtime.driver.active.get_current_stream(self.device.index)
                 start = (*grid, 1, stream, compiled.function, compiled.packed_metadata)
                 compiled.run(*start, None, None, None, *arguments, *self.last)
@@ -105,7 +105,7 @@ def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
-def _naive(fmt: BlockFormat, block_size: int, rule: str, amax_parts: int, device: torch.device) -> Kernel:
+def _naive(fmt: BlockFormat, block_size: int, rule: str, parts: int, device: torch.device) -> Kernel:
     return Kernel(
         naive_kernel,
         device,
@@ -114,13 +114,13 @@ def _naive(fmt: BlockFormat, block_size: int, rule: str, amax_parts: int, device
         TARGET=TARGET,
         BLOCK_N=NAIVE_ELEMENTS[block_size] // block_size,
         num_warps=1,
-        **_after_amax(amax_parts, device),
+        **_after_amax(parts, device),
         **NAIVE_REGISTERS[block_size],
     )
 
 
 @functools.cache
-def _sse(fmt: BlockFormat, block_size: int, count: bool, amax_parts: int, device: torch.device) -> Kernel:
+def _sse(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: torch.device) -> Kernel:
     return Kernel(
         sse_kernel,
         device,
@@ -129,7 +129,7 @@ def _sse(fmt: BlockFormat, block_size: int, count: bool, amax_parts: int, device
         TARGET=TARGET,
         BLOCK_N=SSE_ELEMENTS // block_size,
         num_warps=1,
-        **_after_amax(amax_parts, device),
+        **_after_amax(parts, device),
         **SSE_REGISTERS[block_size],
     )
 
@@ -153,7 +153,7 @@ def _hessian(fmt: BlockFormat, block_size: int, count: bool, device: torch.devic
 
 
 @functools.cache
-def _factorize(block_size: int, amax_parts: int, largest_product: float, device: torch.device) -> Kernel:
+def _factorize(block_size: int, parts: int, largest_product: float, device: torch.device) -> Kernel:
     overlap = _overlap(device)
     return Kernel(
         factorize_kernel,
@@ -164,15 +164,17 @@ def _factorize(block_size: int, amax_parts: int, largest_product: float, device:
         SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
         TARGET=TARGET,
-        AMAX_PARTS=amax_parts,
+        AMAX_PARTS=parts,
         LARGEST_PRODUCT=largest_product,
         num_warps=1,
-        **(overlap if amax_parts else {"OVERLAP": overlap["OVERLAP"]}),  # what came before may be anything
+        **(overlap if parts else {"OVERLAP": overlap["OVERLAP"]}),  # what came before may be anything
     )
 
 
 @functools.cache
 def _amax(keep: bool, device: torch.device) -> Kernel:
+    # Without launch_pdl it starts after all that came before. The kernels behind it rely on that: what they write, or
+    # read of others than the one before them, before they wait is then free, or there.
     return Kernel(
         amax_kernel,
         device,
@@ -189,13 +191,13 @@ def _dequantize(fmt: BlockFormat, block_size: int, device: torch.device) -> Kern
 
 
 @functools.cache
-def _block_hessians(block_size: int, tokens: int, device: torch.device) -> Kernel:
+def _block_hessians(block_size: int, step_tokens: int, device: torch.device) -> Kernel:
     return Kernel(
         block_hessians_kernel,
         device,
         QBLOCK=block_size,
         WIDTH=BLOCK_HESSIANS_WIDTH,
-        BLOCK_T=tokens,
+        BLOCK_T=step_tokens,
         UPCAST=INTERPRETED,
         num_warps=4,
     )
@@ -252,7 +254,7 @@ def quantize(
     counted = scales if candidates is None else candidates  # any pointer will do where nothing is counted
     if hessians is not None:
         hessians = _as_factorized(hessians)
-    # From here on each kernel may start before the one before it has ended.
+    # From here on, after amax and the factorization, a kernel may start before the one before it has ended.
     from_amax = fmt.two_level and global_scale is None
     amax = amax_parts(matrix, keep=method == "naive") if from_amax else flags  # likewise
     parts = AMAX_PROGRAMS if from_amax else 0
@@ -261,7 +263,7 @@ def quantize(
 
     if method == "hessian":
         assert hessians is not None
-        factors = torch.empty(column_blocks, block_size + 2, block_size, device=device)
+        factors = _empty_factors(hessians)
         largest_product = fmt.element.max_value * fmt.scale.max_value if from_amax else 0
         kernel = _factorize(block_size, parts, largest_product, device)
         kernel((column_blocks, 1), hessians, factors, flags, amax, global_scale)
@@ -298,15 +300,21 @@ def _as_factorized(hessians: Tensor) -> Tensor:
     return hessians.contiguous()
 
 
+def _empty_factors(hessians: Tensor) -> Tensor:
+    """Float32 ``[num_blocks, block_size + 2, block_size]``, of a block Aᵀ, the norms of A's rows, and √(H⁻¹)_ii."""
+    num_blocks, block_size, _ = hessians.shape
+    return torch.empty(num_blocks, block_size + 2, block_size, dtype=torch.float32, device=hessians.device)
+
+
 def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and √(H⁻¹)_ii, both
-    ``[num_blocks, block_size]``, of ``hessians``, as quantize has them made.
+    ``[num_blocks, block_size]``, of ``hessians``: what quantize has made for its kernel, for a look at it.
 
     Sets ``flags[1]``, int32, to 1 for NaN, Inf or a clearly indefinite Hessian.
     """
     hessians = _as_factorized(hessians)
     num_blocks, block_size, _ = hessians.shape
-    factors = torch.empty(num_blocks, block_size + 2, block_size, device=hessians.device)
+    factors = _empty_factors(hessians)
     _factorize(block_size, 0, 0, hessians.device)((num_blocks, 1), hessians, factors, flags, flags, factors)
     return factors[:, :block_size], factors[:, block_size], factors[:, block_size + 1]
 

@@ -111,7 +111,7 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
     (line,) = table.frame.to_dict("records")
     assert (line["GPU time, µs"], line["× copy"], line["PyTorch, µs"]) == ("15.0", "1.50", "99")
     assert (line["ModelOpt"], line["qwantize"]) == ("45", "–")
-    assert (line["With amax"], line["Call, µs"]) == ("2.50", "30")
+    assert (line["× copy, with amax"], line["Call, µs"]) == ("2.50", "30")
     assert "the copy 17 µs" in " ".join(table.notes)
     assert "a copy of the weight takes 10.0 µs" in " ".join(table.notes)
 

@@ -89,7 +89,7 @@ def test_backends_agree_on_mx_rules(rule: str) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_hessians_in_half_precision_with_amax(block_size: int) -> None:
-    """They are converted between kernels that overlap, and must be there in time."""
+    """They are converted, before kernels that overlap on a GPU, where this would show it if they were not ready."""
     device, columns = ("cuda", 9728) if CUDA else ("cpu", 64)
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(2)).to(device)
     hessian = (hessians(columns, block_size) / 2**14).half().to(device)
