@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,31 @@ def test_backends_agree_at_full_size(format: str, block_size: int, method: str, 
     compare(
         weight, format, block_size, method, **({"hessian": hessians(9728, block_size)} if method == "hessian" else {})
     )
+
+
+@pytest.mark.gpu
+@each
+def test_a_kernel_started_again_gives_the_same(format: str, block_size: int, method: str) -> None:
+    """As compiled by Triton's launch, by ours, and by Triton's again, for a profiler."""
+    from triton import knobs
+
+    weight = torch.randn(96, 9728, generator=torch.Generator().manual_seed(5)).bfloat16().cuda()
+    given = {"hessian": hessians(9728, block_size).cuda()} if method == "hessian" else {}
+    first, second = (quantize(weight, format, block_size, method, **given) for _ in range(2))  # type: ignore[arg-type]
+    heard: list[str] = []
+
+    def listen(launch: Any) -> None:
+        heard.append(launch.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(listen)
+    try:
+        third = quantize(weight, format, block_size, method, **given)  # type: ignore[arg-type]
+    finally:
+        knobs.runtime.launch_enter_hook.remove(listen)
+    assert f"{method}_kernel" in heard
+    for again in (second, third):
+        assert torch.equal(again.codes, first.codes) and torch.equal(again.scales, first.scales)
+        assert torch.equal(again.global_scale, first.global_scale)
 
 
 @pytest.mark.gpu
