@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run paper test lint report figures bench notebooks docs clean
+.PHONY: help setup run paper test lint report figures bench notebooks docs clean clean-runs
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp comes last: an interrupted set-up has none and is done again.
 $(READY): requirements.lock pyproject.toml
@@ -86,6 +86,9 @@ $(DOCS_READY): docs/requirements.txt
 
 docs: $(DOCS_READY)  ## build the documentation in docs/_build/html
 	$(MAKE) -C docs html SPHINXBUILD="$(CURDIR)/.venv-docs/bin/python -m sphinx"
+
+clean-runs:  ## remove the raw runs, those that failed among them (not their caches, nor results/records)
+	rm -rf results/runs
 
 clean:  ## remove .venv, raw runs and tool caches (not the activation cache)
 	rm -rf $(VENV) .venv-docs docs/_build docs/_generated results/runs multirun outputs wandb build dist *.egg-info

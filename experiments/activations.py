@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -369,6 +370,8 @@ class _Capture:
         name = f"{self.checkpoint.name} layer {layers[0].index} {layers[0].module}"
         name += f" and {len(layers) - 1} more" if len(layers) > 1 else ""
         total = sum(len(ids) for ids in self.tokens.values())
+        if not sys.stderr.isatty():  # where the bar is not shown
+            print(f"Capturing the inputs of {name}: {total} sequences", flush=True)
         with tqdm(total=total, desc=f"capture {name}", unit="seq", disable=None) as bar:
             for split, ids in self.tokens.items():
                 for first in range(0, len(ids), batch):

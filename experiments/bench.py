@@ -424,7 +424,7 @@ def to_csv(lines: list[BenchRow]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="main", help="main, rows, qwen3_4b, or ROWSxCOLUMNS; several by commas")
-    parser.add_argument("--backends", default="triton", help="triton,reference")
+    parser.add_argument("--backends", help="triton,reference; default: triton on a GPU, else reference")
     parser.add_argument("--block-sizes", default="16,32")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -440,11 +440,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(arguments)
-    known = set(FORMATS["nvfp4"].block_sizes)
-    if not {int(b) for b in options.block_sizes.split(",") if b.isdigit()} <= known or options.rounds < 1:
-        parser.error(f"--block-sizes are of {sorted(known)}, --rounds at least 1")
+    known = {str(size) for size in FORMATS["nvfp4"].block_sizes}
+    if not set(options.block_sizes.split(",")) <= known:
+        parser.error(f"--block-sizes {options.block_sizes}: known sizes: {', '.join(sorted(known))}")
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    if options.device != "cpu" and not options.device.startswith("cuda"):
+        parser.error(f"--device {options.device}: cpu, cuda, or cuda:INDEX")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: there is no GPU; on a CPU the reference can be timed: --device cpu")
+    options.backends = options.backends or ("reference" if options.device == "cpu" else "triton")
     if not set(options.backends.split(",")) <= {"triton", "reference"}:
         parser.error(f"--backends {options.backends}: known backends: triton, reference")
+    if options.device == "cpu" and "triton" in options.backends and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error(f"--backends {options.backends}: triton needs a GPU, and there is none; use --backends reference")
     try:
         options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
     except ValueError as error:

@@ -18,7 +18,7 @@ COLUMNS = (
     f"  {'format':<7}{'block':>5}  {'method':<8} {'backend':<10}"
     f"{'weight error':>13}{'output error':>14}{'held out':>10}{'time a call':>13}{'run':>9}"
 )
-NEXT_COMMAND = "python experiments/report.py"
+NEXT_COMMAND = "python experiments/report.py --runs"
 # Overrides that every line shows already, or that change no result: they stay out of the heading.
 NOT_IN_HEADING = (
     *("format", "block_size", "method", "backend", "model", "data", "layer.index", "layer.module"),
@@ -107,7 +107,7 @@ class Console:
             if self.counts["skipped"]:
                 print("A skipped run was finished before; force=true runs it again.")
             if self.counts["done"] or self.counts["skipped"]:
-                print(f"Records: {self.output_dir}    Tables: {NEXT_COMMAND}", flush=True)
+                print(f"Records: {self.output_dir}    Tables: {NEXT_COMMAND} {self.output_dir}", flush=True)
         return 1 if self.counts["failed"] else 0
 
 

@@ -98,14 +98,19 @@ def rebuild(root: Path) -> int:
             files |= {root / FOLDER / name: data for name, data in plot.pictures(frames[plot.name]).items()}
         else:
             print(f"no figure {plot.name}: {plot.needs}", file=sys.stderr)
+    changed = False
     for path, content in files.items():
         data = content.encode() if isinstance(content, str) else content
         if not path.exists() or path.read_bytes() != data:
             write_atomically(path, data)
             print(f"wrote {path.relative_to(root)}")
+            changed = True
     for path in unexpected_figures(root, frames):
         path.unlink()
         print(f"removed {path.relative_to(root)}: it follows from no record")
+        changed = True
+    if not changed:
+        print(f"Nothing to change: all follows from {RECORDS}. The tables of your own runs: --runs [DIR]")
     return 0
 
 

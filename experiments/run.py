@@ -27,6 +27,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tracking
@@ -43,6 +45,8 @@ CONSOLE = Console()
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(composed: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.RUN and (swept := HydraConfig.get().sweeper.params):
+        print(f"Without -m this is one run only: the experiment's values of {', '.join(swept)} are not swept.")
     run(composed, CONSOLE)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -25,8 +25,9 @@ def for_each(work: Callable[..., None], pieces: Sequence[tuple[object, ...]], de
     """
     workers = min(torch.get_num_threads(), MAX_THREADS, len(pieces)) if device.type == "cpu" else 1
     if workers <= 1:
-        for piece in pieces:
-            work(*piece)
+        with one_torch_thread() if device.type == "cpu" else nullcontext():
+            for piece in pieces:
+                work(*piece)
         return
     with one_torch_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for done in [pool.submit(work, *piece) for piece in pieces]:

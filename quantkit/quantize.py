@@ -59,7 +59,8 @@ def quantize(
     count_candidates: also return, for each block, how many scales were evaluated.
 
     Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
-    Raises ValueError (BackendUnavailableError for a backend that cannot run) naming the offending value and the remedy.
+    Raises TypeError for a weight that is no tensor, and ValueError (BackendUnavailableError for a backend that cannot
+    run) naming the offending value and the remedy.
     """
     fmt = get_format(format)
     rule = _check_options(weight, fmt, block_size, method, scale_rule)
@@ -97,7 +98,7 @@ def quantize(
         codes = codes.reshape(*leading, codes.shape[-1])
         scales = scales.reshape(*leading, scales.shape[-1])
         candidates = None if candidates is None else candidates.reshape(scales.shape)
-    return QuantizedTensor(codes, scales, multiplier, fmt, block_size, candidates)
+    return QuantizedTensor(codes, scales, multiplier, fmt, block_size, candidates, method)
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:
@@ -124,7 +125,12 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: st
     """Raises ValueError for what no backend could do; returns the scale rule."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
-    if block_size not in fmt.block_sizes:
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight must be a torch.Tensor, got {type(weight).__name__}; pass layer.weight of a layer, "
+            "torch.from_numpy(array) of an array"
+        )
+    if block_size not in fmt.block_sizes or isinstance(block_size, float):
         offered = ", ".join(map(str, fmt.block_sizes))
         raise ValueError(f"{fmt.name} has no block size {block_size!r}; it offers {offered}")
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
@@ -170,6 +176,8 @@ def _hessians(
         )
     columns = weight.shape[-1]
     if activations is not None:
+        if activations.shape[:1] == (0,) and columns > 0:
+            raise ValueError(f"activations {list(activations.shape)} have no token; method 'hessian' needs some")
         if use_triton and activations.is_cuda and activations.dtype != torch.float64:
             result = _hessians_from_activations(activations, columns, block_size)
         else:

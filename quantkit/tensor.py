@@ -10,14 +10,14 @@ not in the swizzled order that a tensor core reads.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit import kernels
-from quantkit.formats import BlockFormat, get_format
+from quantkit.formats import FORMATS, BlockFormat, get_format
 
 __all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
 
@@ -35,7 +35,7 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
     """A weight ``[..., K]`` in a block-scaled format.
 
@@ -43,6 +43,7 @@ class QuantizedTensor:
     scales: uint8 ``[..., K/block_size]``, bytes of the format's scale grid.
     global_scale: float32 scalar, the decode multiplier; 1.0 for a single-level format.
     candidates: uint8 ``[..., K/block_size]``, how many scales the search evaluated for each block; only when asked for.
+    method: how the scales were chosen, where that is known.
     """
 
     codes: Tensor
@@ -50,7 +51,15 @@ class QuantizedTensor:
     global_scale: Tensor
     format: BlockFormat
     block_size: int
-    candidates: Tensor | None = field(default=None, compare=False)
+    candidates: Tensor | None = None
+    method: str | None = None
+
+    def __repr__(self) -> str:
+        known = "" if self.method is None else f", method={self.method}"
+        return (
+            f"QuantizedTensor({self.format.name}, block_size={self.block_size}{known}, shape={list(self.shape)}, "
+            f"{self.bits_per_weight:g} bits a weight, {self.device})"
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -110,13 +119,20 @@ class QuantizedTensor:
 
         tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
         metadata = {"version": FILE_FORMAT_VERSION, "format": self.format.name, "block_size": str(self.block_size)}
+        if self.method is not None:
+            metadata["method"] = self.method
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"quantkit": json.dumps(metadata)}
         )
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> QuantizedTensor:
-        """Reads what :meth:`save` wrote. Raises ValueError where the file is not of that kind."""
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", format: BlockFormat | None = None
+    ) -> QuantizedTensor:
+        """Reads what :meth:`save` wrote. format: for one of your own, which quantkit does not know by name.
+
+        Raises ValueError where the file is not of that kind, or of another format.
+        """
         from safetensors import safe_open
 
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -131,4 +147,16 @@ class QuantizedTensor:
                     f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}"
                 )
             tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
-        return cls(**tensors, format=get_format(metadata["format"]), block_size=int(metadata["block_size"]))
+        if format is not None and format.name != metadata["format"]:
+            raise ValueError(f"{path} holds format {metadata['format']!r}, not {format.name!r}")
+        if format is None and metadata["format"] not in FORMATS:
+            raise ValueError(
+                f"{path} holds format {metadata['format']!r}, which quantkit does not know; "
+                "pass its BlockFormat: load(path, format=...)"
+            )
+        return cls(
+            **tensors,
+            format=format or get_format(metadata["format"]),
+            block_size=int(metadata["block_size"]),
+            method=metadata.get("method"),
+        )

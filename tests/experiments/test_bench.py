@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from experiments import bench
 from experiments.report import ReportError, fill
 from experiments.tables import speed_tables
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 
 
 def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,10 +62,17 @@ def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytes
     [
         (["--shapes", "8x60"], "divisible by 32"),
         (["--backends", "cuda"], "triton, reference"),
-        (["--rounds", "0"], "1"),
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--block-sizes", "16,17"], "--block-sizes 16,17: known sizes: 16, 32"),
+        (["--device", "tpu"], "--device tpu: cpu, cuda"),
+        pytest.param(["--device", "cuda"], "there is no GPU", marks=NO_CUDA),
+        pytest.param(["--backends", "triton"], "triton needs a GPU", marks=NO_CUDA),
     ],
 )
-def test_wrong_arguments_are_named(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_named(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert word in capsys.readouterr().err

@@ -297,7 +297,11 @@ def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
     sweep = ["-m", "format=nvfp4,mxfp4", "method=naive,hessian", "block_size=16,48", *SMALL, f"output_dir={output}"]
     done = command("experiments/run.py", *sweep)
     assert done.returncode == 1, done.stderr
-    assert "8 runs" in done.stdout and "4 done, 4 failed" in done.stdout and "experiments/report.py" in done.stdout
+    assert (
+        "8 runs" in done.stdout
+        and "4 done, 4 failed" in done.stdout
+        and f"experiments/report.py --runs {output}" in done.stdout
+    )
     records = read_records(output)
     assert sorted(r.status for r in records) == ["failed"] * 4 + ["ok"] * 4
     assert len({r.sweep for r in records}) == 1
@@ -322,6 +326,13 @@ def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "4 runs" in again.stdout and "4 skipped" in again.stdout
     assert [read_record(output / r.run_id / "record.json") for r in records] == records
+
+
+def test_an_experiment_without_m_says_that_it_is_one_run(tmp_path: Path) -> None:
+    done = command("experiments/run.py", "experiment=main", *SMALL, f"output_dir={tmp_path}")
+    assert "Without -m this is one run only: the experiment's values of format, block_size, method" in done.stdout
+    assert "1 run in" in done.stdout
+    assert "Without -m" not in command("experiments/run.py", *SMALL, f"output_dir={tmp_path}").stdout
 
 
 def test_help_is_quick_and_names_the_choices() -> None:

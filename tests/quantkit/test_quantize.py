@@ -252,6 +252,8 @@ def test_methods_are_ordered_as_their_objectives_say(backend: str, device: str) 
         ({"method": "best"}, "unknown method 'best'; known methods: naive, sse, hessian"),
         ({"backend": "cuda"}, "unknown backend 'cuda'; known backends: auto, reference, triton"),
         ({"block_size": 64}, "nvfp4 has no block size 64; it offers 16, 32"),
+        ({"block_size": 16.0}, r"nvfp4 has no block size 16\.0; it offers 16, 32"),
+        ({"method": "hessian", "activations": torch.ones(0, 64)}, r"activations \[0, 64\] have no token"),
         ({"scale_rule": "floor"}, "nvfp4 has no scale rule 'floor'; it offers nearest"),
         ({"format": "mxfp4", "global_scale": "amax"}, "mxfp4 has no global scale"),
         ({"global_scale": "max"}, "unknown global_scale 'max'"),
@@ -296,6 +298,11 @@ def test_hessians_that_are_none(hessian: Tensor, message: str, backend: str, dev
 def test_weights_that_cannot_be_quantized(bad: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(bad)
+
+
+def test_a_weight_is_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"got Linear; pass layer\.weight"):
+        quantize(torch.nn.Linear(32, 32))  # type: ignore[arg-type]
 
 
 def test_triton_on_a_cpu_tensor_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

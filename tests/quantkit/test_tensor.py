@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from quantkit import QuantizedTensor, quantize
+from quantkit.formats import MXFP4
 
 
 @pytest.fixture
@@ -39,6 +41,24 @@ def test_safetensors_round_trip(tmp_path: Path, format: str) -> None:
     for name in ("codes", "scales", "global_scale"):
         assert torch.equal(getattr(back, name), getattr(q, name))
     assert torch.equal(back.dequantize(), q.dequantize())
+    assert back.method == "sse"
+
+
+def test_a_format_of_one_s_own_is_passed_to_load(tmp_path: Path) -> None:
+    own = replace(MXFP4, name="own")
+    path = tmp_path / "w.safetensors"
+    quantize(torch.ones(2, 32), own).save(path)
+    assert QuantizedTensor.load(path, format=own).format is own
+    with pytest.raises(ValueError, match=r"format 'own', which quantkit does not know; pass its BlockFormat"):
+        QuantizedTensor.load(path)
+    with pytest.raises(ValueError, match="holds format 'own', not 'mxfp4'"):
+        QuantizedTensor.load(path, format=MXFP4)
+
+
+def test_shown_in_a_line_and_compared_as_an_object(q: QuantizedTensor) -> None:
+    line = "QuantizedTensor(nvfp4, block_size=16, method=sse, shape=[3, 5, 64], 4.5 bits a weight, cpu)"
+    assert repr(q) == line
+    assert q == q and q != q.to("cpu") and len({q, q}) == 1
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
