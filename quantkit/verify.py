@@ -15,6 +15,7 @@ smallest nonzero magnitude, every nonzero element is clipped and the error falls
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +59,17 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
     squared error.
 
     Works on the weight's device in chunks of rows: memory does not grow with the weight. Raises ValueError where
-    shapes do not belong together, the weight holds NaN or Inf, or the Hessians are missing by which ``q`` was made.
+    shapes do not belong together or the weight holds NaN or Inf; warns where ``q`` was made by Hessians and none are
+    given, since least squared error is then not to be expected.
     """
     if q.shape != weight.shape:
         raise ValueError(f"the quantized tensor has shape {list(q.shape)}, the weight {list(weight.shape)}")
     block_size, num_blocks = q.block_size, q.scales.shape[-1]
     if q.method == "hessian" and hessian is None:
-        raise ValueError(
-            "these scales were chosen by Hessians, not by squared error; pass these as hessian=, "
-            f"block_hessians(gram_matrix(activations), {block_size}) of quantkit.calibration"
+        warnings.warn(
+            "these scales were chosen by Hessians and are judged by squared error; to judge them by the same Hessians "
+            f"pass hessian=, such as block_hessians(gram_matrix(activations), {block_size}) of quantkit.calibration",
+            stacklevel=2,
         )
     if hessian is not None and hessian.shape != (num_blocks, block_size, block_size):
         expected = [num_blocks, block_size, block_size]
