@@ -39,9 +39,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from experiments.provenance import device_name, git_state, versions
+from experiments.provenance import device_name, git_state, resolve_device, versions
 from experiments.record import write_atomically
-from quantkit import FORMATS, METHODS, quantize
+from quantkit import FORMATS, METHODS, quantize, resolve_backend
 
 QWEN3_4B = ((4096, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (2560, 9728))  # q, k and v, o, gate and up, down
 MAIN = ((2560, 9728),)
@@ -427,7 +427,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", help="triton,reference; default: triton on a GPU, else reference")
     parser.add_argument("--block-sizes", default="16,32")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--no-peers", action="store_true", help="leave out qwantize and nvidia-modelopt")
     parser.add_argument("--block-hessians", action="store_true", help=f"also of {TOKENS} tokens of activations")
@@ -445,16 +445,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--block-sizes {options.block_sizes}: known sizes: {', '.join(sorted(known))}")
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
-    if options.device != "cpu" and not options.device.startswith("cuda"):
+    if options.device not in ("auto", "cpu") and not options.device.startswith("cuda"):
         parser.error(f"--device {options.device}: cpu, cuda, or cuda:INDEX")
-    if options.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: there is no GPU; on a CPU the reference can be timed: --device cpu")
-    options.backends = options.backends or ("reference" if options.device == "cpu" else "triton")
-    if not set(options.backends.split(",")) <= {"triton", "reference"}:
+    if options.backends and not set(options.backends.split(",")) <= {"triton", "reference"}:
         parser.error(f"--backends {options.backends}: known backends: triton, reference")
-    if options.device == "cpu" and "triton" in options.backends and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error(f"--backends {options.backends}: triton needs a GPU, and there is none; use --backends reference")
     try:
+        options.device = resolve_device(options.device)
+        options.backends = options.backends or resolve_backend("auto", options.device)
+        for backend in options.backends.split(","):
+            resolve_backend(backend, options.device)
         options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
     except ValueError as error:
         parser.error(str(error))

@@ -65,8 +65,8 @@ def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytes
         (["--rounds", "0"], "--rounds 0: at least 1"),
         (["--block-sizes", "16,17"], "--block-sizes 16,17: known sizes: 16, 32"),
         (["--device", "tpu"], "--device tpu: cpu, cuda"),
-        pytest.param(["--device", "cuda"], "there is no GPU", marks=NO_CUDA),
-        pytest.param(["--backends", "triton"], "triton needs a GPU", marks=NO_CUDA),
+        pytest.param(["--device", "cuda"], "torch sees 0 GPUs; use device=cpu", marks=NO_CUDA),
+        pytest.param(["--backends", "triton"], "'triton' needs a GPU tensor", marks=NO_CUDA),
     ],
 )
 def test_wrong_arguments_are_named(
