@@ -38,6 +38,7 @@ ORDER["layer_module"] = [f"self_attn.{name}_proj" for name in "qkvo"] + [
     f"mlp.{n}_proj" for n in ("gate", "up", "down")
 ]
 ORDER["dtype"] = ["bfloat16", "float16", "float32"]
+ORDER["operation"] = ["copy", *METHODS, "dequantize", "launch"]
 
 
 @dataclass(frozen=True)
@@ -280,10 +281,7 @@ def scaling(sources: Sources) -> pd.DataFrame:
     found = found.rename(columns={f"gpu_{name}": name for name in TIMES}).astype({"rows": int, "columns": int})
     found = found.drop_duplicates(["operation", "format", "rows"], keep="last")
     found = found.assign(us_per_mb=found["us_median"] / (found["bytes"].where(found["bytes"] > 0) / 1e6))
-    order = pd.CategoricalDtype(["copy", *METHODS, "dequantize", "launch"], ordered=True)
-    formats = pd.CategoricalDtype(list(FORMATS), ordered=True)
-    found = found.astype({"operation": order, "format": formats}).sort_values(["format", "operation", "rows"])
-    return found.astype({"operation": str, "format": object})[columns].reset_index(drop=True)
+    return in_order(found, ["format", "operation", "rows"])[columns].reset_index(drop=True)
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:

@@ -16,12 +16,21 @@ from typing import Any
 import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from experiments import figure_data
 from experiments.figure_data import Sources
@@ -273,9 +282,7 @@ def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
             axes.plot(rows["weight_std"], 100 * rows["weight_error"], line, color=COLOR[method], marker=MARKER[method],
                       mfc=COLOR[method] if fill == "full" else "white", ms=3)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="standard deviation of the weight", ylabel="weight error, %")
-    axes.yaxis.set_major_locator(FixedLocator([8, 10, 15, 20, 30, 50, 100]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plain_ticks(axes.yaxis, FixedLocator([8, 10, 15, 20, 30, 50, 100]))
     styles = [
         Line2D([], [], color=GREY, ls=line, label=label)
         for line, label in (("-", "no global scale"), ("--", "global scale amax"))
@@ -313,9 +320,7 @@ def draw_time_error(figure: Figure, frame: pd.DataFrame) -> None:
     _trails(axes, frame, frame["us_median"])
     axes.grid(True, axis="x")
     axes.set(xscale="log", xlabel="time on the GPU, µs", ylabel="output error, %")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plain_ticks(axes.xaxis, LogLocator(subs=(1, 2, 5)))
     floors = [Patch(color=GREY, alpha=0.35, lw=0, label="memory floor")] if len(floor) else []
     _legend(figure, [*_method_markers(frame), *floors], [*_size_markers(frame), *_format_lines(frame)])
 
@@ -333,12 +338,8 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
             style = OF_OPERATION.get(operation) or {"color": COLOR[operation], "marker": MARKER[operation]}
             axes.plot(rows["rows"], rows["us_per_mb"], ms=3, lw=0.9, **style)
         axes.set(title=FORMATS.get(name, name), xscale="log", yscale="log", xlabel="rows of the weight")
-        axes.xaxis.set_major_locator(FixedLocator([256, 1024, 4096, 16384, 65536]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _plain_ticks(axes.xaxis, FixedLocator([256, 1024, 4096, 16384, 65536]), ",.0f")
+        _plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
     figure.axes[0].set_ylabel("µs a MB read and written")
     methods = kernels[kernels["operation"].isin(METHODS)].rename(columns={"operation": "method"})
     others = [Line2D([], [], ms=3, lw=0.9, label=name, **style) for name, style in OF_OPERATION.items()]
@@ -346,6 +347,13 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
 
 
 BAR = 0.26  # width, in units of the distance between two formats
+
+
+def _plain_ticks(axis: Axis, at: Locator, form: str = "g") -> None:
+    """On a logarithmic axis: here and nowhere else, and as numbers rather than powers."""
+    axis.set_major_locator(at)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
 
 
 def _panels(

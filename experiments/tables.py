@@ -257,8 +257,8 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
     ):
         here = done[(done["device"] == device) & (done["columns"] == columns) & (done["dtype"] == dtype)]
         here = here[(here["rows"] == rows) | (here["operation"] == "block_hessians")]
-        ours = here[(here["tool"] == "quantkit") & (here["backend"] == "triton") & (here["global_scale"] != "amax")]
-        ours = pd.concat([ours, here[(here["tool"] == "quantkit") & (here["operation"] == "amax")]])
+        kernels = here[(here["tool"] == "quantkit") & (here["backend"] == "triton")]
+        ours = kernels[(kernels["global_scale"] != "amax") | (kernels["operation"] == "amax")]
         order = list(OPERATIONS)
         ours = ours.sort_values(
             ["block_size", "format", "operation"],
@@ -272,8 +272,7 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
             same = here[(here["operation"] == line["operation"]) & (here["format"] == line["format"])]
             same = same[same["block_size"] == line["block_size"]]
             reference = same[(same["backend"] == "reference") & (same["global_scale"] != "amax")]
-            kernel = same[(same["tool"] == "quantkit") & (same["backend"] == "triton")]
-            from_amax = kernel[(kernel["global_scale"] == "amax") & (kernel["operation"] != "amax")]
+            from_amax = same[same.index.isin(kernels.index) & (same["global_scale"] == "amax")]
             lines.append(
                 {
                     "Operation": OPERATIONS[line["operation"]],
