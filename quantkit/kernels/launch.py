@@ -269,7 +269,7 @@ def quantize(
         kernel((column_blocks, 1), hessians, factors, flags, amax, global_scale)
         kernel = _hessian(fmt, block_size, count_candidates, device)
         kernel(
-            (column_blocks * _ceil_div(rows, HESSIAN_ROWS * HESSIAN_TILES), 1),
+            (column_blocks * _ceil_div(rows, kernel.constants["BLOCK_M"] * kernel.constants["TILES"]), 1),
             matrix,
             factors,
             global_scale,
@@ -282,13 +282,13 @@ def quantize(
         )
     elif method == "naive":
         kernel = _naive(fmt, block_size, rule, parts, device)
-        grid = (_ceil_div(num_blocks, NAIVE_ELEMENTS[block_size] // block_size), 1)
+        grid = (_ceil_div(num_blocks, kernel.constants["BLOCK_N"]), 1)
         kernel(grid, matrix, global_scale, amax, codes, scales, flags, num_blocks)
         if candidates is not None:
             candidates.fill_(1)
     else:
         kernel = _sse(fmt, block_size, count_candidates, parts, device)
-        grid = (_ceil_div(num_blocks, SSE_ELEMENTS // block_size), 1)
+        grid = (_ceil_div(num_blocks, kernel.constants["BLOCK_N"]), 1)
         kernel(grid, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
     return Quantized(codes, scales, global_scale, candidates, flags)
 
@@ -336,7 +336,7 @@ def dequantize(
     num_chunks = weight.numel() // 8
     if num_chunks:
         kernel = _dequantize(fmt, block_size, codes.device)
-        kernel((_ceil_div(num_chunks, DEQUANTIZE_CHUNKS), 1), codes, scales, global_scale, weight, num_chunks)
+        kernel((_ceil_div(num_chunks, kernel.constants["BLOCK_N"]), 1), codes, scales, global_scale, weight, num_chunks)
     return weight
 
 
@@ -350,6 +350,6 @@ def block_hessians(activations: Tensor, block_size: int) -> Tensor:
     parts = torch.empty(shape, dtype=torch.float32, device=activations.device)
     if parts.numel():
         kernel = _block_hessians(block_size, 128 if activations.element_size() == 2 else 32, activations.device)
-        grid = (_ceil_div(in_features, BLOCK_HESSIANS_WIDTH), splits)
+        grid = (_ceil_div(in_features, kernel.constants["WIDTH"]), splits)
         kernel(grid, activations, parts, tokens, in_features, BLOCK_HESSIANS_TOKENS)
     return parts[0] if splits == 1 else parts.sum(0)
