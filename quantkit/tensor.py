@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit import kernels
-from quantkit.formats import FORMATS, BlockFormat, get_format
+from quantkit.formats import FORMATS, BlockFormat
 
 __all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
 
@@ -147,16 +147,18 @@ class QuantizedTensor:
                     f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}"
                 )
             tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
-        if format is not None and format.name != metadata["format"]:
-            raise ValueError(f"{path} holds format {metadata['format']!r}, not {format.name!r}")
-        if format is None and metadata["format"] not in FORMATS:
+        name = metadata["format"]
+        format = FORMATS.get(name) if format is None else format
+        if format is None:
             raise ValueError(
-                f"{path} holds format {metadata['format']!r}, which quantkit does not know; "
+                f"{path} holds format {name!r}, which quantkit does not know; "
                 "pass its BlockFormat: load(path, format=...)"
             )
+        if format.name != name:
+            raise ValueError(f"{path} holds format {name!r}, not {format.name!r}")
         return cls(
             **tensors,
-            format=format or get_format(metadata["format"]),
+            format=format,
             block_size=int(metadata["block_size"]),
             method=metadata.get("method"),
         )
