@@ -15,6 +15,7 @@ r_i²/(H⁻¹)_ii:
 
     clipping   s ≥ max_i (|x_i| − t_i) / 6
     dead zone  s ≤ 2·(|x_i| + t_i)  for every i with |x_i| > t_i
+    magnitude  s ≥ (√(x H xᵀ) − √E*) / (6·Σ_i √H_ii)
 
 All bounds are in the unit of the effective scale ``scale · global_scale``. Float32 rounding of that product and of the
 bounds is covered by SLACK: a window may hold one code too many, never one too few.
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from quantkit.formats import ElementGrid, ScaleGrid
 
-__all__ = ["SLACK", "hessian_window", "sse_window", "sse_window_factors", "zeroing_code"]
+__all__ = ["SLACK", "first_that_matters", "hessian_window", "sse_window", "sse_window_factors", "zeroing_code"]
 
 SLACK = 2.0**-18
 
@@ -89,3 +90,21 @@ def hessian_window(
     first = scale.ceil_code((clipping * (1 - SLACK)).float()).clamp(min=scale.min_code)
     last = scale.floor_code((dead_zone * (1 + SLACK)).float()).clamp(min=scale.min_code)
     return first, torch.minimum(last, zeroing_code(magnitudes.amax(-1).float(), scale, global_scale))
+
+
+def first_that_matters(
+    zero_error: Tensor,
+    error: Tensor,
+    sum_of_norms: Tensor,
+    element: ElementGrid,
+    scale: ScaleGrid,
+    global_scale: Tensor,
+) -> Tensor:
+    """int32 smallest code ``[...]`` that can bring ``r H rᵀ`` from the error of all zeros down to the incumbent's.
+
+    It matters where correlated activations leave clipping without a bound. zero_error: float64 x H xᵀ ``[...]``; error:
+    float64 incumbent errors ``[...]``; sum_of_norms: float64 Σ √H_ii, broadcastable to them.
+    """
+    needed = (zero_error.sqrt() - error.sqrt()).clamp(min=0)
+    least = needed / (element.max_value * sum_of_norms * global_scale.to(needed.dtype))
+    return scale.ceil_code((least * (1 - SLACK)).float()).clamp(min=scale.min_code)

@@ -4,7 +4,8 @@ With H = A Aᵀ the error is ‖r A‖², which stays accurate where r lies in H
 
 1. incumbent: the best scale of the squared error's window (bounds.py), though the optimum need not lie there;
 2. window: the codes that the incumbent's error does not rule out;
-3. the rest of that window.
+3. the rest of that window, a few at a time downwards: the bound by magnitude, for which x A is needed, is asked where
+   more are left, with the best error so far.
 
 The codes are round-to-nearest at the chosen scale; H picks the scale alone (no error feedback as in GPTQ).
 """
@@ -21,6 +22,8 @@ from quantkit.reference.common import ScaleChoice, Search, effective_scale, resi
 
 __all__ = ["choose_scales"]
 
+FEW = 4  # scale codes that are evaluated before the bound by magnitude is asked
+
 
 def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factors: HessianFactors) -> ScaleChoice:
     """Hessian-optimal scale of ``blocks [rows, num_blocks, block_size]``; Hessian j is of ``blocks[:, j]``."""
@@ -31,13 +34,15 @@ def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factor
     )
     search = Search(blocks)
 
+    def errors(residuals: Tensor, block: Tensor) -> Tensor:
+        columns, pairs = torch.unique_consecutive(block // rows, return_counts=True)
+        parts = zip(residuals.split(pairs.tolist()), factors.factor[columns], strict=True)
+        return torch.cat([part @ factor for part, factor in parts]).square_().sum(-1)
+
     def evaluate(first: Tensor, last: Tensor) -> None:
         for block, codes in search.pairs(first, last):
             r = residual(search.blocks.index_select(0, block), effective_scale(codes, fmt, global_scale), fmt)
-            columns, pairs = torch.unique_consecutive(block // rows, return_counts=True)
-            parts = zip(r.split(pairs.tolist()), factors.factor[columns], strict=True)
-            projected = torch.cat([part @ factor for part, factor in parts])
-            search.offer(block, codes, projected.square_().sum(-1))
+            search.offer(block, codes, errors(r, block))
 
     evaluate(search_first, search_last)
     first, last = bounds.hessian_window(
@@ -48,6 +53,22 @@ def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factor
         fmt.scale,
         global_scale,
     )
-    evaluate(first, torch.minimum(last, search_first - 1))
     evaluate(torch.maximum(first, search_last + 1), last)
+    last = torch.minimum(last, search_first - 1)
+    while bool((first <= last).any()):
+        evaluate(torch.maximum(first, last - (FEW - 1)), last)
+        last = last - FEW
+        block = (first <= last).flatten().nonzero().squeeze(1)
+        if len(block):
+            lowest = first.flatten()
+            matters = bounds.first_that_matters(
+                errors(search.blocks[block].double(), block),
+                search.error[block],
+                factors.factor.norm(dim=-1).sum(-1)[block // rows],
+                fmt.element,
+                fmt.scale,
+                global_scale,
+            )
+            lowest[block] = torch.maximum(lowest[block], matters)
+            first = lowest.view(first.shape)
     return ScaleChoice(search.choice.codes.T, search.choice.candidates.T)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit import bounds
-from quantkit.calibration import factorize
+from quantkit import bounds, quantize
+from quantkit.calibration import factorize, hessians_from_activations
 from quantkit.formats import E2M1, FORMATS
 from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, hessian_family, weight_family
 from tests.oracle import SCALE_CODES, error_table
@@ -56,15 +56,41 @@ def test_hessian_window_holds_every_better_scale(family: str, format: str, block
     error, _ = error_table(blocks, format, 1.0, each)
     codes = SCALE_CODES[format]
     magnitudes = torch.tensor(np.abs(blocks)).double()
+    zero_error = torch.tensor(np.einsum("bi,ij,bj->b", blocks, regularized, blocks, dtype=np.float64))
+    sum_of_norms = factors.factor[0].norm(dim=-1).sum()
     for incumbent in range(0, len(codes), 9):
         first, last = bounds.hessian_window(
             magnitudes, torch.tensor(error[incumbent]), factors.inverse_diagonal, E2M1, FORMATS[format].scale, ONE
         )
+        matters = bounds.first_that_matters(
+            zero_error, torch.tensor(error[incumbent]), sum_of_norms, E2M1, FORMATS[format].scale, ONE
+        )
+        first = torch.maximum(first, matters)
         outside = (codes[:, None] < first.numpy()) | (codes[:, None] > last.numpy())
         # From the zeroing code on, the error is that of all zeros: what lies beyond the window may tie, never win.
         assert not (outside & (error < error[incumbent] * (1 - 1e-9))).any() or np.all(
             np.where(outside, np.inf, error).min(0) <= error.min(0) * (1 + 1e-9)
         )
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_size: int) -> None:
+    """Where neighbours correlate, clipping alone bounds nothing, and 120 scales would be left of many blocks. (They are
+    where zeros are best of all: then every smaller scale is nearly as good.)"""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(512, block_size, generator=generator)
+    for column in range(1, block_size):
+        tokens[:, column] += 2 * tokens[:, column - 1]
+    weight = torch.randn(256, block_size, generator=generator)
+    q = quantize(weight, "mxfp4", block_size, "hessian", activations=tokens, count_candidates=True)
+    factors = factorize(hessians_from_activations(tokens, block_size))
+    error = ((weight - q.dequantize()).double() @ factors.factor[0]).square().sum(-1)
+    first, last = bounds.hessian_window(
+        weight.abs().double(), error, factors.inverse_diagonal, E2M1, FORMATS["mxfp4"].scale, ONE
+    )
+    assert q.candidates is not None
+    assert ((last - first) > 100).double().mean() > 0.5
+    assert (q.candidates < 20).double().mean() > 0.95
 
 
 @pytest.mark.parametrize(
