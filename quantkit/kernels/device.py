@@ -13,6 +13,7 @@ find the instructions by itself; what they compute is the same.
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit import bounds
-from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat
+from quantkit.formats import E2M1, FLOAT32_SMALLEST_NORMAL, BlockFormat, ElementGrid
 
 __all__ = ["FormatConstants", "format_constants"]
 
@@ -462,44 +463,90 @@ def squared_error(even, odd):
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """uint8 [tile, block_size / 2] element codes of float32 normalized pairs at int32 scale codes [tile].
-
-    unit: global_scale times the normalizer [tile], not clamped.
-    """
-    # Levels for a grid of E4M3's bias: its code has the element's, and the sign, in its upper bits.
-    SHIFT: tl.constexpr = FMT.element_bias - 7
-    scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
-    reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
-    scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
-    even_level = nearest_level(rounded_quotient(tl.abs(even), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
-    odd_level = nearest_level(rounded_quotient(tl.abs(odd), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
-    even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
-    if TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3:
-        # Four bytes at once: two elements a conversion to E4M3, then two masked moves a word.
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            .reg .b32 even, odd, up;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 even, {low, high};
-            cvt.rn.satfinite.e4m3x2.f32 low, $6, $5;
-            cvt.rn.satfinite.e4m3x2.f32 high, $8, $7;
-            mov.b32 odd, {low, high};
+# From two words of bytes, those of even and of odd elements in E4M3, whose code has the element's, and the sign, in its
+# upper bits: two masked moves a word.
+_PACK = """
             shr.b32 up, even, 2;
             shr.b32 even, even, 4;
             lop3.b32 even, up, even, 0x07070707, 0xE4;
             shl.b32 up, odd, 2;
             lop3.b32 odd, up, odd, 0x7f7f7f7f, 0xE4;
             lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xE4;
-            }""",
-            "=r,f,f,f,f,f,f,f,f",
-            [even, odd],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
+            }"""
+
+
+def _pack_levels() -> str:
+    """PTX of four bytes of codes from four even and four odd float32 levels, two a conversion to E4M3."""
+    lines = ["{ .reg .b16 low, high; .reg .b32 even, odd, up;"]
+    for word, first in (("even", 1), ("odd", 5)):
+        lines += [
+            f"cvt.rn.satfinite.e4m3x2.f32 low, ${first + 1}, ${first};",
+            f"cvt.rn.satfinite.e4m3x2.f32 high, ${first + 3}, ${first + 2};",
+            f"mov.b32 {word}, {{low, high}};",
+        ]
+    return "\n".join(lines) + _PACK
+
+
+def _pack_quotients(element: ElementGrid) -> str:
+    """PTX of the same from signed quotients that half precision holds, or that are far below the smallest tie; they are
+    rounded to levels two an instruction, as nearest_level does."""
+
+    def two(value: float) -> str:
+        return f"0x{2 * struct.pack('>e', value).hex()}"
+
+    unit = 2.0 ** (element.bias - 7)
+    least = 2.0**element.min_exponent * (1 + 2.0 ** (element.mantissa_bits - 9)) * unit
+    lines = [
+        "{ .reg .b16 low, high; .reg .b32 even, odd, up, y, level, least, most, times;",
+        f"mov.b32 least, {two(least)};",
+        f"mov.b32 most, {two(element.max_value * unit)};",
+        f"mov.b32 times, {two(2.0 ** (10 - element.mantissa_bits))};",
+    ]
+    for word, first in (("even", 1), ("odd", 5)):
+        for half, at in (("low", first), ("high", first + 2)):
+            lines += [
+                f"cvt.rn.f16x2.f32 y, ${at + 1}, ${at};",
+                "min.xorsign.abs.f16x2 y, y, most;",
+                "max.xorsign.abs.f16x2 level, y, least;",
+                "neg.f16x2 up, y;",
+                "fma.rn.f16x2 up, level, times, up;",
+                "neg.f16x2 up, up;",
+                "fma.rn.f16x2 level, level, times, up;",
+                "lop3.b32 level, level, y, 0x80008000, 0xD8;",  # a zero, too, has its quotient's sign
+                f"cvt.rn.satfinite.e4m3x2.f16x2 {half}, level;",
+            ]
+        lines.append(f"mov.b32 {word}, {{low, high}};")
+    return "\n".join(lines) + _PACK
+
+
+PACK_LEVELS = tl.constexpr(_pack_levels())
+PACK_QUOTIENTS = tl.constexpr(_pack_quotients(E2M1))
+PACK_OPERANDS = tl.constexpr("=r,f,f,f,f,f,f,f,f")
+
+
+@triton.jit
+def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr, BY_TWOS: tl.constexpr = False):
+    """uint8 [tile, block_size / 2] element codes of float32 normalized pairs at int32 scale codes [tile].
+
+    unit: global_scale times the normalizer [tile], not clamped. BY_TWOS: the elements have 11 significant bits at
+    most, and the scales are powers of two.
+    """
+    # Levels for a grid of E4M3's bias.
+    SHIFT: tl.constexpr = FMT.element_bias - 7
+    E2M1: tl.constexpr = TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3
+    scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
+    reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
+    scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
+    if E2M1 and BY_TWOS and FMT.scale_exact_reciprocal:
+        return tl.inline_asm_elementwise(
+            PACK_QUOTIENTS, PACK_OPERANDS, [even * reciprocal, odd * reciprocal], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    even_level = nearest_level(rounded_quotient(tl.abs(even), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
+    odd_level = nearest_level(rounded_quotient(tl.abs(odd), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
+    even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
+    if E2M1:
+        return tl.inline_asm_elementwise(
+            PACK_LEVELS, PACK_OPERANDS, [even, odd], dtype=tl.uint8, is_pure=True, pack=4
         )
     else:
         return element_code(even, FMT) | (element_code(odd, FMT) << 4)

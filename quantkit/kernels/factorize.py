@@ -15,9 +15,25 @@ import triton.language as tl
 
 from quantkit.kernels.device import global_scale_of, let_next_start, wait_for_previous
 
-__all__ = ["FIRST_SHIFT", "factorize_kernel"]
+__all__ = ["EXTRA_ROWS", "FIRST_SHIFT", "factorize_kernel", "factors_of", "rounded_up"]
 
 FIRST_SHIFT = 1e-8
+EXTRA_ROWS = tl.constexpr(2)
+
+
+@triton.jit
+def factors_of(factors_ptr, block, QBLOCK: tl.constexpr):
+    """Pointers to what there is of a block in float32 ``[num_blocks, QBLOCK + EXTRA_ROWS, QBLOCK]``: Aᵀ, the norms of
+    A's rows, and √(H⁻¹)_ii in half precision (QBLOCK of them, at the beginning of the last row)."""
+    factor_ptr = factors_ptr + block * ((QBLOCK + EXTRA_ROWS) * QBLOCK)
+    norm_ptr = factor_ptr + QBLOCK * QBLOCK
+    return factor_ptr, norm_ptr, (norm_ptr + QBLOCK).to(tl.pointer_type(tl.float16))
+
+
+@triton.jit
+def rounded_up(x):
+    """Float32 that half precision's rounding leaves no less than x ≥ 0, nor zero."""
+    return tl.fma(x, 1 + 2.0**-10, 2.0**-24)
 
 
 @triton.jit
@@ -106,7 +122,7 @@ def symmetric_column(pointer, index, SIZE: tl.constexpr):
 @triton.jit
 def factorize_kernel(
     hessian_ptr,  # [num_blocks, block_size, block_size] fp32 or fp64, symmetric up to rounding
-    factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32: Aᵀ, the norms of A's rows, √(H⁻¹)_ii
+    factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
     flags_ptr,  # [2] int32, the second of which is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
     amax_ptr,  # [AMAX_PARTS] int32; unused without them
     global_scale_ptr,  # [1] fp32, likewise
@@ -123,7 +139,7 @@ def factorize_kernel(
     let_next_start(OVERLAP)
     UNROLL: tl.constexpr = 4  # steps after which the columns change registers, so that the next one is the first
     base = tl.program_id(0).to(tl.int64) * QBLOCK * QBLOCK
-    factor_ptr = factors_ptr + tl.program_id(0).to(tl.int64) * (QBLOCK + 2) * QBLOCK
+    factor_ptr, norm_ptr, inverse_root_ptr = factors_of(factors_ptr, tl.program_id(0).to(tl.int64), QBLOCK)
     lane = tl.arange(0, QBLOCK)
     diagonal = tl.load(hessian_ptr + base + lane * (QBLOCK + 1)).to(tl.float64)
     mean = tl.sum(diagonal, axis=0) / QBLOCK
@@ -182,9 +198,9 @@ def factorize_kernel(
             failed = 0
     if sound == 0:
         tl.store(flags_ptr + 1, 1)
-    norm_ptr = factor_ptr + QBLOCK * QBLOCK + lane
-    tl.store(norm_ptr, (root * tl.sqrt(1 + added)).to(tl.float32))
-    tl.store(norm_ptr + QBLOCK, (tl.sqrt(bound) * per_root).to(tl.float32))
+    tl.store(norm_ptr + lane, (root * tl.sqrt(1 + added)).to(tl.float32))
+    inverse = (tl.sqrt(bound) * per_root).to(tl.float32)
+    tl.store(inverse_root_ptr + lane, rounded_up(inverse).to(tl.float16))
     if AMAX_PARTS:
         wait_for_previous(OVERLAP)
         if tl.program_id(0) == 0:

@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.device import (
+    block_amax,
     columns,
-    flag_not_finite,
-    larger_or_nan,
     load_blocks,
     load_global_scale,
     nearest_multiple,
@@ -40,14 +39,19 @@ from quantkit.kernels.device import (
     wait_for_previous,
     zeroing_code,
 )
+from quantkit.kernels.factorize import factors_of, rounded_up
 
 __all__ = ["hessian_kernel"]
 
-# Half precision rounds a residual and an element of A by 2^-11 each, relatively, and below 2^-14 by 2^-25. The rest of
-# ROUNDING is for the products' sums, the square root, and the weights' own rounding.
-ROUNDING = tl.constexpr(2.0**-10 * (1 + 2.0**-5))
+# Half precision rounds a residual and an element of A by 2^-11 each, relatively, and below 2^-14 by 2^-25; residuals
+# found by twos are exact. The rest of these two is for the products' sums, the square root, and the weights' own
+# rounding.
+ROUNDING = tl.constexpr(2.0**-10 + 2.0**-15)
+ROUNDING_BY_TWOS = tl.constexpr(2.0**-11 + 2.0**-15)
 SUBNORMAL = tl.constexpr(2.0**-22)
 NOTHING = tl.constexpr(0x7FFFFFFF)
+# Scales outside the squared error's window, of a block in a tile, beyond which it pays to find the norm of all zeros.
+FEW = tl.constexpr(7)
 
 
 # ---- the elements of a tile ------------------------------------------------------------------------------------------
@@ -206,20 +210,23 @@ SHARED_TILE = tl.constexpr(
 
 @triton.jit
 def pair_of_halves(low, high):
-    """int32 of two float32 rounded to half precision."""
-    low, high = low.to(tl.float16).to(tl.int16, bitcast=True), high.to(tl.float16).to(tl.int16, bitcast=True)
-    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    """int32 of two float32 rounded to half precision; on "cuda"."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def load_halves(factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.constexpr, TARGET: tl.constexpr):
+def load_halves(
+    factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.constexpr, ROUNDING: tl.constexpr, TARGET: tl.constexpr
+):
     """(A in half precision, weights, floor): Σ |r_i| weight_i · ROUNDING + floor bounds what half_norm may be wrong by.
 
     A and weights as the product wants them; on "cuda" the latter with where each lane writes and reads shared memory.
     """
     row = tl.arange(0, QBLOCK)
     norms = tl.load(row_norm_ptr + row)
-    floor = tl.sum(norms, axis=0) * (SUBNORMAL / 4)
+    floor = tl.sum(norms, axis=0) * (SUBNORMAL / 3)
     if TARGET == "cuda":
         tl.static_assert(BLOCK_M == 32)
         lane = tl.arange(0, 32)
@@ -246,7 +253,7 @@ def load_halves(factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.cons
 
 
 @triton.jit
-def half_norm(r, halves, TARGET: tl.constexpr):
+def half_norm(r, halves, ROUNDING: tl.constexpr, TARGET: tl.constexpr):
     """(norm, margin) float32: ‖r A‖ of each block lies within margin of norm."""
     factor, weights, floor = halves
     if TARGET == "cuda":
@@ -268,11 +275,12 @@ def half_norm(r, halves, TARGET: tl.constexpr):
 
 @triton.jit
 def twos_of(x):
-    """Neighbours of a tuple of float32 tensors, rounded to half precision, as a tuple of int32 tensors; on "cuda"."""
+    """Neighbours of a tuple of float32 tensors, in half precision rounded toward zero, as a tuple of int32 tensors; on
+    "cuda"."""
     twos = ()
     for index in tl.static_range(0, len(x), 2):
         two = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x[index], x[index + 1]], tl.int32, is_pure=True, pack=1
+            "cvt.rz.f16x2.f32 $0, $2, $1;", "=r,f,f", [x[index], x[index + 1]], tl.int32, is_pure=True, pack=1
         )
         twos = twos + (two,)  # noqa: RUF005
     return twos
@@ -281,10 +289,10 @@ def twos_of(x):
 @triton.jit
 def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
     """As half_norm of residuals_at, for scales that are powers of two and elements that half precision holds exactly,
-    or below 2^-14 within 2^-25; on "cuda".
+    or below 2^-14 within 2^-24; on "cuda".
 
-    The residuals then are exact, too, and so found two an instruction, rounding as nearest_multiple does. (2^-25 is
-    what half_norm's margin has for rounding them.) Where the smallest tie is not above 2^-14, rounded elements could be
+    The residuals then are exact, too, and so found two an instruction, rounding as nearest_multiple does. (2^-24 is
+    what the margin's floor has for them.) Where the smallest tie is not above 2^-14, rounded elements could be
     on its other side, and where the largest level is far above them, numbers overflow: there nothing is known.
     """
     factor, weights, floor = halves
@@ -301,7 +309,7 @@ def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-    margin = tl.where(known, tl.fma(margin, ROUNDING, floor), float("inf"))
+    margin = tl.where(known, tl.fma(margin, ROUNDING_BY_TWOS, floor), float("inf"))
     return tl.where(known, tl.sqrt(total), 0.0), margin
 
 
@@ -356,9 +364,86 @@ def full_error(r, factor_ptr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def code_outside(place, first, below, above):
-    """int32 code of place 0, 1, … among those outside: below of them from first on, then from above on."""
-    return tl.where(place < below, first + place, above + place - below)
+def code_outside(place, above, aboves, top):
+    """int32 code of place 0, 1, … among those outside: aboves of them from above on, then from top downwards."""
+    return tl.where(place < aboves, above + place, top - (place - aboves))
+
+
+def _farthest(block_size: int) -> str:
+    """PTX of ``max(|x| − reach, 0)`` and ``min(|x| + reach where |x| > reach)``, reach being radius times another
+    number, over block_size elements: the radius, the elements by twos, and those numbers by twos."""
+    x, factor = 3, 3 + block_size // 2
+    lines = [
+        ".reg .b16 low, high;",
+        ".reg .b32 radius, minus, x, less, more, most, least, zero, none;",
+        "cvt.rn.f16x2.f32 radius, $2, $2;",
+        "neg.f16x2 minus, radius;",
+        "mov.b32 zero, 0;",
+        "mov.b32 most, 0;",
+        "mov.b32 least, 0x7c007c00;",
+    ]
+    for index in range(block_size // 2):
+        lines += [
+            f"abs.f16x2 x, ${x + index};",
+            f"fma.rn.f16x2 less, ${factor + index}, minus, x;",
+            f"fma.rn.f16x2 more, ${factor + index}, radius, x;",
+            "max.f16x2 most, most, less;",
+            "set.le.u32.f16x2 none, less, zero;",
+            "or.b32 more, more, none;",  # no number, which a minimum passes over
+            "min.f16x2 least, least, more;",
+        ]
+    for result, name, function in ((0, "most", "max"), (1, "least", "min")):
+        lines += [
+            f"mov.b32 {{low, high}}, {name};",
+            f"{function}.f16 low, low, high;",
+            f"cvt.f32.f16 ${result}, low;",
+        ]
+    return "{" + "\n".join(lines) + "}"
+
+
+FARTHEST = tl.constexpr({size: _farthest(size) for size in (16, 32)})
+FARTHEST_OPERANDS = tl.constexpr({size: ",".join(["=f", "=f", "f", *["r"] * size]) for size in (16, 32)})
+
+
+@triton.jit
+def farthest_by_twos(twos, radius, inverse_root_ptr):
+    """(clipping, beyond) as farthest, of 16-bit weights; on "cuda". Half precision's roundings are all against the
+    bounds: the radius upwards, the elements (twos_of) and the results outwards."""
+    QBLOCK: tl.constexpr = 2 * len(twos)
+    every = tl.zeros(radius.shape, tl.int32)
+    pointers = inverse_root_ptr.to(tl.pointer_type(tl.int32)) + every
+    inverse_roots = columns(load_blocks(pointers, every == 0, QBLOCK // 2, 4, ""), QBLOCK // 2)
+    clipping, beyond = tl.inline_asm_elementwise(
+        FARTHEST[QBLOCK],
+        FARTHEST_OPERANDS[QBLOCK],
+        (rounded_up(radius),) + twos + inverse_roots,  # noqa: RUF005
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+    return tl.maximum(clipping * (1 - 2.0**-10) - 2.0**-24, 0.0), tl.fma(beyond, 1 + 2.0**-10, 2.0**-23)
+
+
+@triton.jit
+def farthest(x, radius, inverse_root_ptr):
+    """(clipping, beyond) float32: the largest ``|x_i| − t_i``, 0 at least, and the least ``|x_i| + t_i`` of those above
+    zero, with t_i = radius · √(H⁻¹)_ii; see bounds.hessian_window."""
+    every = tl.zeros(radius.shape, tl.int32)
+    inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, len(x), 8, ""), len(x))
+    clipping = tl.zeros_like(radius)
+    beyond = tl.full(radius.shape, float("inf"), tl.float32)
+    for index in tl.static_range(len(x)):
+        reach = radius * inverse_root[index].to(tl.float32)
+        magnitude = tl.abs(x[index])
+        clipping = tl.maximum(clipping, magnitude - reach)
+        beyond = tl.minimum(beyond, tl.where(magnitude > reach, magnitude + reach, float("inf")))
+    return clipping, beyond
+
+
+@triton.jit
+def weights_unit(normalize, global_scale):
+    """Float32 factor from normalized magnitudes to the scale grid's unit."""
+    return tl.minimum(tl.div_rn(1.0, normalize) / global_scale, 3e38)
 
 
 @triton.jit
@@ -368,34 +453,39 @@ def codes_outside(
     search_first,
     search_last,
     inverse_root_ptr,
-    normalize,
+    to_scale,
     ratio,
-    global_scale,
     FMT: tl.constexpr,
     SLACK: tl.constexpr,
+    BY_TWOS: tl.constexpr,
 ):
-    """(first, below, above, count) int32, as code_outside wants them: the codes other than search_first … search_last
-    at which ‖r A‖ may be no more than norm, an upper bound of its least; see bounds.hessian_window."""
-    QBLOCK: tl.constexpr = FMT.block_size
-    every = tl.zeros(norm.shape, tl.int32)
-    inverse_root = columns(load_blocks(inverse_root_ptr + every, every == 0, QBLOCK, 4, ""), QBLOCK)
+    """(above, aboves, top, count) int32, as code_outside wants them: the codes other than search_first … search_last at
+    which ‖r A‖ may be no more than norm, an upper bound of its least; see bounds.hessian_window. x by twos if
+    BY_TWOS."""
     radius = norm * (1 + SLACK)
-    clipping = tl.zeros_like(norm)
-    beyond = tl.full(norm.shape, float("inf"), tl.float32)
-    for index in tl.static_range(QBLOCK):
-        reach = radius * inverse_root[index]
-        magnitude = tl.abs(x[index])
-        clipping = tl.maximum(clipping, magnitude - reach)
-        beyond = tl.minimum(beyond, tl.where(magnitude > reach, magnitude + reach, float("inf")))
-    to_scale = tl.minimum(tl.div_rn(1.0, normalize) / global_scale, 3e38)  # from normalized magnitudes
+    if BY_TWOS:
+        clipping, beyond = farthest_by_twos(x, radius, inverse_root_ptr)
+    else:
+        clipping, beyond = farthest(x, radius, inverse_root_ptr)
     least = clipping / FMT.element_max * to_scale * (1 - SLACK)
     most = beyond / FMT.element_smallest * to_scale * (1 + SLACK)
     first = tl.maximum(scale_ceil_code(least, FMT), FMT.scale_min_code)
     last = tl.maximum(scale_floor_code(most, FMT), FMT.scale_min_code)
     last = tl.minimum(last, zeroing_code(ratio, FMT))
-    below = tl.maximum(tl.minimum(last, search_first - 1) - first + 1, 0)
     above = tl.maximum(first, search_last + 1)
-    return first, below, above, below + tl.maximum(last - above + 1, 0)
+    aboves = tl.maximum(last - above + 1, 0)
+    top = tl.minimum(last, search_first - 1)
+    return above, aboves, top, aboves + tl.maximum(top - first + 1, 0)
+
+
+@triton.jit
+def first_that_matters(zero_norm, norm, halves, to_scale, FMT: tl.constexpr, SLACK: tl.constexpr):
+    """int32 smallest code that can bring ‖r A‖ from zero_norm, a lower bound of ‖x A‖, down to norm, as in bounds, or
+    that changes it by more than 2^-22 of itself: with a scale that leaves all zeros among the candidates, smaller ones
+    are as good as that."""
+    needed = tl.maximum(zero_norm - norm, zero_norm * 2.0**-22)
+    sum_of_norms = halves[2] * (3 / SUBNORMAL)
+    return scale_ceil_code(needed / (FMT.element_max * sum_of_norms) * to_scale * (1 - SLACK), FMT)
 
 
 @triton.jit
@@ -416,15 +506,18 @@ def key_of(norm, margin, code, valid):
 
 
 @triton.jit
-def with_scale(
-    kept, upper, code, valid, x, halves, unit, FMT: tl.constexpr, BY_TWOS: tl.constexpr, TARGET: tl.constexpr
-):
-    """kept and upper, the least norm + margin, after one more code of each block, where it is valid; x by twos if
-    BY_TWOS."""
+def norm_at(x, code, unit, halves, FMT: tl.constexpr, BY_TWOS: tl.constexpr, TARGET: tl.constexpr):
+    """(norm, margin) of the residuals at each block's code, as half_norm; x by twos if BY_TWOS."""
     if BY_TWOS:
         norm, margin = norm_of_twos(x, code, unit, halves, FMT)
     else:
-        norm, margin = half_norm(residuals_at(x, code, unit, FMT, TARGET), halves, TARGET)
+        norm, margin = half_norm(residuals_at(x, code, unit, FMT, TARGET), halves, ROUNDING, TARGET)
+    return norm, margin
+
+
+@triton.jit
+def with_interval(kept, upper, norm, margin, code, valid):
+    """kept and upper, the least norm + margin, after one more code of each block, where it is valid."""
     kept = with_key(kept, key_of(norm, margin, code, valid))
     return kept, tl.where(valid, tl.minimum(upper, norm + margin), upper)
 
@@ -441,7 +534,7 @@ def owner_of(place, ends, start, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def share_outside(kept, upper, first, below, above, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
+def share_outside(kept, upper, above, aboves, top, count, x, halves, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
     """kept and upper, likewise, the lanes sharing all pairs of a block and a code."""
     lane = tl.arange(0, count.shape[0])
     ends = tl.cumsum(count, 0)
@@ -451,11 +544,11 @@ def share_outside(kept, upper, first, below, above, count, x, halves, unit, FMT:
         owner = owner_of(place, ends, tl.zeros_like(lane), lane.shape[0])
         place_of_own = place - tl.gather(ends - count, owner, 0)
         code = code_outside(
-            place_of_own, tl.gather(first, owner, 0), tl.gather(below, owner, 0), tl.gather(above, owner, 0)
+            place_of_own, tl.gather(above, owner, 0), tl.gather(aboves, owner, 0), tl.gather(top, owner, 0)
         )
-        code = tl.minimum(code, FMT.scale_max_code)
+        code = tl.minimum(tl.maximum(code, 0), FMT.scale_max_code)
         r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, TARGET)
-        norm, margin = half_norm(r, halves, TARGET)
+        norm, margin = half_norm(r, halves, ROUNDING, TARGET)
         key = key_of(norm, margin, code, place < total)
         left = tl.where(norm - margin <= tl.gather(upper, owner, 0), key, NOTHING)
         least = tl.min(left, axis=0)
@@ -476,9 +569,9 @@ def decide(
     upper,
     search_first,
     inside,
-    first,
-    below,
     above,
+    aboves,
+    top,
     outside,
     x,
     factor_ptr,
@@ -510,9 +603,9 @@ def decide(
             own_first, own_inside = tl.gather(search_first, owner, 0), tl.gather(inside, owner, 0)
             own_outside = code_outside(
                 place_of_own - own_inside,
-                tl.gather(first, owner, 0),
-                tl.gather(below, owner, 0),
                 tl.gather(above, owner, 0),
+                tl.gather(aboves, owner, 0),
+                tl.gather(top, owner, 0),
             )
             any_code = tl.where(place_of_own < own_inside, own_first + place_of_own, own_outside)
             code = tl.where(tl.gather(left, owner, 0) == 4, tl.minimum(any_code, FMT.scale_max_code), code)
@@ -531,7 +624,7 @@ def decide(
 @triton.jit
 def hessian_kernel(
     weight_ptr,  # [rows, num_blocks, block_size] bf16, fp16 or fp32
-    factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32: Aᵀ, the norms of A's rows, √(H⁻¹)_ii
+    factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
     global_scale_ptr,  # [1] fp32; written where the format has none
     codes_ptr,  # [rows, num_blocks, block_size / 2] uint8
     scales_ptr,  # [rows, num_blocks] uint8
@@ -549,12 +642,17 @@ def hessian_kernel(
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
+    # Scales that are powers of two and weights of 16 bits: two residuals an instruction.
+    RESIDUALS_BY_TWOS: tl.constexpr = (
+        TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16 and FMT.scale_mantissa == 0
+    )
+    BOUNDS_BY_TWOS: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
     column = tl.program_id(0) % num_blocks
-    factor_ptr = factors_ptr + column * ((QBLOCK + 2) * QBLOCK)
-    row_norms = factor_ptr + QBLOCK * QBLOCK
-    inverse_roots = row_norms + QBLOCK
+    factor_ptr, row_norms, inverse_roots = factors_of(factors_ptr, column, QBLOCK)
     wait_for_previous(OVERLAP)
-    halves = load_halves(factor_ptr, row_norms, BLOCK_M, QBLOCK, TARGET)
+    halves = load_halves(
+        factor_ptr, row_norms, BLOCK_M, QBLOCK, ROUNDING_BY_TWOS if RESIDUALS_BY_TWOS else ROUNDING, TARGET
+    )
     global_scale = load_global_scale(global_scale_ptr, None, FMT, 0)
     start = tl.program_id(0) // num_blocks * (BLOCK_M * TILES)
     for first_row in range(start, tl.minimum(start + BLOCK_M * TILES, rows), BLOCK_M):
@@ -562,13 +660,10 @@ def hessian_kernel(
         in_range = row < rows
         block = row.to(tl.int64) * num_blocks + column
         tile = load_blocks(weight_ptr + block * QBLOCK, in_range, QBLOCK, VECTOR, "evict_first")
+        amax = block_amax(tile, flag_ptr, TARGET)
+        normalize = normalizer(amax)
         loaded = columns(tile, QBLOCK)
         x = ()
-        amax = tl.abs(loaded[0].to(tl.float32))
-        for index in tl.static_range(1, QBLOCK):
-            amax = larger_or_nan(amax, tl.abs(loaded[index].to(tl.float32)))
-        flag_not_finite(amax, flag_ptr)
-        normalize = normalizer(amax)
         for index in tl.static_range(QBLOCK):
             x = x + (loaded[index].to(tl.float32) * normalize,)  # noqa: RUF005
         unit = search_unit(global_scale, normalize, FMT)
@@ -580,38 +675,65 @@ def hessian_kernel(
         kept = (nothing, nothing, nothing, nothing)
         upper = tl.full([BLOCK_M], float("inf"), tl.float32)
         inside = search_last - search_first + 1
+        to_scale = weights_unit(normalize, global_scale)
+        bounded = twos_of(x) if BOUNDS_BY_TWOS else x
         if FMT.scale_mantissa == 0:
-            # One inside, then those outside; in one loop, because two of them fill the instruction cache.
-            first, below, above, outside = inside * 0, inside * 0, inside * 0, inside * 0
-            step, steps = 0, 1
-            BY_TWOS: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
-            searched = twos_of(x) if BY_TWOS else x
+            # Step 0 is the one inside, those after it the ones outside. Where a block has many of them, step -1 is one
+            # that leaves all zeros, and from then on those too small to matter are left out. In one loop, because two
+            # of them fill the instruction cache.
+            above, aboves, top, outside = inside * 0, inside * 0, inside * 0, inside * 0
+            zero_norm = upper * 0
+            code = search_first
+            step, steps, many = 0, 1, 0
+            searched = bounded if RESIDUALS_BY_TWOS else x
             while step < steps:
-                code = tl.minimum(code_outside(step - 1, first, below, above), FMT.scale_max_code)
-                code = tl.where(step == 0, search_first, code)
-                kept, upper = with_scale(
-                    kept, upper, code, step <= outside, searched, halves, unit, FMT, BY_TWOS, TARGET
-                )
+                norm, margin = norm_at(searched, code, unit, halves, FMT, RESIDUALS_BY_TWOS, TARGET)
+                kept, upper = with_interval(kept, upper, norm, margin, code, step <= outside)
                 if step == 0:
-                    first, below, above, outside = codes_outside(
-                        x, upper, search_first, search_last, inverse_roots, normalize, ratio, global_scale, FMT, SLACK
+                    above, aboves, top, outside = codes_outside(
+                        bounded,
+                        upper,
+                        search_first,
+                        search_last,
+                        inverse_roots,
+                        to_scale,
+                        ratio,
+                        FMT,
+                        SLACK,
+                        BOUNDS_BY_TWOS,
                     )
                     steps = tl.max(outside, axis=0) + 1
+                    if steps > FEW + 1:
+                        step = -2
+                elif step < 0:
+                    # The largest scale of all may leave elements that are not zero.
+                    zero_norm = tl.where(code < FMT.scale_max_code, norm - margin, 0.0)
+                    many = 1
+                    step = 0
+                if many > 0:
+                    matters = first_that_matters(zero_norm, upper, halves, to_scale, FMT, SLACK)
+                    outside = tl.minimum(outside, tl.maximum(aboves + tl.maximum(top - matters + 1, 0), step))
+                    steps = tl.max(outside, axis=0) + 1
                 step += 1
+                code = tl.minimum(tl.maximum(code_outside(step - 1, above, aboves, top), 0), FMT.scale_max_code)
+                if step < 0:
+                    code = zeroing_code(ratio, FMT)
         else:
+            many = 0
             for step in range(tl.max(inside, axis=0)):
                 code = tl.minimum(search_first + step, search_last)
-                kept, upper = with_scale(kept, upper, code, step < inside, x, halves, unit, FMT, False, TARGET)
-            first, below, above, outside = codes_outside(
-                x, upper, search_first, search_last, inverse_roots, normalize, ratio, global_scale, FMT, SLACK
+                norm, margin = norm_at(x, code, unit, halves, FMT, False, TARGET)
+                kept, upper = with_interval(kept, upper, norm, margin, code, step < inside)
+            above, aboves, top, outside = codes_outside(
+                bounded, upper, search_first, search_last, inverse_roots, to_scale, ratio, FMT, SLACK, BOUNDS_BY_TWOS
             )
-            kept, upper = share_outside(kept, upper, first, below, above, outside, x, halves, unit, FMT, TARGET)
-        code = decide(kept, upper, search_first, inside, first, below, above, outside, x, factor_ptr, unit, FMT, TARGET)
+            kept, upper = share_outside(kept, upper, above, aboves, top, outside, x, halves, unit, FMT, TARGET)
+        code = decide(kept, upper, search_first, inside, above, aboves, top, outside, x, factor_ptr, unit, FMT, TARGET)
 
         even, odd = pairs(tile.to(tl.float32) * normalize[:, None])
-        packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
+        packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET, BY_TWOS=RESIDUALS_BY_TWOS)
         half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
         tl.store(codes_ptr + half, packed, mask=in_range[:, None])
         tl.store(scales_ptr + block, code.to(tl.uint8), mask=in_range)
         if COUNT:
-            tl.store(candidates_ptr + block, (inside + outside).to(tl.uint8), mask=in_range)
+            tl.store(candidates_ptr + block, (inside + outside + many).to(tl.uint8), mask=in_range)

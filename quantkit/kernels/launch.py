@@ -16,7 +16,7 @@ from quantkit.kernels.amax import amax_kernel
 from quantkit.kernels.block_hessians import block_hessians_kernel
 from quantkit.kernels.dequantize import dequantize_kernel
 from quantkit.kernels.device import format_constants
-from quantkit.kernels.factorize import FIRST_SHIFT, factorize_kernel
+from quantkit.kernels.factorize import EXTRA_ROWS, FIRST_SHIFT, factorize_kernel
 from quantkit.kernels.hessian import hessian_kernel
 from quantkit.kernels.naive import naive_kernel
 from quantkit.kernels.sse import sse_kernel
@@ -34,7 +34,9 @@ AMAX_PROGRAMS = 1 if INTERPRETED else 128
 AMAX_ELEMENTS = 8192 if INTERPRETED else 16384  # a step of a program
 AMAX_WARPS = 32
 HESSIAN_REGISTERS = {16: 80, 32: 128}
-HESSIAN_ROWS, HESSIAN_TILES = (512, 1) if INTERPRETED else (32, 2)  # of a tile; tiles a program
+HESSIAN_ROWS = 512 if INTERPRETED else 32  # a tile
+# Tiles a program, where scales are powers of two and where not: a short search pays more for a program's beginning.
+HESSIAN_TILES = {True: 1, False: 1} if INTERPRETED else {True: 4, False: 1}
 ALIGNED = 16  # bytes: for an address that divides, Triton compiles wider loads
 DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
 BLOCK_HESSIANS_WIDTH = 64  # columns, and tokens, a program
@@ -50,27 +52,32 @@ class Kernel:
     """A kernel with its compile-time constants on one device: ``kernel(grid, *arguments)``.
 
     Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. Here that is
-    found by numbers and the tensors' types and alignment alone, an entry a shape; docs/log.md has what that saves.
+    found by numbers and by type and alignment of the tensors that come from elsewhere, an entry a shape; docs/log.md
+    has what that saves.
+
+    fresh: names of the pointers to tensors that are made in this module, always of one type and aligned.
     """
 
-    def __init__(self, kernel: Any, device: torch.device, **constants: Any) -> None:
+    def __init__(self, kernel: Any, device: torch.device, fresh: tuple[str, ...] = (), **constants: Any) -> None:
         self.kernel, self.device, self.constants = kernel, device, constants
         self.last = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        arguments = [name for name in kernel.arg_names if name not in constants]
+        pointers = [name for name in arguments if name.endswith("_ptr")]
+        self.numbers = [arguments.index(name) for name in arguments if name not in pointers]
+        self.tensors = [arguments.index(name) for name in pointers if name not in fresh]
         self.compiled: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, grid: tuple[int, int], *arguments: Tensor | int) -> None:
+    def __call__(self, grid: tuple[int, int], *arguments: Any) -> None:
         if INTERPRETED:
             self.kernel[grid](*arguments, **self.constants)
         elif self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 self(grid, *arguments)
         else:
-            alike: list[Any] = []
-            for argument in arguments:
-                if isinstance(argument, int):
-                    alike.append(argument)
-                else:
-                    alike += argument.dtype, argument.data_ptr() % ALIGNED == 0
+            alike = [arguments[index] for index in self.numbers]
+            for index in self.tensors:
+                tensor = arguments[index]
+                alike += tensor.dtype, tensor.data_ptr() % ALIGNED == 0
             key = tuple(alike)
             compiled = self.compiled.get(key)
             if compiled is None or _is_hooked():
@@ -109,6 +116,7 @@ def _naive(fmt: BlockFormat, block_size: int, rule: str, parts: int, device: tor
     return Kernel(
         naive_kernel,
         device,
+        ("amax_ptr", "codes_ptr", "scales_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         RULE=rule,
         TARGET=TARGET,
@@ -124,6 +132,7 @@ def _sse(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: tor
     return Kernel(
         sse_kernel,
         device,
+        ("amax_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
         TARGET=TARGET,
@@ -140,12 +149,13 @@ def _hessian(fmt: BlockFormat, block_size: int, count: bool, device: torch.devic
     return Kernel(
         hessian_kernel,
         device,
+        ("factors_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
         TARGET=TARGET,
         SLACK=bounds.SLACK,
         BLOCK_M=HESSIAN_ROWS,
-        TILES=HESSIAN_TILES,
+        TILES=HESSIAN_TILES[fmt.scale.mantissa_bits == 0],
         num_warps=1,
         **_overlap(device),
         **registers,
@@ -158,6 +168,7 @@ def _factorize(block_size: int, parts: int, largest_product: float, device: torc
     return Kernel(
         factorize_kernel,
         device,
+        ("factors_ptr", "flags_ptr", "amax_ptr", "global_scale_ptr"),
         QBLOCK=block_size,
         DAMPING=RELATIVE_DAMPING,
         DEAD=DEAD_CHANNEL,
@@ -178,6 +189,7 @@ def _amax(keep: bool, device: torch.device) -> Kernel:
     return Kernel(
         amax_kernel,
         device,
+        ("parts_ptr",),
         BLOCK_N=AMAX_ELEMENTS,
         KEEP=keep,
         OVERLAP=_overlap(device)["OVERLAP"],
@@ -195,6 +207,7 @@ def _block_hessians(block_size: int, step_tokens: int, device: torch.device) -> 
     return Kernel(
         block_hessians_kernel,
         device,
+        ("parts_ptr",),
         QBLOCK=block_size,
         WIDTH=BLOCK_HESSIANS_WIDTH,
         BLOCK_T=step_tokens,
@@ -301,14 +314,16 @@ def _as_factorized(hessians: Tensor) -> Tensor:
 
 
 def _empty_factors(hessians: Tensor) -> Tensor:
-    """Float32 ``[num_blocks, block_size + 2, block_size]``, of a block Aᵀ, the norms of A's rows, and √(H⁻¹)_ii."""
+    """Float32 ``[num_blocks, block_size + EXTRA_ROWS, block_size]``, as factors_of finds its way in it."""
     num_blocks, block_size, _ = hessians.shape
-    return torch.empty(num_blocks, block_size + 2, block_size, dtype=torch.float32, device=hessians.device)
+    rows = block_size + EXTRA_ROWS.value
+    return torch.empty(num_blocks, rows, block_size, dtype=torch.float32, device=hessians.device)
 
 
 def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and √(H⁻¹)_ii, both
-    ``[num_blocks, block_size]``, of ``hessians``: what quantize has made for its kernel, for a look at it.
+    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and, in half
+    precision and rounded up, √(H⁻¹)_ii, both ``[num_blocks, block_size]``, of ``hessians``: what quantize has made for
+    its kernel, for a look at it.
 
     Sets ``flags[1]``, int32, to 1 for NaN, Inf or a clearly indefinite Hessian.
     """
@@ -316,7 +331,8 @@ def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_blocks, block_size, _ = hessians.shape
     factors = _empty_factors(hessians)
     _factorize(block_size, 0, 0, hessians.device)((num_blocks, 1), hessians, factors, flags, flags, factors)
-    return factors[:, :block_size], factors[:, block_size], factors[:, block_size + 1]
+    inverse_roots = factors[:, block_size + 1].view(torch.float16)[:, :block_size]
+    return factors[:, :block_size], factors[:, block_size], inverse_roots
 
 
 def amax_parts(matrix: Tensor, keep: bool = False) -> Tensor:

@@ -35,9 +35,11 @@ def test_factors_reproduce_the_hessian(family: str, block_size: int, dtype: torc
     assert flag == 0
     assert torch.equal(factor, factor.tril())
     assert ((factor @ factor.mT - regularized).abs().amax((1, 2)) <= 3e-7 * largest).all()
-    assert torch.isfinite(inverse_diagonal).all() and (inverse_diagonal > 0).all()
+    assert (inverse_diagonal > 0).all()
     if family != "rank_deficient":  # there the inverse is rounding noise, in either
-        torch.testing.assert_close(inverse_diagonal, want.inverse_diagonal, rtol=1e-5, atol=0)
+        root, exact = inverse_diagonal.sqrt(), want.inverse_diagonal.sqrt()
+        assert (root >= exact).all()  # rounded up to half precision, which may be infinity
+        assert ((root <= exact * (1 + 2**-9) + 2**-23) | (exact > 6.5e4)).all()
 
 
 def test_the_bound_holds_for_what_the_kernel_minimises() -> None:

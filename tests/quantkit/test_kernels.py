@@ -12,8 +12,18 @@ from quantkit import E2M1, E4M3, FORMATS, METHODS, quantize, verify
 from quantkit.calibration import hessians_from_activations
 from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
-from quantkit.kernels.device import columns, load_blocks, round_to_grid
-from quantkit.kernels.hessian import full_error, half_norm, load_halves
+from quantkit.kernels.device import columns, format_constants, load_blocks, round_to_grid
+from quantkit.kernels.hessian import (
+    ROUNDING,
+    ROUNDING_BY_TWOS,
+    farthest,
+    farthest_by_twos,
+    full_error,
+    half_norm,
+    load_halves,
+    norm_of_twos,
+    twos_of,
+)
 from quantkit.quantize import _global_scale
 from tests.inputs import all_families
 
@@ -58,10 +68,9 @@ def _product_kernel(
     r_ptr, factor_ptr, row_norm_ptr, norm_ptr, margin_ptr, error_ptr, QBLOCK: tl.constexpr, TARGET: tl.constexpr
 ):
     lane = tl.arange(0, 32)
-    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, TARGET)
-    norm, margin = half_norm(
-        columns(load_blocks(r_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK), halves, TARGET
-    )
+    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, ROUNDING, TARGET)
+    r = columns(load_blocks(r_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
+    norm, margin = half_norm(r, halves, ROUNDING, TARGET)
     tl.store(norm_ptr + lane, norm)
     tl.store(margin_ptr + lane, margin)
     same = columns(load_blocks(r_ptr + (lane >> 2) * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
@@ -105,7 +114,7 @@ def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, mo
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 32)
     hessian = hessians_from_activations(x, block_size).to(DEVICE)
     monkeypatch.setattr(launch, "HESSIAN_ROWS", 32)
-    monkeypatch.setattr(launch, "HESSIAN_TILES", 4)
+    monkeypatch.setattr(launch, "HESSIAN_TILES", dict.fromkeys((True, False), 4))
     monkeypatch.setattr(launch, "_hessian", launch._hessian.__wrapped__)
     whole, got = (
         quantize(
@@ -194,3 +203,78 @@ def test_block_hessians(block_size: int, tokens: int, columns: int, dtype: torch
     assert got.dtype == torch.float32
     scale = want.diagonal(dim1=1, dim2=2).amax() if tokens else 1.0
     assert (got - want).abs().amax() <= 1e-5 * scale
+
+
+@triton.jit
+def _by_twos_kernel(
+    x_ptr,
+    factor_ptr,
+    row_norm_ptr,
+    inverse_root_ptr,
+    code_ptr,
+    radius_ptr,
+    norm_ptr,
+    margin_ptr,
+    bounds_ptr,
+    FMT: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    QBLOCK: tl.constexpr = FMT.block_size
+    lane = tl.arange(0, 32)
+    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, ROUNDING_BY_TWOS, TARGET)
+    x = columns(load_blocks(x_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
+    twos = twos_of(x)
+    norm, margin = norm_of_twos(twos, tl.load(code_ptr + lane), 1.0, halves, FMT)
+    tl.store(norm_ptr + lane, norm)
+    tl.store(margin_ptr + lane, margin)
+    radius = tl.load(radius_ptr + lane)
+    clipping, beyond = farthest_by_twos(twos, radius, inverse_root_ptr)
+    tl.store(bounds_ptr + lane, clipping)
+    tl.store(bounds_ptr + 32 + lane, beyond)
+    clipping, beyond = farthest(x, radius, inverse_root_ptr)
+    tl.store(bounds_ptr + 64 + lane, clipping)
+    tl.store(bounds_ptr + 96 + lane, beyond)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_two_elements_an_instruction_are_within_the_margin_and_the_bounds(block_size: int, spread: float) -> None:
+    """Of bfloat16 elements from 2 down to far below what half precision holds; radii from far below to far above."""
+    fmt = FORMATS["mxfp4"]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(32, block_size, generator=generator) * 2 - 1
+    x = (2 * x * spread ** torch.rand(32, block_size, generator=generator)).bfloat16().float()
+    x[:, 0] = (1 + x[:, 0].abs() / 2).bfloat16()
+    x[3, 1:] = 0
+    factor = torch.randn(block_size, block_size, generator=generator).tril()
+    factor *= spread ** torch.rand(block_size, block_size, generator=generator)
+    codes = torch.randint(127 - 11, 127 + 6, (32,), generator=generator, dtype=torch.int32)
+    roots = torch.logspace(-2, 6, block_size).half()  # the last are infinite
+    radius = torch.logspace(-9, 2, 32)
+    norm, margin = torch.empty(2, 32, device="cuda")
+    found = torch.empty(4, 32, device="cuda")
+    given = (x, factor.T.contiguous(), factor.norm(dim=1), roots, codes, radius)
+    _by_twos_kernel[(1,)](
+        *(tensor.cuda() for tensor in given),
+        norm,
+        margin,
+        found,
+        FMT=format_constants(fmt, block_size),
+        TARGET=launch.TARGET,
+        num_warps=1,
+    )
+    scale = fmt.scale.decode(codes)[:, None]
+    residual = x.double() - scale * fmt.element.round(x / scale).double()
+    want = (residual @ factor.double()).square().sum(1).sqrt()
+    assert ((norm.cpu() - want).abs() <= margin.cpu())[margin.cpu().isfinite()].all()
+    assert margin.isfinite().sum() >= 16
+    reach = radius.double()[:, None] * roots.double()
+    clipping = (x.abs() - reach).amax(1).clamp(min=0)
+    beyond = torch.where(x.abs() > reach, x.abs() + reach, torch.inf).amin(1)
+    by_twos, by_ones = found.cpu().double().view(2, 2, 32)
+    for lower, upper in (by_twos, by_ones):
+        assert (lower <= clipping * (1 + 1e-6)).all() and (upper >= beyond * (1 - 1e-6)).all()
+    assert (by_twos[0] >= clipping * (1 - 2**-7) - 2**-9).all()
+    near = beyond < 4
+    assert near.sum() > 8 and (by_twos[1][near] <= beyond[near] * (1 + 2**-7) + 2**-9).double().mean() > 0.9

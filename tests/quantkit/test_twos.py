@@ -1,6 +1,7 @@
-"""The residuals that MXFP4's Hessian kernel finds two an instruction, in half precision: every element and scale.
+"""What MXFP4's Hessian kernel finds two an instruction, in half precision: every element and scale.
 
-The instructions are those of ``kernels/hessian.py``, each rounded once, as the GPU rounds them.
+The instructions are those of ``kernels/hessian.py`` and ``kernels/device.py``, each rounded once, as the GPU rounds
+them.
 """
 
 from __future__ import annotations
@@ -35,3 +36,37 @@ def test_every_residual_is_exact(scale: float) -> None:
 def test_the_scales_are_those_of_all_blocks_but_odd_ones() -> None:
     """Of elements normalized to below 2: beyond, all are zero, or the largest is clipped 300 times over."""
     assert min(SCALES) == 2.0**-11 and max(SCALES) == 2.0**6
+
+
+def test_every_code_is_that_of_the_quotient() -> None:
+    """Of every half precision number times every power of two, whose quotient may be none; a zero keeps its sign."""
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    x = numbers[np.isfinite(numbers)].astype(np.float64)
+    unit = 2.0**-6
+    for exponent in range(-30, 31, 3):
+        with np.errstate(over="ignore"):
+            y = half(np.float32(x * 2.0**exponent * unit).astype(np.float64))
+        y = np.copysign(np.minimum(np.abs(y), E2M1.max_value * unit), y)
+        magnitude = np.maximum(np.abs(y), unit * (1 + 2.0**-8))
+        level = half(np.copysign(magnitude, y) * 2.0**9 - half(np.copysign(magnitude, y) * 2.0**9 - y))
+        level = np.copysign(level, y) / unit
+        want = E2M1.decode_signed(E2M1.encode_signed(torch.tensor(x * 2.0**exponent, dtype=torch.float32))).numpy()
+        assert (level == want).all() and (np.signbit(level) == np.signbit(want)).all()
+
+
+@pytest.mark.parametrize("root", [1e-3, 0.5, 1.0, 3.0, 1e3, 1e5])
+def test_bounds_are_rounded_outwards(root: float) -> None:
+    """Every element of either sign, with a radius and √(H⁻¹)_ii of every size, that half precision holds or not."""
+    magnitudes = np.arange(np.float16(2).view(np.uint16), dtype=np.uint16).view(np.float16).astype(np.float64)
+    for radius in np.geomspace(1e-9, 1e6, 151):
+        for below in (0.0, 0.99 * 2.0**-24):  # what rounding toward zero may have taken off small ones
+            exact = np.where(magnitudes < 2.0**-14, magnitudes + below, magnitudes)
+            reach = radius * root
+            with np.errstate(over="ignore"):
+                up_radius, up_root = (half(np.array(v * (1 + 2.0**-10) + 2.0**-24)) for v in (radius, root))
+                less, more = half(magnitudes - up_radius * up_root), half(magnitudes + up_radius * up_root)
+            clipping = np.maximum(np.maximum(less, 0) * (1 - 2.0**-10) - 2.0**-24, 0)
+            assert (clipping <= np.maximum(exact - reach, 0)).all()
+            used = less > 0
+            assert (exact[used] > reach).all()
+            assert (more[used] * (1 + 2.0**-10) + 2.0**-23 >= exact[used] + reach).all()
