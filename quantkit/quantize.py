@@ -159,21 +159,22 @@ def _hessians(
     use_triton: bool,
 ) -> Tensor | None:
     """Block Hessians on the weight's device, from whichever of the three was given."""
-    given = [
-        name
-        for name, value in (("activations", activations), ("gram", gram), ("hessian", hessian))
-        if value is not None
-    ]
-    if method != "hessian":
-        if given:
+    absent = (activations is None) + (gram is None) + (hessian is None)
+    if absent != (2 if method == "hessian" else 3):
+        given = [
+            name
+            for name, value in (("activations", activations), ("gram", gram), ("hessian", hessian))
+            if value is not None
+        ]
+        if method != "hessian":
             raise ValueError(
                 f"method {method!r} does not use {' and '.join(given)}; leave it out or use method='hessian'"
             )
-        return None
-    if len(given) != 1:
         raise ValueError(
             f"method 'hessian' takes exactly one of activations, gram and hessian; got {' and '.join(given) or 'none'}"
         )
+    if method != "hessian":
+        return None
     columns = weight.shape[-1]
     if activations is not None:
         if activations.shape[:1] == (0,) and columns > 0:

@@ -65,6 +65,14 @@ def test_what_was_compiled_for_the_like_is_started(recorder: Recorder) -> None:
     assert len(recorder.compiled) == 4 and len(recorder.started) == 2
 
 
+def test_tensors_made_for_the_launch_are_not_looked_at(recorder: Recorder) -> None:
+    kernel = launch.Kernel(recorder, torch.device("cpu"), ("x_ptr",), BLOCK=32)
+    x = torch.zeros(64)
+    for tensor in (x, x[1:], x.half()):
+        kernel((5, 1), tensor, 64)
+    assert len(recorder.compiled) == 1 and len(recorder.started) == 2
+
+
 def test_a_profiler_hears_of_every_launch(recorder: Recorder) -> None:
     kernel = launch.Kernel(recorder, torch.device("cpu"), BLOCK=32)
     launch.triton.knobs.runtime.launch_exit_hook.calls.append(print)
