@@ -545,9 +545,7 @@ def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr,
     odd_level = nearest_level(rounded_quotient(tl.abs(odd), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
     even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
     if E2M1:
-        return tl.inline_asm_elementwise(
-            PACK_LEVELS, PACK_OPERANDS, [even, odd], dtype=tl.uint8, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise(PACK_LEVELS, PACK_OPERANDS, [even, odd], dtype=tl.uint8, is_pure=True, pack=4)
     else:
         return element_code(even, FMT) | (element_code(odd, FMT) << 4)
 
