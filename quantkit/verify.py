@@ -3,11 +3,12 @@
 For each block the least error over the whole scale grid is found by evaluating it, with no window and no theorem, and
 compared with the error of the scale that was stored:
 
-    excess = max(0, E(stored) − slack − min E) / min E,   contract: excess ≤ 1e-6
+    excess = max over all scales s of (E(stored) − slack − E(s)) / E(s), or 0,   contract: excess ≤ 1e-6
 
-slack is 0 for squared error and 1e-7·λ_max(H)·‖r‖², float32's own resolution of r H rᵀ, with a Hessian. The objective
-uses H as it is given, not the factors that the searches work with. The stored codes must be round-to-nearest at the
-stored scale.
+slack is 0 for squared error. With a Hessian it is 1e-7·λ_max(H)·‖r‖², float32's own resolution of r H rᵀ, with the
+larger of the two residuals: what rounding of H has made of E(s) is no more certain than E(stored). The objective uses
+H as it is given, not the factors that the searches work with. The stored codes must be round-to-nearest at the stored
+scale.
 
 Only repetition is left out: above 4·amax every code is zero and the error no longer changes; while 6·s is below the
 smallest nonzero magnitude, every nonzero element is clipped and the error falls as s grows.
@@ -138,14 +139,16 @@ class _Judge:
         """Float64 relative excess over the slack, ``[num_blocks, rows]``."""
         exact = blocks.double()
         chosen, norm = self.error(blocks, exact, codes)
-        least = chosen.clone()
+        worst = torch.zeros_like(chosen)
         for code in self._codes_that_differ(blocks):
-            torch.minimum(least, self.error(blocks, exact, code.expand(1, 1))[0], out=least)
-        if self.hessian is not None:
-            chosen = chosen - self.resolution * norm
-            least = least.clamp(min=0)  # below zero is rounding of a semi-definite form
-        above = (chosen - least).clamp(min=0)
-        return torch.where(above > 0, above / least, 0.0)
+            error, other = self.error(blocks, exact, code.expand(1, 1))
+            if self.hessian is None:
+                above = chosen - error
+            else:
+                error.clamp_(min=0)  # below zero is rounding of a semi-definite form
+                above = torch.maximum(norm, other).mul_(-self.resolution).add_(chosen).sub_(error)
+            torch.fmax(worst, above.div_(error), out=worst)  # 0 / 0 is no excess
+        return worst
 
     def _codes_that_differ(self, blocks: Tensor) -> Tensor:
         """All codes but those that the module's last paragraph shows to repeat or to be worse than a neighbour."""

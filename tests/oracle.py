@@ -62,7 +62,8 @@ def contract_violations(
     error, norm = error_table(blocks, format, global_scale, hessians)
     rows = codes.astype(np.int64) - SCALE_CODES[format][0]
     chosen = error[rows, np.arange(len(codes))]
-    allowed = error.min(0) * (1 + 1e-6)
+    slack = np.zeros_like(error)
     if hessians is not None:
-        allowed += 1e-7 * np.linalg.eigvalsh(hessians)[:, -1] * norm[rows, np.arange(len(codes))]
-    return np.flatnonzero(chosen > allowed)
+        larger = np.maximum(norm, norm[rows, np.arange(len(codes))])
+        slack = 1e-7 * np.linalg.eigvalsh(hessians)[:, -1] * larger
+    return np.flatnonzero((chosen > error * (1 + 1e-6) + slack).any(0))

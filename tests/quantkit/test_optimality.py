@@ -84,6 +84,25 @@ def test_hessian_scale_is_optimal(
     check(blocks_of(family, block_size, rng)[::3], format, global_scale, backend, device, hessians)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_hessian_scale_is_optimal_where_rounding_made_the_hessian_indefinite(
+    block_size: int, format: str, backend: str, device: str
+) -> None:
+    """Of rank one but for noise near float32's resolution, which makes the form of large residuals negative."""
+    rng = np.random.default_rng(9)
+    factors = [
+        np.outer(np.ones(block_size), rng.standard_normal(block_size))
+        + noise * rng.standard_normal((block_size, block_size))
+        for noise in (1e-2, 1e-3, 1e-4, 1e-5)
+    ]
+    hessians = np.stack([a @ a.T for a in factors]).astype(np.float32)
+    assert (np.linalg.eigvalsh(hessians.astype(np.float64))[:, 0] < 0).any()
+    shape = (64, block_size)
+    blocks = (rng.standard_normal(shape) * 10 ** rng.uniform(-8, 0, shape)).astype(np.float32)
+    check(blocks, format, "none", backend, device, hessians)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", FORMATS)
