@@ -6,7 +6,8 @@
 What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global
 scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, after one
 that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer larger
-than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. `floor_us`
+than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them; the
+reference and the peers come last in a round, because a call just after their long ones costs the host more. `floor_us`
 is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
@@ -367,8 +368,9 @@ def run_shape(
             print(f"{case.tool} {case.operation} {case.format} left out: {error!r:.200}", file=sys.stderr)
             continue
         ready.append(case)
+    turns = sorted(ready, key=lambda case: (case.kind == "peer", case.backend == "reference"))
     for _ in range(options.rounds):
-        for case in ready:
+        for case in turns:
             clock.measure(case)
     copy = quantiles(next(case for case in ready if case.operation == "copy").gpu_us)[0]
     commit, dirty = git_state()

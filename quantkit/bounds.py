@@ -18,7 +18,7 @@ r_i²/(H⁻¹)_ii:
     magnitude  s ≥ (√(x H xᵀ) − √E*) / (6·Σ_i √H_ii)
 
 All bounds are in the unit of the effective scale ``scale · global_scale``. Float32 rounding of that product and of the
-bounds is covered by SLACK: a window may hold one code too many, never one too few.
+bounds is covered by SLACK: a window may hold one code too many, never one too few that is better by more than rounding.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def quantize(
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
         (1), a positive number, or a float32 scalar on the weight's device, taken as it is (layers that are fused share
         one). A single-level format has none.
-    scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default.
+    scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. The searches
+        have no use for it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
     count_candidates: also return, for each block, how many scales were evaluated.
 
@@ -159,20 +160,13 @@ def _hessians(
     use_triton: bool,
 ) -> Tensor | None:
     """Block Hessians on the weight's device, from whichever of the three was given."""
-    absent = (activations is None) + (gram is None) + (hessian is None)
-    if absent != (2 if method == "hessian" else 3):
-        given = [
-            name
-            for name, value in (("activations", activations), ("gram", gram), ("hessian", hessian))
-            if value is not None
-        ]
+    given = (activations is not None) + (gram is not None) + (hessian is not None)
+    if given != (1 if method == "hessian" else 0):
+        values = {"activations": activations, "gram": gram, "hessian": hessian}
+        names = " and ".join(name for name, value in values.items() if value is not None)
         if method != "hessian":
-            raise ValueError(
-                f"method {method!r} does not use {' and '.join(given)}; leave it out or use method='hessian'"
-            )
-        raise ValueError(
-            f"method 'hessian' takes exactly one of activations, gram and hessian; got {' and '.join(given) or 'none'}"
-        )
+            raise ValueError(f"method {method!r} does not use {names}; leave it out or use method='hessian'")
+        raise ValueError(f"method 'hessian' takes exactly one of activations, gram and hessian; got {names or 'none'}")
     if method != "hessian":
         return None
     columns = weight.shape[-1]

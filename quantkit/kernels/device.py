@@ -488,8 +488,8 @@ def _pack_levels() -> str:
 
 
 def _pack_quotients(element: ElementGrid) -> str:
-    """PTX of the same from signed quotients that half precision holds, or that are far below the smallest tie; they are
-    rounded to levels two an instruction, as nearest_level does."""
+    """PTX of the same from signed quotients that half precision holds, or that are far below the smallest tie or above
+    its largest number; they are rounded to levels two an instruction, as nearest_level does."""
 
     def two(value: float) -> str:
         return f"0x{2 * struct.pack('>e', value).hex()}"
@@ -533,18 +533,18 @@ def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr,
     """
     # Levels for a grid of E4M3's bias.
     SHIFT: tl.constexpr = FMT.element_bias - 7
-    E2M1: tl.constexpr = TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3
+    TO_E2M1: tl.constexpr = TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3
     scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
-    if E2M1 and BY_TWOS and FMT.scale_exact_reciprocal:
+    if TO_E2M1 and BY_TWOS and FMT.scale_exact_reciprocal:
         return tl.inline_asm_elementwise(
             PACK_QUOTIENTS, PACK_OPERANDS, [even * reciprocal, odd * reciprocal], dtype=tl.uint8, is_pure=True, pack=4
         )
     even_level = nearest_level(rounded_quotient(tl.abs(even), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
     odd_level = nearest_level(rounded_quotient(tl.abs(odd), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
     even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
-    if E2M1:
+    if TO_E2M1:
         return tl.inline_asm_elementwise(PACK_LEVELS, PACK_OPERANDS, [even, odd], dtype=tl.uint8, is_pure=True, pack=4)
     else:
         return element_code(even, FMT) | (element_code(odd, FMT) << 4)

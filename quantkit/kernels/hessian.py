@@ -51,7 +51,7 @@ ROUNDING_BY_TWOS = tl.constexpr(2.0**-11 + 2.0**-15)
 SUBNORMAL = tl.constexpr(2.0**-22)
 NOTHING = tl.constexpr(0x7FFFFFFF)
 # Scales outside the squared error's window, of a block in a tile, beyond which it pays to find the norm of all zeros.
-FEW = tl.constexpr(7)
+FEW_OUTSIDE = tl.constexpr(7)
 
 
 # ---- the elements of a tile ------------------------------------------------------------------------------------------
@@ -220,13 +220,15 @@ def pair_of_halves(low, high):
 def load_halves(
     factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.constexpr, ROUNDING: tl.constexpr, TARGET: tl.constexpr
 ):
-    """(A in half precision, weights, floor): Σ |r_i| weight_i · ROUNDING + floor bounds what half_norm may be wrong by.
+    """(A in half precision, weights, floor, Σ ‖A_i‖): Σ |r_i| weight_i · ROUNDING + floor bounds what half_norm may be
+    wrong by, A_i being A's rows.
 
     A and weights as the product wants them; on "cuda" the latter with where each lane writes and reads shared memory.
     """
     row = tl.arange(0, QBLOCK)
     norms = tl.load(row_norm_ptr + row)
-    floor = tl.sum(norms, axis=0) * (SUBNORMAL / 3)
+    sum_of_norms = tl.sum(norms, axis=0)
+    floor = sum_of_norms * (SUBNORMAL / 3)
     if TARGET == "cuda":
         tl.static_assert(BLOCK_M == 32)
         lane = tl.arange(0, 32)
@@ -246,16 +248,16 @@ def load_halves(
         own = (lane & 3) * LINES + 16 * (quad ^ twos)
         eighth, g = lane >> 3, lane & 7
         read = (eighth & 1) * LINES + (eighth >> 1) * 128 + 16 * (g ^ ((eighth & 1) * 2))
-        return factor, weights + (base, own, read, lane), floor  # noqa: RUF005
+        return factor, weights + (base, own, read, lane), floor, sum_of_norms  # noqa: RUF005
     else:
         full = tl.load(factor_ptr + row[None, :] * QBLOCK + row[:, None])
-        return full.to(tl.float16), (norms + SUBNORMAL / ROUNDING), floor
+        return full.to(tl.float16), norms + SUBNORMAL / ROUNDING, floor, sum_of_norms
 
 
 @triton.jit
 def half_norm(r, halves, ROUNDING: tl.constexpr, TARGET: tl.constexpr):
     """(norm, margin) float32: ‖r A‖ of each block lies within margin of norm."""
-    factor, weights, floor = halves
+    factor, weights, floor, _ = halves
     if TARGET == "cuda":
         total, margin = tl.inline_asm_elementwise(
             NORM_AND_MARGIN[len(r)],
@@ -295,11 +297,11 @@ def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
     what the margin's floor has for them.) Where the smallest tie is not above 2^-14, rounded elements could be
     on its other side, and where the largest level is far above them, numbers overflow: there nothing is known.
     """
-    factor, weights, floor = halves
+    factor, weights, floor, _ = halves
     QBLOCK: tl.constexpr = 2 * len(twos)
     SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 9))
     scale = scale_value(code, FMT) * unit
-    known = (scale * (FMT.element_smallest / 2) > 2.0**-14) & (scale * FMT.element_max < 2.0**9)
+    known = (scale * (FMT.element_smallest / 2) > 2.0**-13) & (scale * FMT.element_max < 2.0**9)
     times = tl.full(code.shape, 2.0 ** (10 - FMT.element_mantissa), tl.float32)
     total, margin = tl.inline_asm_elementwise(
         NORM_OF_TWOS[QBLOCK],
@@ -484,8 +486,7 @@ def first_that_matters(zero_norm, norm, halves, to_scale, FMT: tl.constexpr, SLA
     that changes it by more than 2^-22 of itself: with a scale that leaves all zeros among the candidates, smaller ones
     are as good as that."""
     needed = tl.maximum(zero_norm - norm, zero_norm * 2.0**-22)
-    sum_of_norms = halves[2] * (3 / SUBNORMAL)
-    return scale_ceil_code(needed / (FMT.element_max * sum_of_norms) * to_scale * (1 - SLACK), FMT)
+    return scale_ceil_code(needed / (FMT.element_max * halves[3]) * to_scale * (1 - SLACK), FMT)
 
 
 @triton.jit
@@ -678,48 +679,49 @@ def hessian_kernel(
         to_scale = weights_unit(normalize, global_scale)
         bounded = twos_of(x) if BOUNDS_BY_TWOS else x
         if FMT.scale_mantissa == 0:
-            # Step 0 is the one inside, those after it the ones outside. Where a block has many of them, step -1 is one
-            # that leaves all zeros, and from then on those too small to matter are left out. In one loop, because two
-            # of them fill the instruction cache.
+            # Step 0 is the one inside, those after it the ones outside. Where a block has many of these, a turn between
+            # is for a scale that leaves all zeros, and from then on those too small to matter are left out. In one
+            # loop, because two of them fill the instruction cache.
             above, aboves, top, outside = inside * 0, inside * 0, inside * 0, inside * 0
             zero_norm = upper * 0
             code = search_first
-            step, steps, many = 0, 1, 0
+            step, steps = 0, 1
+            zeros = 0  # 1: this turn is for them, 2: their norm is known
             searched = bounded if RESIDUALS_BY_TWOS else x
             while step < steps:
                 norm, margin = norm_at(searched, code, unit, halves, FMT, RESIDUALS_BY_TWOS, TARGET)
                 kept, upper = with_interval(kept, upper, norm, margin, code, step <= outside)
-                if step == 0:
-                    above, aboves, top, outside = codes_outside(
-                        bounded,
-                        upper,
-                        search_first,
-                        search_last,
-                        inverse_roots,
-                        to_scale,
-                        ratio,
-                        FMT,
-                        SLACK,
-                        BOUNDS_BY_TWOS,
-                    )
-                    steps = tl.max(outside, axis=0) + 1
-                    if steps > FEW + 1:
-                        step = -2
-                elif step < 0:
+                if zeros == 1:
                     # The largest scale of all may leave elements that are not zero.
                     zero_norm = tl.where(code < FMT.scale_max_code, norm - margin, 0.0)
-                    many = 1
-                    step = 0
-                if many > 0:
+                    zeros = 2
+                else:
+                    step += 1
+                    if step == 1:
+                        above, aboves, top, outside = codes_outside(
+                            bounded,
+                            upper,
+                            search_first,
+                            search_last,
+                            inverse_roots,
+                            to_scale,
+                            ratio,
+                            FMT,
+                            SLACK,
+                            BOUNDS_BY_TWOS,
+                        )
+                        steps = tl.max(outside, axis=0) + 1
+                        if steps > FEW_OUTSIDE + 1:
+                            zeros = 1
+                if zeros == 2:
                     matters = first_that_matters(zero_norm, upper, halves, to_scale, FMT, SLACK)
-                    outside = tl.minimum(outside, tl.maximum(aboves + tl.maximum(top - matters + 1, 0), step))
+                    outside = tl.minimum(outside, tl.maximum(aboves + tl.maximum(top - matters + 1, 0), step - 1))
                     steps = tl.max(outside, axis=0) + 1
-                step += 1
                 code = tl.minimum(tl.maximum(code_outside(step - 1, above, aboves, top), 0), FMT.scale_max_code)
-                if step < 0:
+                if zeros == 1:
                     code = zeroing_code(ratio, FMT)
         else:
-            many = 0
+            zeros = 0
             for step in range(tl.max(inside, axis=0)):
                 code = tl.minimum(search_first + step, search_last)
                 norm, margin = norm_at(x, code, unit, halves, FMT, False, TARGET)
@@ -736,4 +738,5 @@ def hessian_kernel(
         tl.store(codes_ptr + half, packed, mask=in_range[:, None])
         tl.store(scales_ptr + block, code.to(tl.uint8), mask=in_range)
         if COUNT:
-            tl.store(candidates_ptr + block, (inside + outside + many).to(tl.uint8), mask=in_range)
+            evaluated = tl.minimum(inside + outside + (zeros == 2), 255)
+            tl.store(candidates_ptr + block, evaluated.to(tl.uint8), mask=in_range)

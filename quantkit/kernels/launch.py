@@ -55,7 +55,8 @@ class Kernel:
     found by numbers and by type and alignment of the tensors that come from elsewhere, an entry a shape; docs/log.md
     has what that saves.
 
-    fresh: names of the pointers to tensors that are made in this module, always of one type and aligned.
+    fresh: names of the pointers to tensors that are made in this module, always of one type and aligned, or of which
+    the kernel reads nothing, or one number.
     """
 
     def __init__(self, kernel: Any, device: torch.device, fresh: tuple[str, ...] = (), **constants: Any) -> None:
@@ -63,6 +64,7 @@ class Kernel:
         self.last = tuple(constants[name] for name in kernel.arg_names if name in constants)
         arguments = [name for name in kernel.arg_names if name not in constants]
         pointers = [name for name in arguments if name.endswith("_ptr")]
+        assert set(fresh) <= set(pointers), fresh
         self.numbers = [arguments.index(name) for name in arguments if name not in pointers]
         self.tensors = [arguments.index(name) for name in pointers if name not in fresh]
         self.compiled: dict[tuple[Any, ...], Any] = {}

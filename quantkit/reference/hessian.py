@@ -4,8 +4,8 @@ With H = A Aᵀ the error is ‖r A‖², which stays accurate where r lies in H
 
 1. incumbent: the best scale of the squared error's window (bounds.py), though the optimum need not lie there;
 2. window: the codes that the incumbent's error does not rule out;
-3. the rest of that window, a few at a time downwards: the bound by magnitude, for which x A is needed, is asked where
-   more are left, with the best error so far.
+3. the rest of that window: what lies above, then what lies below, downwards and a few codes at a time; where more are
+   left, the bound by magnitude, for which x A is needed, is asked with the best error so far.
 
 The codes are round-to-nearest at the chosen scale; H picks the scale alone (no error feedback as in GPTQ).
 """
@@ -22,7 +22,7 @@ from quantkit.reference.common import ScaleChoice, Search, effective_scale, resi
 
 __all__ = ["choose_scales"]
 
-FEW = 4  # scale codes that are evaluated before the bound by magnitude is asked
+CODES_AT_A_TIME = 4  # below the window, before the bound by magnitude is asked
 
 
 def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factors: HessianFactors) -> ScaleChoice:
@@ -54,21 +54,16 @@ def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factor
         global_scale,
     )
     evaluate(torch.maximum(first, search_last + 1), last)
-    last = torch.minimum(last, search_first - 1)
+    first, last = first.flatten(), torch.minimum(last, search_first - 1).flatten()
+    sums_of_norms = factors.factor.norm(dim=-1).sum(-1)
     while bool((first <= last).any()):
-        evaluate(torch.maximum(first, last - (FEW - 1)), last)
-        last = last - FEW
-        block = (first <= last).flatten().nonzero().squeeze(1)
+        evaluate(torch.maximum(first, last - (CODES_AT_A_TIME - 1)), last)
+        last = last - CODES_AT_A_TIME
+        block = (first <= last).nonzero().squeeze(1)
         if len(block):
-            lowest = first.flatten()
+            zero_error, error = errors(search.blocks[block].double(), block), search.error[block]
             matters = bounds.first_that_matters(
-                errors(search.blocks[block].double(), block),
-                search.error[block],
-                factors.factor.norm(dim=-1).sum(-1)[block // rows],
-                fmt.element,
-                fmt.scale,
-                global_scale,
+                zero_error, error, sums_of_norms[block // rows], fmt.element, fmt.scale, global_scale
             )
-            lowest[block] = torch.maximum(lowest[block], matters)
-            first = lowest.view(first.shape)
+            first = first.index_copy(0, block, torch.maximum(first[block], matters))
     return ScaleChoice(search.choice.codes.T, search.choice.candidates.T)

@@ -205,6 +205,24 @@ def test_block_hessians(block_size: int, tokens: int, columns: int, dtype: torch
     assert (got - want).abs().amax() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("largest", [1.0, 2.0**126])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_size: int, largest: float) -> None:
+    """As in test_bounds.py. Of the greatest float32 numbers no scale leaves zeros alone, so all of them are left."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(512, block_size, generator=generator)
+    for column in range(1, block_size):
+        tokens[:, column] += 2 * tokens[:, column - 1]
+    weight = (torch.randn(64, block_size, generator=generator) / 4).clamp(-0.999, 0.999) * largest
+    hessian = hessians_from_activations(tokens, block_size).to(DEVICE)
+    q = quantize(
+        weight.to(DEVICE), "mxfp4", block_size, "hessian", hessian=hessian, backend="triton", count_candidates=True
+    )
+    assert q.candidates is not None and verify(q, weight.to(DEVICE), hessian).ok
+    counts = q.candidates.double()
+    assert (counts.median() < 20) == (largest == 1) and counts.min() >= 3
+
+
 @triton.jit
 def _by_twos_kernel(
     x_ptr,
