@@ -23,12 +23,10 @@ def amax_kernel(
     parts_ptr,  # [programs] int32, bits of the float32 largest magnitudes
     size,
     BLOCK_N: tl.constexpr,  # elements a step
-    KEEP: tl.constexpr,  # leaves what it can of the weight in the L2 cache, for a kernel that waits for memory
     OVERLAP: tl.constexpr,  # with the kernel after
 ):
     let_next_start(OVERLAP)
     # With evict_first, lines in the cache that wait to be written stay there: the next kernel has more time for them.
-    POLICY: tl.constexpr = "" if KEEP else "evict_first"
     GROUP: tl.constexpr = 8  # elements that a thread folds at once, so that it need not keep them apart
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     stride = tl.num_programs(0).to(tl.int64) * BLOCK_N
@@ -36,7 +34,9 @@ def amax_kernel(
     largest = tl.zeros([BLOCK_N // GROUP], tl.int32)
     for offset in range(start, size, stride):
         position = offset + lane
-        weight = tl.load(weight_ptr + position, mask=position < size, other=0.0, eviction_policy=POLICY).to(tl.float32)
+        weight = tl.load(weight_ptr + position, mask=position < size, other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
         magnitude = weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, tl.max(tl.reshape(magnitude, [BLOCK_N // GROUP, GROUP]), axis=1))
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, axis=0))

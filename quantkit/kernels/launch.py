@@ -30,7 +30,7 @@ NAIVE_ELEMENTS = dict.fromkeys((16, 32), 8192) if INTERPRETED else {16: 2048, 32
 NAIVE_REGISTERS = {16: {}, 32: {"maxnreg": 56}} if TARGET == "cuda" else {16: {}, 32: {}}
 SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
 SSE_REGISTERS = {16: {"maxnreg": 80}, 32: {"maxnreg": 96}} if TARGET == "cuda" else {16: {}, 32: {}}
-AMAX_PROGRAMS = 1 if INTERPRETED else 128
+AMAX_PROGRAMS = 1 if INTERPRETED else 256
 AMAX_ELEMENTS = 8192 if INTERPRETED else 16384  # a step of a program
 AMAX_WARPS = 32
 HESSIAN_REGISTERS = {16: 80, 32: 128}
@@ -185,7 +185,7 @@ def _factorize(block_size: int, parts: int, largest_product: float, device: torc
 
 
 @functools.cache
-def _amax(keep: bool, device: torch.device) -> Kernel:
+def _amax(device: torch.device) -> Kernel:
     # Without launch_pdl it starts after all that came before. The kernels behind it rely on that: what they write, or
     # read of others than the one before them, before they wait is then free, or there.
     return Kernel(
@@ -193,7 +193,6 @@ def _amax(keep: bool, device: torch.device) -> Kernel:
         device,
         ("parts_ptr",),
         BLOCK_N=AMAX_ELEMENTS,
-        KEEP=keep,
         OVERLAP=_overlap(device)["OVERLAP"],
         num_warps=AMAX_WARPS,
     )
@@ -271,7 +270,7 @@ def quantize(
         hessians = _as_factorized(hessians)
     # From here on, after amax and the factorization, a kernel may start before the one before it has ended.
     from_amax = fmt.two_level and global_scale is None
-    amax = amax_parts(matrix, keep=method == "naive") if from_amax else flags  # likewise
+    amax = amax_parts(matrix) if from_amax else flags  # likewise
     parts = AMAX_PROGRAMS if from_amax else 0
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels
@@ -337,11 +336,11 @@ def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return factors[:, :block_size], factors[:, block_size], inverse_roots
 
 
-def amax_parts(matrix: Tensor, keep: bool = False) -> Tensor:
+def amax_parts(matrix: Tensor) -> Tensor:
     """int32 ``[AMAX_PROGRAMS]``: float32 bits of the largest magnitudes of as many parts of ``matrix``, bf16, fp16 or
-    fp32 and contiguous. keep: what of the matrix fits in the L2 cache shall stay there."""
+    fp32 and contiguous."""
     parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=matrix.device)
-    _amax(keep, matrix.device)((AMAX_PROGRAMS, 1), matrix, parts, matrix.numel())
+    _amax(matrix.device)((AMAX_PROGRAMS, 1), matrix, parts, matrix.numel())
     return parts
 
 
