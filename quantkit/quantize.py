@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -78,9 +80,7 @@ def quantize(
     multiplier = _global_scale(matrix, fmt, global_scale, use_kernels)
 
     if use_kernels:
-        from quantkit.kernels import launch
-
-        codes, scales, multiplier, candidates, flags = launch.quantize(
+        codes, scales, multiplier, candidates, flags = _launch().quantize(
             matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates, check_finite
         )
         if check_finite and any(flags.tolist()):
@@ -106,20 +106,28 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     """The backend for a weight on ``device``. Raises BackendUnavailableError where triton cannot run there."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
-    device = torch.device(device)
+    kind = torch.device(device).type
     if backend == "auto":
-        return "triton" if device.type == "cuda" and kernels.available() else "reference"
+        return "triton" if kind == "cuda" and kernels.available() else "reference"
     if backend == "triton":
         if not kernels.available():
             raise BackendUnavailableError(
                 "backend 'triton' needs the package triton: pip install triton, or use backend='reference'"
             )
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnavailableError(
                 "backend 'triton' needs a GPU tensor, the weight is on the CPU: move it to a GPU, "
                 "use backend='reference', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
             )
     return backend
+
+
+@functools.cache
+def _launch() -> ModuleType:
+    """The module that starts the kernels; importing it needs Triton, and an import statement looks for it each time."""
+    from quantkit.kernels import launch
+
+    return launch
 
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: str, scale_rule: str | None) -> str:
@@ -193,15 +201,13 @@ def _hessians(
                 f"this weight at block size {block_size} needs {list(expected)}"
             )
         result = hessian
-    return result.to(weight.device)
+    return result if result.device == weight.device else result.to(weight.device)
 
 
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
     """Block Hessians by the kernel; NaN and Inf are looked for in them, not in a pass over the activations."""
-    from quantkit.kernels import launch
-
     calibration.check_activations(activations[:0], in_features)
-    result = launch.block_hessians(activations, block_size)
+    result = _launch().block_hessians(activations, block_size)
     if not bool(result.isfinite().all()):
         calibration.check_finite(activations, "activations")
         raise ValueError("activations are too large: their squares exceed float32; scale them down")

@@ -72,7 +72,7 @@ class Kernel:
     def __call__(self, grid: tuple[int, int], *arguments: Any) -> None:
         if INTERPRETED:
             self.kernel[grid](*arguments, **self.constants)
-        elif self.device.index != torch.cuda.current_device():
+        elif self.device.index != torch.accelerator.current_device_index():
             with torch.cuda.device(self.device):
                 self(grid, *arguments)
         else:

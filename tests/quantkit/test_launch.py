@@ -47,7 +47,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     fake = SimpleNamespace(runtime=runtime, knobs=SimpleNamespace(runtime=hooks))
     monkeypatch.setattr(launch, "triton", fake)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: None)
     return Recorder()
 
 
