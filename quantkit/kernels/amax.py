@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.device import let_next_start
+from quantkit.kernels.device import let_next_start, wait_for_previous
 
 __all__ = ["amax_kernel"]
 
@@ -24,6 +24,7 @@ def amax_kernel(
     size,
     BLOCK_N: tl.constexpr,  # elements a step
     OVERLAP: tl.constexpr,  # with the kernel after
+    AFTER: tl.constexpr,  # started while the kernel before still runs; ends after it, on which the one after relies
 ):
     let_next_start(OVERLAP)
     # With evict_first, lines in the cache that wait to be written stay there: the next kernel has more time for them.
@@ -39,4 +40,5 @@ def amax_kernel(
         )
         magnitude = weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, tl.max(tl.reshape(magnitude, [BLOCK_N // GROUP, GROUP]), axis=1))
+    wait_for_previous(AFTER)
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, axis=0))

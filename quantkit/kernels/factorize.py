@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.device import global_scale_of, let_next_start, wait_for_previous
+from quantkit.kernels.device import let_next_start
 
 __all__ = ["EXTRA_ROWS", "FIRST_SHIFT", "factorize_kernel", "factors_of", "rounded_up"]
 
@@ -124,17 +124,13 @@ def factorize_kernel(
     hessian_ptr,  # [num_blocks, block_size, block_size] fp32 or fp64, symmetric up to rounding
     factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
     flags_ptr,  # [2] int32, the second of which is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
-    amax_ptr,  # [AMAX_PARTS] int32; unused without them
-    global_scale_ptr,  # [1] fp32, likewise
     QBLOCK: tl.constexpr,
     DAMPING: tl.constexpr,
     DEAD: tl.constexpr,
     SHIFT: tl.constexpr,
     MAX_NEGATIVE: tl.constexpr,
     TARGET: tl.constexpr,
-    AMAX_PARTS: tl.constexpr,  # largest magnitudes, from the kernel before, that give the global scale; 0: none
-    LARGEST_PRODUCT: tl.constexpr,  # of an element and a scale
-    OVERLAP: tl.constexpr,  # with the kernel after, and the one before if that takes the amax
+    OVERLAP: tl.constexpr,  # with the kernel after
 ):
     let_next_start(OVERLAP)
     UNROLL: tl.constexpr = 4  # steps after which the columns change registers, so that the next one is the first
@@ -201,7 +197,3 @@ def factorize_kernel(
     tl.store(norm_ptr + lane, (root * tl.sqrt(1 + added)).to(tl.float32))
     inverse = (tl.sqrt(bound) * per_root).to(tl.float32)
     tl.store(inverse_root_ptr + lane, rounded_up(inverse).to(tl.float16))
-    if AMAX_PARTS:
-        wait_for_previous(OVERLAP)
-        if tl.program_id(0) == 0:
-            tl.store(global_scale_ptr, global_scale_of(amax_ptr, AMAX_PARTS, LARGEST_PRODUCT))

@@ -626,7 +626,8 @@ def decide(
 def hessian_kernel(
     weight_ptr,  # [rows, num_blocks, block_size] bf16, fp16 or fp32
     factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
-    global_scale_ptr,  # [1] fp32; written where the format has none
+    global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
+    amax_ptr,  # [AMAX_PARTS] int32; unused without them
     codes_ptr,  # [rows, num_blocks, block_size / 2] uint8
     scales_ptr,  # [rows, num_blocks] uint8
     candidates_ptr,  # [rows, num_blocks] uint8; unused unless COUNT
@@ -639,7 +640,8 @@ def hessian_kernel(
     SLACK: tl.constexpr,
     BLOCK_M: tl.constexpr,  # rows a tile; on "cuda" 32, those of a warp
     TILES: tl.constexpr,  # tiles a program, one after the other
-    OVERLAP: tl.constexpr,  # with the kernel before, which factorizes
+    AMAX_PARTS: tl.constexpr,  # largest magnitudes that give the global scale; 0: it is given
+    OVERLAP: tl.constexpr,  # with the kernel before, which factorizes or finds the amax
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
@@ -654,7 +656,7 @@ def hessian_kernel(
     halves = load_halves(
         factor_ptr, row_norms, BLOCK_M, QBLOCK, ROUNDING_BY_TWOS if RESIDUALS_BY_TWOS else ROUNDING, TARGET
     )
-    global_scale = load_global_scale(global_scale_ptr, None, FMT, 0)
+    global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
     start = tl.program_id(0) // num_blocks * (BLOCK_M * TILES)
     for first_row in range(start, tl.minimum(start + BLOCK_M * TILES, rows), BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)

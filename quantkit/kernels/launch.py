@@ -146,18 +146,19 @@ def _sse(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: tor
 
 
 @functools.cache
-def _hessian(fmt: BlockFormat, block_size: int, count: bool, device: torch.device) -> Kernel:
+def _hessian(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: torch.device) -> Kernel:
     registers = {"maxnreg": HESSIAN_REGISTERS[block_size]} if TARGET == "cuda" else {}
     return Kernel(
         hessian_kernel,
         device,
-        ("factors_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
+        ("factors_ptr", "amax_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
         TARGET=TARGET,
         SLACK=bounds.SLACK,
         BLOCK_M=HESSIAN_ROWS,
         TILES=HESSIAN_TILES[fmt.scale.mantissa_bits == 0],
+        AMAX_PARTS=parts,
         num_warps=1,
         **_overlap(device),
         **registers,
@@ -165,36 +166,35 @@ def _hessian(fmt: BlockFormat, block_size: int, count: bool, device: torch.devic
 
 
 @functools.cache
-def _factorize(block_size: int, parts: int, largest_product: float, device: torch.device) -> Kernel:
-    overlap = _overlap(device)
+def _factorize(block_size: int, device: torch.device) -> Kernel:
+    # Without launch_pdl it starts after all that came before, as amax does where it is first. The kernels behind rely
+    # on that: what they write, or read of others than the one before them, before they wait is then free, or there.
     return Kernel(
         factorize_kernel,
         device,
-        ("factors_ptr", "flags_ptr", "amax_ptr", "global_scale_ptr"),
+        ("factors_ptr", "flags_ptr"),
         QBLOCK=block_size,
         DAMPING=RELATIVE_DAMPING,
         DEAD=DEAD_CHANNEL,
         SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
         TARGET=TARGET,
-        AMAX_PARTS=parts,
-        LARGEST_PRODUCT=largest_product,
+        OVERLAP=_overlap(device)["OVERLAP"],
         num_warps=1,
-        **(overlap if parts else {"OVERLAP": overlap["OVERLAP"]}),  # what came before may be anything
     )
 
 
 @functools.cache
-def _amax(device: torch.device) -> Kernel:
-    # Without launch_pdl it starts after all that came before. The kernels behind it rely on that: what they write, or
-    # read of others than the one before them, before they wait is then free, or there.
+def _amax(after: bool, device: torch.device) -> Kernel:
+    overlap = _overlap(device)
     return Kernel(
         amax_kernel,
         device,
         ("parts_ptr",),
         BLOCK_N=AMAX_ELEMENTS,
-        OVERLAP=_overlap(device)["OVERLAP"],
+        AFTER=after and overlap["OVERLAP"],
         num_warps=AMAX_WARPS,
+        **(overlap if after else {"OVERLAP": overlap["OVERLAP"]}),
     )
 
 
@@ -268,25 +268,23 @@ def quantize(
     counted = scales if candidates is None else candidates  # any pointer will do where nothing is counted
     if hessians is not None:
         hessians = _as_factorized(hessians)
-    # From here on, after amax and the factorization, a kernel may start before the one before it has ended.
+        factors = _empty_factors(hessians)
+        _factorize(block_size, device)((column_blocks, 1), hessians, factors, flags)
+    # After the first of its kernels, another may start before the one before it has ended.
     from_amax = fmt.two_level and global_scale is None
-    amax = amax_parts(matrix) if from_amax else flags  # likewise
+    amax = amax_parts(matrix, after=hessians is not None) if from_amax else flags  # likewise
     parts = AMAX_PROGRAMS if from_amax else 0
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels
 
-    if method == "hessian":
-        assert hessians is not None
-        factors = _empty_factors(hessians)
-        largest_product = fmt.element.max_value * fmt.scale.max_value if from_amax else 0
-        kernel = _factorize(block_size, parts, largest_product, device)
-        kernel((column_blocks, 1), hessians, factors, flags, amax, global_scale)
-        kernel = _hessian(fmt, block_size, count_candidates, device)
+    if hessians is not None:
+        kernel = _hessian(fmt, block_size, count_candidates, parts, device)
         kernel(
             (column_blocks * _ceil_div(rows, kernel.constants["BLOCK_M"] * kernel.constants["TILES"]), 1),
             matrix,
             factors,
             global_scale,
+            amax,
             codes,
             scales,
             counted,
@@ -331,16 +329,16 @@ def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hessians = _as_factorized(hessians)
     num_blocks, block_size, _ = hessians.shape
     factors = _empty_factors(hessians)
-    _factorize(block_size, 0, 0, hessians.device)((num_blocks, 1), hessians, factors, flags, flags, factors)
+    _factorize(block_size, hessians.device)((num_blocks, 1), hessians, factors, flags)
     inverse_roots = factors[:, block_size + 1].view(torch.float16)[:, :block_size]
     return factors[:, :block_size], factors[:, block_size], inverse_roots
 
 
-def amax_parts(matrix: Tensor) -> Tensor:
+def amax_parts(matrix: Tensor, after: bool = False) -> Tensor:
     """int32 ``[AMAX_PROGRAMS]``: float32 bits of the largest magnitudes of as many parts of ``matrix``, bf16, fp16 or
-    fp32 and contiguous."""
+    fp32 and contiguous. after: may start while the kernel before still runs, and ends after it."""
     parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=matrix.device)
-    _amax(matrix.device)((AMAX_PROGRAMS, 1), matrix, parts, matrix.numel())
+    _amax(after, matrix.device)((AMAX_PROGRAMS, 1), matrix, parts, matrix.numel())
     return parts
 
 

@@ -20,12 +20,12 @@ from quantkit.kernels import launch
 from quantkit.kernels.hessian import hessian_kernel
 
 format, block_size, dtype = sys.argv[1:]
-options = launch._hessian(FORMATS[format], int(block_size), True, torch.device("cpu")).constants
+options = launch._hessian(FORMATS[format], int(block_size), True, 0, torch.device("cpu")).constants
 given = {key: options.pop(key) for key in ("num_warps", "maxnreg") if key in options}
 options |= {"TARGET": "cuda", "OVERLAP": True}
 types = dict.fromkeys(hessian_kernel.arg_names, "*fp32")
 types |= dict.fromkeys(("codes_ptr", "scales_ptr", "candidates_ptr"), "*u8")
-types |= {"weight_ptr": dtype, "flag_ptr": "*i32", "rows": "i32", "num_blocks": "i32"}
+types |= {"weight_ptr": dtype, "flag_ptr": "*i32", "amax_ptr": "*i32", "rows": "i32", "num_blocks": "i32"}
 types |= dict.fromkeys(options, "constexpr")
 at = {name: (index,) for index, name in enumerate(hessian_kernel.arg_names)}
 aligned = {at[name]: [["tt.divisibility", 16]] for name, type in types.items() if type.startswith("*")}
