@@ -228,7 +228,8 @@ def time_error(sources: Sources) -> pd.DataFrame:
 
 
 def timings(sources: Sources, kind: str) -> pd.DataFrame:
-    """SETTINGS, backend, TIMES, floor_us, MATRIX, commit; of one matrix on one device. The benchmark's, else records'.
+    """SETTINGS, backend, TIMES, floor_us, MATRIX, commit; of one matrix on one device, of those with the most times the
+    last. The benchmark's, else records'.
 
     kind: gpu_us or call_us, the benchmark's two measurements; records have the whole call alone.
     """
@@ -238,8 +239,8 @@ def timings(sources: Sources, kind: str) -> pd.DataFrame:
         times = _record_timings(sources)
     if times.empty:
         return pd.DataFrame(columns=columns)
-    matrices = in_order(times, ["dtype"]).groupby(["model", *MATRIX], dropna=False, sort=False)
-    _, times = max(matrices, key=lambda group: _most_timed(group[1]))
+    groups = in_order(times, ["dtype"]).groupby(["model", *MATRIX], dropna=False, sort=False)
+    times = max(reversed([group for _, group in groups]), key=_most_timed)
     return in_order(times, [*SETTINGS, "backend"])[columns].reset_index(drop=True)
 
 
@@ -266,7 +267,8 @@ def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
 
 def scaling(sources: Sources) -> pd.DataFrame:
     """operation, format, rows, bytes, us_per_mb, TIMES, columns, dtype, device, commit: the benchmark's kernels on
-    weights of one width on one device, global scales given, with the copy's and the launch's lines; block size 16."""
+    weights of one width on one device, of those with the most numbers of rows the last, global scales given, with the
+    copy's and the launch's lines; block size 16."""
     columns = ["operation", "format", "rows", "bytes", "us_per_mb", *TIMES, "columns", "dtype", "device", "commit"]
     bench = sources.bench
     if bench is None:
@@ -274,8 +276,8 @@ def scaling(sources: Sources) -> pd.DataFrame:
     kernels = bench["tool"].eq("quantkit") & bench["backend"].eq("triton") & bench["block_size"].eq(16)
     kernels &= bench["operation"].isin([*METHODS, "dequantize"]) & bench["global_scale"].ne("amax")
     lines = bench[kernels | bench["kind"].isin(["copy", "launch"])].dropna(subset=["gpu_us_median", "rows", "columns"])
-    groups = lines.groupby(["device", "columns", "dtype"], sort=False)
-    found = max((group for _, group in groups), key=lambda group: group["rows"].nunique(), default=lines)
+    groups = [group for _, group in lines.groupby(["device", "columns", "dtype"], sort=False)]
+    found = max(reversed(groups), key=lambda group: group["rows"].nunique(), default=lines)
     if found["rows"].nunique() < 3:
         return pd.DataFrame(columns=columns)
     found = found.rename(columns={f"gpu_{name}": name for name in TIMES}).astype({"rows": int, "columns": int})
