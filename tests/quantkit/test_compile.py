@@ -35,7 +35,10 @@ assert kernel.asm["ptx"].count("mma.sync")
 """
 
 
-@pytest.mark.parametrize(("format", "block_size", "dtype"), [("nvfp4", "16", "*bf16"), ("mxfp4", "32", "*fp32")])
+@pytest.mark.parametrize(
+    ("format", "block_size", "dtype"),
+    [("nvfp4", "16", "*bf16"), ("mxfp4", "32", "*fp32"), ("mxfp4", "16", "*fp16"), ("mxfp4", "32", "*bf16")],
+)
 def test_the_assembly_is_one_that_ptxas_takes(format: str, block_size: str, dtype: str) -> None:
     """What the interpreter cannot show."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
