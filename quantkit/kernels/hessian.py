@@ -685,7 +685,7 @@ def hessian_kernel(
             # is for a scale that leaves all zeros, and from then on those too small to matter are left out. In one
             # loop, because two of them fill the instruction cache.
             above, aboves, top, outside = inside * 0, inside * 0, inside * 0, inside * 0
-            zero_norm = upper * 0
+            zero_norm = tl.zeros_like(to_scale)
             code = search_first
             step, steps = 0, 1
             zeros = 0  # 1: this turn is for them, 2: their norm is known
