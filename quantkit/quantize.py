@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -80,7 +78,7 @@ def quantize(
     multiplier = _global_scale(matrix, fmt, global_scale, use_kernels)
 
     if use_kernels:
-        codes, scales, multiplier, candidates, flags = _launch().quantize(
+        codes, scales, multiplier, candidates, flags = kernels.launcher().quantize(
             matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates, check_finite
         )
         if check_finite and any(flags.tolist()):
@@ -120,14 +118,6 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
                 "use backend='reference', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
             )
     return backend
-
-
-@functools.cache
-def _launch() -> ModuleType:
-    """The module that starts the kernels; importing it needs Triton, and an import statement looks for it each time."""
-    from quantkit.kernels import launch
-
-    return launch
 
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: str, scale_rule: str | None) -> str:
@@ -201,13 +191,13 @@ def _hessians(
                 f"this weight at block size {block_size} needs {list(expected)}"
             )
         result = hessian
-    return result if result.device == weight.device else result.to(weight.device)
+    return result.to(weight.device)
 
 
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
     """Block Hessians by the kernel; NaN and Inf are looked for in them, not in a pass over the activations."""
     calibration.check_activations(activations[:0], in_features)
-    result = _launch().block_hessians(activations, block_size)
+    result = kernels.launcher().block_hessians(activations, block_size)
     if not bool(result.isfinite().all()):
         calibration.check_finite(activations, "activations")
         raise ValueError("activations are too large: their squares exceed float32; scale them down")

@@ -96,9 +96,9 @@ class QuantizedTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
         if self.codes.is_cuda and dtype in KERNEL_DTYPES and kernels.available():
-            from quantkit.kernels import launch
-
-            return launch.dequantize(self.codes, self.scales, self.global_scale, self.format, self.block_size, dtype)
+            return kernels.launcher().dequantize(
+                self.codes, self.scales, self.global_scale, self.format, self.block_size, dtype
+            )
         blocks = self.values().unflatten(-1, (self.scales.shape[-1], self.block_size))
         return (blocks * self.scale_values().unsqueeze(-1)).flatten(-2).to(dtype)
 

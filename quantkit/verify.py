@@ -1,7 +1,7 @@
 """verify(): is every scale of a quantized weight optimal? Recomputed over all representable scales, in float64.
 
-For each block the least error over the whole scale grid is found by evaluating it, with no window and no theorem, and
-compared with the error of the scale that was stored:
+For each block the error of every scale of the grid is evaluated, with no window and no theorem, and compared with that
+of the scale that was stored:
 
     excess = max over all scales s of (E(stored) − slack − E(s)) / E(s), or 0,   contract: excess ≤ 1e-6
 

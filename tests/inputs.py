@@ -1,8 +1,10 @@
-"""Weights and Hessians on which implementations of the formats are known to go wrong, as float32 numpy arrays."""
+"""Weights and Hessians on which implementations of the formats are known to go wrong, as float32 numpy arrays; and
+activations."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from tests.oracle import E4M3_VALUES, MAGNITUDES
 
@@ -102,3 +104,11 @@ def hessian_family(name: str, block_size: int, rng: np.random.Generator) -> np.n
 
 
 HESSIAN_FAMILIES = ("activations", "ill_conditioned", "diagonal", "rank_deficient", "dead_channels", "one_weak", "zero")
+
+
+def correlated_tokens(columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Float32 activations ``[512, columns]``, each column twice the one before and noise."""
+    tokens = torch.randn(512, columns, generator=generator)
+    for column in range(1, columns):
+        tokens[:, column] += 2 * tokens[:, column - 1]
+    return tokens

@@ -6,11 +6,20 @@ starts them. Importing any of them needs Triton.
 
 import functools
 import importlib.util
+from types import ModuleType
 
-__all__ = ["available"]
+__all__ = ["available", "launcher"]
 
 
 @functools.cache
 def available() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def launcher() -> ModuleType:
+    """The module that starts the kernels, which needs Triton; found once, since an import statement looks each time."""
+    from quantkit.kernels import launch
+
+    return launch

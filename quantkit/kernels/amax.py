@@ -35,10 +35,8 @@ def amax_kernel(
     largest = tl.zeros([BLOCK_N // GROUP], tl.int32)
     for offset in range(start, size, stride):
         position = offset + lane
-        weight = tl.load(weight_ptr + position, mask=position < size, other=0.0, eviction_policy="evict_first").to(
-            tl.float32
-        )
-        magnitude = weight.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        weight = tl.load(weight_ptr + position, mask=position < size, other=0.0, eviction_policy="evict_first")
+        magnitude = weight.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, tl.max(tl.reshape(magnitude, [BLOCK_N // GROUP, GROUP]), axis=1))
     wait_for_previous(AFTER)
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, axis=0))

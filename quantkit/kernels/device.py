@@ -487,6 +487,18 @@ def _pack_levels() -> str:
     return "\n".join(lines) + _PACK
 
 
+def nearest_levels_of_two(level: str, x: str, spare: str) -> list[str]:
+    """PTX that rounds x, a word of two halves, to the element grid, ties to even, as round_to_grid does: from ``least``
+    and ``times``, its constants in two halves; not saturated, and without the sign of a zero."""
+    return [
+        f"max.xorsign.abs.f16x2 {level}, {x}, least;",
+        f"neg.f16x2 {spare}, {x};",
+        f"fma.rn.f16x2 {spare}, {level}, times, {spare};",
+        f"neg.f16x2 {spare}, {spare};",
+        f"fma.rn.f16x2 {level}, {level}, times, {spare};",
+    ]
+
+
 def _pack_quotients(element: ElementGrid) -> str:
     """PTX of the same from signed quotients that half precision holds, or that are far below the smallest tie or above
     its largest number; they are rounded to levels two an instruction, as nearest_level does."""
@@ -507,11 +519,7 @@ def _pack_quotients(element: ElementGrid) -> str:
             lines += [
                 f"cvt.rn.f16x2.f32 y, ${at + 1}, ${at};",
                 "min.xorsign.abs.f16x2 y, y, most;",
-                "max.xorsign.abs.f16x2 level, y, least;",
-                "neg.f16x2 up, y;",
-                "fma.rn.f16x2 up, level, times, up;",
-                "neg.f16x2 up, up;",
-                "fma.rn.f16x2 level, level, times, up;",
+                *nearest_levels_of_two("level", "y", "up"),
                 "lop3.b32 level, level, y, 0x80008000, 0xD8;",  # a zero, too, has its quotient's sign
                 f"cvt.rn.satfinite.e4m3x2.f16x2 {half}, level;",
             ]
@@ -529,7 +537,7 @@ def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr,
     """uint8 [tile, block_size / 2] element codes of float32 normalized pairs at int32 scale codes [tile].
 
     unit: global_scale times the normalizer [tile], not clamped. BY_TWOS: the elements have 11 significant bits at
-    most, and the scales are powers of two.
+    most, and the effective scales are powers of two (FMT.scale_exact_reciprocal).
     """
     # Levels for a grid of E4M3's bias.
     SHIFT: tl.constexpr = FMT.element_bias - 7
@@ -537,7 +545,7 @@ def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr,
     scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
-    if TO_E2M1 and BY_TWOS and FMT.scale_exact_reciprocal:
+    if TO_E2M1 and BY_TWOS:
         return tl.inline_asm_elementwise(
             PACK_QUOTIENTS, PACK_OPERANDS, [even * reciprocal, odd * reciprocal], dtype=tl.uint8, is_pure=True, pack=4
         )

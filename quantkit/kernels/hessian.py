@@ -22,6 +22,7 @@ from quantkit.kernels.device import (
     columns,
     load_blocks,
     load_global_scale,
+    nearest_levels_of_two,
     nearest_multiple,
     nearest_signed_level,
     normalizer,
@@ -111,7 +112,7 @@ def _norm_and_margin(block_size: int, by_twos: bool) -> str:
     shared, own, row, lane = (f"${weight + 2 * depth + index}" for index in range(4))
     lines = [
         ".reg .pred odd, upper;",
-        f".reg .b32 at, bits, least, most, times, y, level, minus, r<4>, a<{4 * depth}>, n<{4 * depth}>;",
+        f".reg .b32 at, bits, least, most, times, level, minus, r<4>, a<{4 * depth}>, n<{4 * depth}>;",
         ".reg .f32 zero, own, other, c<4>, e<4>, w<4>, s<4>;",
         "mov.f32 zero, 0f00000000;",
         f"add.u32 at, {shared}, {own};",
@@ -125,11 +126,7 @@ def _norm_and_margin(block_size: int, by_twos: bool) -> str:
             if by_twos:
                 x = f"${first_operand + 4 * chunk + word}"
                 lines += [
-                    f"max.xorsign.abs.f16x2 y, {x}, least;",
-                    f"neg.f16x2 minus, {x};",
-                    "fma.rn.f16x2 level, y, times, minus;",
-                    "neg.f16x2 minus, level;",
-                    "fma.rn.f16x2 level, y, times, minus;",
+                    *nearest_levels_of_two("level", x, "minus"),
                     "min.xorsign.abs.f16x2 level, level, most;",
                     f"sub.rn.f16x2 r{word}, {x}, level;",
                 ]
@@ -218,10 +215,10 @@ def pair_of_halves(low, high):
 
 @triton.jit
 def load_halves(
-    factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.constexpr, ROUNDING: tl.constexpr, TARGET: tl.constexpr
+    factor_ptr, row_norm_ptr, BLOCK_M: tl.constexpr, QBLOCK: tl.constexpr, BY_TWOS: tl.constexpr, TARGET: tl.constexpr
 ):
     """(A in half precision, weights, floor, Σ ‖A_i‖): Σ |r_i| weight_i · ROUNDING + floor bounds what half_norm may be
-    wrong by, A_i being A's rows.
+    wrong by, A_i being A's rows; for norm_of_twos ROUNDING_BY_TWOS takes its place.
 
     A and weights as the product wants them; on "cuda" the latter with where each lane writes and reads shared memory.
     """
@@ -229,6 +226,7 @@ def load_halves(
     norms = tl.load(row_norm_ptr + row)
     sum_of_norms = tl.sum(norms, axis=0)
     floor = sum_of_norms * (SUBNORMAL / 3)
+    SMALLEST: tl.constexpr = SUBNORMAL / (ROUNDING_BY_TWOS if BY_TWOS else ROUNDING)
     if TARGET == "cuda":
         tl.static_assert(BLOCK_M == 32)
         lane = tl.arange(0, 32)
@@ -241,7 +239,7 @@ def load_halves(
         weights = ()
         for start in tl.static_range(0, QBLOCK, 8):
             at = row_norm_ptr + start + twos
-            low, high = tl.load(at) + SUBNORMAL / ROUNDING, tl.load(at + 1) + SUBNORMAL / ROUNDING
+            low, high = tl.load(at) + SMALLEST, tl.load(at + 1) + SMALLEST
             weights = weights + (pair_of_halves(low, high),)  # noqa: RUF005
         base = tl.inline_asm_elementwise(SHARED_TILE[QBLOCK], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1)
         LINES: tl.constexpr = QBLOCK * 16  # bytes a quarter of the tile
@@ -251,11 +249,11 @@ def load_halves(
         return factor, weights + (base, own, read, lane), floor, sum_of_norms  # noqa: RUF005
     else:
         full = tl.load(factor_ptr + row[None, :] * QBLOCK + row[:, None])
-        return full.to(tl.float16), norms + SUBNORMAL / ROUNDING, floor, sum_of_norms
+        return full.to(tl.float16), norms + SMALLEST, floor, sum_of_norms
 
 
 @triton.jit
-def half_norm(r, halves, ROUNDING: tl.constexpr, TARGET: tl.constexpr):
+def half_norm(r, halves, TARGET: tl.constexpr):
     """(norm, margin) float32: ‖r A‖ of each block lies within margin of norm."""
     factor, weights, floor, _ = halves
     if TARGET == "cuda":
@@ -512,7 +510,7 @@ def norm_at(x, code, unit, halves, FMT: tl.constexpr, BY_TWOS: tl.constexpr, TAR
     if BY_TWOS:
         norm, margin = norm_of_twos(x, code, unit, halves, FMT)
     else:
-        norm, margin = half_norm(residuals_at(x, code, unit, FMT, TARGET), halves, ROUNDING, TARGET)
+        norm, margin = half_norm(residuals_at(x, code, unit, FMT, TARGET), halves, TARGET)
     return norm, margin
 
 
@@ -548,8 +546,7 @@ def share_outside(kept, upper, above, aboves, top, count, x, halves, unit, FMT: 
             place_of_own, tl.gather(above, owner, 0), tl.gather(aboves, owner, 0), tl.gather(top, owner, 0)
         )
         code = tl.minimum(tl.maximum(code, 0), FMT.scale_max_code)
-        r = residuals_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), FMT, TARGET)
-        norm, margin = half_norm(r, halves, ROUNDING, TARGET)
+        norm, margin = norm_at(of_lanes(x, owner), code, tl.gather(unit, owner, 0), halves, FMT, False, TARGET)
         key = key_of(norm, margin, code, place < total)
         left = tl.where(norm - margin <= tl.gather(upper, owner, 0), key, NOTHING)
         least = tl.min(left, axis=0)
@@ -645,17 +642,13 @@ def hessian_kernel(
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    # Scales that are powers of two and weights of 16 bits: two residuals an instruction.
-    RESIDUALS_BY_TWOS: tl.constexpr = (
-        TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16 and FMT.scale_mantissa == 0
-    )
+    # Of 16-bit weights two elements an instruction; residuals, too, where effective scales are powers of two.
     BOUNDS_BY_TWOS: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
+    RESIDUALS_BY_TWOS: tl.constexpr = BOUNDS_BY_TWOS and FMT.scale_exact_reciprocal
     column = tl.program_id(0) % num_blocks
     factor_ptr, row_norms, inverse_roots = factors_of(factors_ptr, column, QBLOCK)
     wait_for_previous(OVERLAP)
-    halves = load_halves(
-        factor_ptr, row_norms, BLOCK_M, QBLOCK, ROUNDING_BY_TWOS if RESIDUALS_BY_TWOS else ROUNDING, TARGET
-    )
+    halves = load_halves(factor_ptr, row_norms, BLOCK_M, QBLOCK, RESIDUALS_BY_TWOS, TARGET)
     global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
     start = tl.program_id(0) // num_blocks * (BLOCK_M * TILES)
     for first_row in range(start, tl.minimum(start + BLOCK_M * TILES, rows), BLOCK_M):

@@ -272,7 +272,7 @@ def quantize(
         _factorize(block_size, device)((column_blocks, 1), hessians, factors, flags)
     # After the first of its kernels, another may start before the one before it has ended.
     from_amax = fmt.two_level and global_scale is None
-    amax = amax_parts(matrix, after=hessians is not None) if from_amax else flags  # likewise
+    amax = amax_parts(matrix, after=hessians is not None) if from_amax else flags  # any pointer, again
     parts = AMAX_PROGRAMS if from_amax else 0
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels

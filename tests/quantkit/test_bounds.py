@@ -9,7 +9,7 @@ import torch
 from quantkit import bounds, quantize
 from quantkit.calibration import factorize, hessians_from_activations
 from quantkit.formats import E2M1, FORMATS
-from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, hessian_family, weight_family
+from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, correlated_tokens, hessian_family, weight_family
 from tests.oracle import SCALE_CODES, error_table
 
 ONE = torch.ones(())
@@ -78,9 +78,7 @@ def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_si
     """Where neighbours correlate, clipping alone bounds nothing, and 120 scales would be left of many blocks. (They are
     where zeros are best of all: then every smaller scale is nearly as good.)"""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(512, block_size, generator=generator)
-    for column in range(1, block_size):
-        tokens[:, column] += 2 * tokens[:, column - 1]
+    tokens = correlated_tokens(block_size, generator)
     weight = torch.randn(256, block_size, generator=generator)
     q = quantize(weight, "mxfp4", block_size, "hessian", activations=tokens, count_candidates=True)
     factors = factorize(hessians_from_activations(tokens, block_size))

@@ -14,8 +14,6 @@ from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
 from quantkit.kernels.device import columns, format_constants, load_blocks, round_to_grid
 from quantkit.kernels.hessian import (
-    ROUNDING,
-    ROUNDING_BY_TWOS,
     farthest,
     farthest_by_twos,
     full_error,
@@ -25,7 +23,7 @@ from quantkit.kernels.hessian import (
     twos_of,
 )
 from quantkit.quantize import _global_scale
-from tests.inputs import all_families
+from tests.inputs import all_families, correlated_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -68,9 +66,9 @@ def _product_kernel(
     r_ptr, factor_ptr, row_norm_ptr, norm_ptr, margin_ptr, error_ptr, QBLOCK: tl.constexpr, TARGET: tl.constexpr
 ):
     lane = tl.arange(0, 32)
-    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, ROUNDING, TARGET)
+    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, False, TARGET)
     r = columns(load_blocks(r_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
-    norm, margin = half_norm(r, halves, ROUNDING, TARGET)
+    norm, margin = half_norm(r, halves, TARGET)
     tl.store(norm_ptr + lane, norm)
     tl.store(margin_ptr + lane, margin)
     same = columns(load_blocks(r_ptr + (lane >> 2) * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
@@ -210,9 +208,7 @@ def test_block_hessians(block_size: int, tokens: int, columns: int, dtype: torch
 def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_size: int, largest: float) -> None:
     """As in test_bounds.py. Of the greatest float32 numbers no scale leaves zeros alone, so all of them are left."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(512, block_size, generator=generator)
-    for column in range(1, block_size):
-        tokens[:, column] += 2 * tokens[:, column - 1]
+    tokens = correlated_tokens(block_size, generator)
     weight = (torch.randn(64, block_size, generator=generator) / 4).clamp(-0.999, 0.999) * largest
     hessian = hessians_from_activations(tokens, block_size).to(DEVICE)
     q = quantize(
@@ -239,7 +235,7 @@ def _by_twos_kernel(
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     lane = tl.arange(0, 32)
-    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, ROUNDING_BY_TWOS, TARGET)
+    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, True, TARGET)
     x = columns(load_blocks(x_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
     twos = twos_of(x)
     norm, margin = norm_of_twos(twos, tl.load(code_ptr + lane), 1.0, halves, FMT)
