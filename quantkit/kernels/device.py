@@ -7,8 +7,8 @@ Searches work on magnitudes scaled by a power of two a block, so that amax lies 
 overflow nor vanish, and no rounding is added. Residuals are exact: fma on the GPU, float64 under the interpreter,
 whose fma rounds twice.
 
-TARGET is "cuda", "hip" or "interpreter". A few operations are written in PTX for "cuda", where the compiler does not
-find the instructions by itself; what they compute is the same.
+TARGET is "cuda", "plain" or "interpreter". A few operations are written in PTX for "cuda", where the compiler does not
+find the instructions by itself; "plain", for GPUs that do not know them, computes the same without.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def flag_not_finite(amax, flag_ptr):
 def block_amax(blocks, flag_ptr, TARGET: tl.constexpr):
     """Float32 largest magnitude of each row of an [n, block_size] tile; sets the flag where one holds NaN or Inf."""
     if TARGET == "cuda" and blocks.dtype.primitive_bitwidth == 16:
-        blocks = _larger_twos(blocks)
+        blocks = larger_twos(blocks)
     even, odd = pairs(blocks.to(tl.float32))
     amax = tl.reduce(larger_or_nan(tl.abs(even), tl.abs(odd)), 1, larger_or_nan)
     flag_not_finite(amax, flag_ptr)
@@ -215,7 +215,20 @@ def block_amax(blocks, flag_ptr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _larger_twos(x):
+def larger_by_twos(a, b):
+    """Of bf16 or fp16 tiles, on "cuda": the larger magnitude with either sign, or NaN, two elements an instruction."""
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;" if a.dtype == tl.bfloat16 else "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
+        "=r,r,r",
+        [a, b],
+        dtype=a.dtype,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def larger_twos(x):
     """[n, 2], of bf16 or fp16 [n, 2^k]: largest magnitudes of the even and of the odd columns, signs aside, or NaN.
 
     Neighbours share a register and an instruction. (So they are parted last: a tile that load_blocks put together has
@@ -225,16 +238,7 @@ def _larger_twos(x):
         return x
     else:
         low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-        return tl.inline_asm_elementwise(
-            "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;"
-            if x.dtype == tl.bfloat16
-            else "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
-            "=r,r,r",
-            [_larger_twos(low), _larger_twos(high)],
-            dtype=x.dtype,
-            is_pure=True,
-            pack=2,
-        )
+        return larger_by_twos(larger_twos(low), larger_twos(high))
 
 
 @triton.jit

@@ -24,15 +24,15 @@ from quantkit.kernels.sse import sse_kernel
 __all__ = ["Quantized", "amax_parts", "block_hessians", "dequantize", "factorize", "quantize"]
 
 INTERPRETED = triton.knobs.runtime.interpret
-TARGET = "interpreter" if INTERPRETED else "cuda" if torch.version.cuda else "hip"
+PTX_CAPABILITY = (8, 9)  # NVIDIA GPUs that know all instructions which the kernels spell out
 # Sizes that were fastest on an H200 or H100 (docs/log.md); the interpreter pays by the operation, not the element.
 NAIVE_ELEMENTS = dict.fromkeys((16, 32), 8192) if INTERPRETED else {16: 2048, 32: 1024}  # a program, one warp
-NAIVE_REGISTERS = {16: {}, 32: {"maxnreg": 56}} if TARGET == "cuda" else {16: {}, 32: {}}
+NAIVE_REGISTERS = {16: None, 32: 56}
 SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
-SSE_REGISTERS = {16: {"maxnreg": 80}, 32: {"maxnreg": 96}} if TARGET == "cuda" else {16: {}, 32: {}}
+SSE_REGISTERS = {16: 80, 32: 96}
 AMAX_PROGRAMS = 1 if INTERPRETED else 256
 AMAX_ELEMENTS = 8192 if INTERPRETED else 16384  # a step of a program
-AMAX_WARPS = 32
+AMAX_WARPS = 16
 HESSIAN_REGISTERS = {16: 80, 32: 128}
 HESSIAN_ROWS = 512 if INTERPRETED else 32  # a tile
 # Tiles a program, where scales are powers of two and where not: a short search pays more for a program's beginning.
@@ -97,10 +97,25 @@ def _is_hooked() -> bool:
 
 
 @functools.cache
+def target_of(device: torch.device) -> str:
+    """The kernels' TARGET on a device: "interpreter", "cuda", or "plain" for GPUs where they spell out no instructions:
+    NVIDIA's before PTX_CAPABILITY, and other makers'."""
+    if INTERPRETED:
+        return "interpreter"
+    nvidia = torch.version.cuda is not None and device.type == "cuda"
+    return "cuda" if nvidia and torch.cuda.get_device_capability(device) >= PTX_CAPABILITY else "plain"
+
+
+def _at_most(registers: int | None, device: torch.device) -> dict[str, int]:
+    """Options of a kernel that is to use so many registers at most, where that was measured."""
+    return {"maxnreg": registers} if registers and target_of(device) == "cuda" else {}
+
+
+@functools.cache
 def _overlap(device: torch.device) -> dict[str, Any]:
     """Options of a kernel that starts while the one before it, on the same stream, still runs; none where the device
     cannot."""
-    if TARGET == device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if target_of(device) == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
@@ -121,11 +136,11 @@ def _naive(fmt: BlockFormat, block_size: int, rule: str, parts: int, device: tor
         ("amax_ptr", "codes_ptr", "scales_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         RULE=rule,
-        TARGET=TARGET,
+        TARGET=target_of(device),
         BLOCK_N=NAIVE_ELEMENTS[block_size] // block_size,
         num_warps=1,
         **_after_amax(parts, device),
-        **NAIVE_REGISTERS[block_size],
+        **_at_most(NAIVE_REGISTERS[block_size], device),
     )
 
 
@@ -137,31 +152,30 @@ def _sse(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: tor
         ("amax_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
-        TARGET=TARGET,
+        TARGET=target_of(device),
         BLOCK_N=SSE_ELEMENTS // block_size,
         num_warps=1,
         **_after_amax(parts, device),
-        **SSE_REGISTERS[block_size],
+        **_at_most(SSE_REGISTERS[block_size], device),
     )
 
 
 @functools.cache
 def _hessian(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: torch.device) -> Kernel:
-    registers = {"maxnreg": HESSIAN_REGISTERS[block_size]} if TARGET == "cuda" else {}
     return Kernel(
         hessian_kernel,
         device,
         ("factors_ptr", "amax_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
-        TARGET=TARGET,
+        TARGET=target_of(device),
         SLACK=bounds.SLACK,
         BLOCK_M=HESSIAN_ROWS,
         TILES=HESSIAN_TILES[fmt.scale.mantissa_bits == 0],
         AMAX_PARTS=parts,
         num_warps=1,
         **_overlap(device),
-        **registers,
+        **_at_most(HESSIAN_REGISTERS[block_size], device),
     )
 
 
@@ -178,7 +192,7 @@ def _factorize(block_size: int, device: torch.device) -> Kernel:
         DEAD=DEAD_CHANNEL,
         SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
-        TARGET=TARGET,
+        TARGET=target_of(device),
         OVERLAP=_overlap(device)["OVERLAP"],
         num_warps=1,
     )
@@ -192,6 +206,7 @@ def _amax(after: bool, device: torch.device) -> Kernel:
         device,
         ("parts_ptr",),
         BLOCK_N=AMAX_ELEMENTS,
+        TARGET=target_of(device),
         AFTER=after and overlap["OVERLAP"],
         num_warps=AMAX_WARPS,
         **(overlap if after else {"OVERLAP": overlap["OVERLAP"]}),

@@ -114,6 +114,32 @@ def test_backends_agree_at_full_size(format: str, block_size: int, method: str, 
     )
 
 
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as on a GPU that does not know the instructions which they spell out for others."""
+    from quantkit.kernels import launch
+
+    monkeypatch.setattr(launch, "target_of", lambda device: "plain")
+    for name in ("_overlap", "_naive", "_sse", "_hessian", "_factorize", "_amax"):
+        monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
+    assert launch._amax(False, torch.device("cuda")).constants["TARGET"] == "plain"
+
+
+@pytest.mark.gpu
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("plain")
+def test_backends_agree_without_spelt_out_instructions(
+    format: str, block_size: int, method: str, dtype: torch.dtype
+) -> None:
+    weight = torch.tensor(all_families(block_size, np.random.default_rng(9))).reshape(-1, 2 * block_size).to(dtype)
+    options = {"hessian": hessians(weight.shape[1], block_size)} if method == "hessian" else {}
+    compare(weight[weight.isfinite().all(1)], format, block_size, method, **options)
+    weight = (torch.randn(300, 9728, generator=torch.Generator().manual_seed(6)) * 0.02).to(dtype)
+    options = {"hessian": hessians(9728, block_size)} if method == "hessian" else {}
+    compare(weight, format, block_size, method, **options)
+
+
 @pytest.mark.gpu
 @each
 def test_a_kernel_started_again_gives_the_same(format: str, block_size: int, method: str) -> None:

@@ -1,4 +1,4 @@
-"""The Hessian kernel, compiled for an NVIDIA GPU that need not be there."""
+"""The kernels, compiled for NVIDIA GPUs that need not be there."""
 
 from __future__ import annotations
 
@@ -17,22 +17,45 @@ from triton.compiler import ASTSource, compile
 
 from quantkit.formats import FORMATS
 from quantkit.kernels import launch
-from quantkit.kernels.hessian import hessian_kernel
 
-format, block_size, dtype = sys.argv[1:]
-options = launch._hessian(FORMATS[format], int(block_size), True, 0, torch.device("cpu")).constants
-given = {key: options.pop(key) for key in ("num_warps", "maxnreg") if key in options}
-options |= {"TARGET": "cuda", "OVERLAP": True}
-types = dict.fromkeys(hessian_kernel.arg_names, "*fp32")
-types |= dict.fromkeys(("codes_ptr", "scales_ptr", "candidates_ptr"), "*u8")
-types |= {"weight_ptr": dtype, "flag_ptr": "*i32", "amax_ptr": "*i32", "rows": "i32", "num_blocks": "i32"}
-types |= dict.fromkeys(options, "constexpr")
-at = {name: (index,) for index, name in enumerate(hessian_kernel.arg_names)}
-aligned = {at[name]: [["tt.divisibility", 16]] for name, type in types.items() if type.startswith("*")}
-source = ASTSource(hessian_kernel, types, {at[name]: value for name, value in options.items()}, aligned)
-kernel = compile(source, target=GPUTarget("cuda", 90, 32), options=given)
-assert kernel.asm["ptx"].count("mma.sync")
+target, capability, format, block_size, dtype, *names = sys.argv[1:]
+launch.target_of = lambda device: target
+launch._overlap = lambda device: {"OVERLAP": int(capability) >= 90}
+fmt, size, device = FORMATS[format], int(block_size), torch.device("cpu")
+kernels = {
+    "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, device),
+    "sse": lambda: launch._sse(fmt, size, True, 256, device),
+    "hessian": lambda: launch._hessian(fmt, size, True, 0, device),
+    "factorize": lambda: launch._factorize(size, device),
+    "amax": lambda: launch._amax(True, device),
+    "dequantize": lambda: launch._dequantize(fmt, size, device),
+    "block_hessians": lambda: launch._block_hessians(size, 128, device),
+}
+for name in names or kernels:
+    kernel = kernels[name]()
+    jit, constants = kernel.kernel, {**kernel.constants}
+    options = {key: constants.pop(key) for key in ("num_warps", "maxnreg") if key in constants}
+    types = {argument: "*fp32" if argument.endswith("_ptr") else "i32" for argument in jit.arg_names}
+    types |= dict.fromkeys(("codes_ptr", "scales_ptr", "candidates_ptr"), "*u8")
+    types |= dict.fromkeys(("flag_ptr", "flags_ptr", "amax_ptr"), "*i32")
+    types |= dict.fromkeys(("weight_ptr", "activations_ptr"), dtype)
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {argument: types[argument] for argument in jit.arg_names}
+    if name == "amax":
+        types["parts_ptr"] = "*i32"
+    at = {argument: (index,) for index, argument in enumerate(jit.arg_names)}
+    aligned = {at[argument]: [["tt.divisibility", 16]] for argument, type in types.items() if type.startswith("*")}
+    source = ASTSource(jit, types, {at[argument]: value for argument, value in constants.items()}, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", int(capability), 32), options=options)
+    assert name != "hessian" or target != "cuda" or compiled.asm["ptx"].count("mma.sync")
+    assert compiled.asm["cubin"], name
 """
+
+
+def compile_for(*arguments: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -41,8 +64,12 @@ assert kernel.asm["ptx"].count("mma.sync")
 )
 def test_the_assembly_is_one_that_ptxas_takes(format: str, block_size: str, dtype: str) -> None:
     """What the interpreter cannot show."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, format, block_size, dtype], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    compile_for("cuda", "90", format, block_size, dtype, "hessian")
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "format"),
+    [("plain", "75", "mxfp4"), ("plain", "80", "nvfp4"), ("cuda", "89", "nvfp4"), ("cuda", "100", "mxfp4")],
+)
+def test_every_kernel_compiles_for_other_gpus(target: str, capability: str, format: str) -> None:
+    compile_for(target, capability, format, "16", "*bf16")

@@ -92,7 +92,7 @@ def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(
         margin,
         error,
         QBLOCK=block_size,
-        TARGET=launch.TARGET,
+        TARGET=launch.target_of(torch.device(DEVICE)),
         num_warps=1,
     )
     want = (r.double() @ factor.double()).square().sum(1)
@@ -275,7 +275,7 @@ def test_two_elements_an_instruction_are_within_the_margin_and_the_bounds(block_
         margin,
         found,
         FMT=format_constants(fmt, block_size),
-        TARGET=launch.TARGET,
+        TARGET=launch.target_of(torch.device(DEVICE)),
         num_warps=1,
     )
     scale = fmt.scale.decode(codes)[:, None]

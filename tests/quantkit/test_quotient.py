@@ -117,6 +117,8 @@ def test_the_kernels_quotient_is_at_a_tie_where_the_divisions_is() -> None:
     x, s = torch.cat([x[None], tied.to(torch.int32).view(torch.float32)]), torch.cat([s[None], scale])
     got = torch.empty_like(x)
     constants = format_constants(FORMATS["nvfp4"], 16)
-    _quotient_kernel[(triton.cdiv(x.numel(), 1024),)](x, s, got, x.numel(), constants, launch.TARGET, BLOCK_N=1024)
+    _quotient_kernel[(triton.cdiv(x.numel(), 1024),)](
+        x, s, got, x.numel(), constants, launch.target_of(torch.device(DEVICE)), BLOCK_N=1024
+    )
     want = (x.double() / s.double()).float()  # a quotient of float32 numbers rounds twice as it rounds once
     assert torch.equal(got > tie, want > tie) and torch.equal(got < tie, want < tie)
