@@ -266,10 +266,14 @@ def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
 
 
 def scaling(sources: Sources) -> pd.DataFrame:
-    """operation, format, rows, bytes, us_per_mb, TIMES, columns, dtype, device, commit: the benchmark's kernels on
-    weights of one width on one device, of those with the most numbers of rows the last, global scales given, with the
-    copy's and the launch's lines; block size 16."""
-    columns = ["operation", "format", "rows", "bytes", "us_per_mb", *TIMES, "columns", "dtype", "device", "commit"]
+    """operation, format, rows, bytes, us_per_mb, us_per_further_mb, TIMES, columns, dtype, device, commit: the
+    benchmark's kernels on weights of one width on one device, of those with the most numbers of rows the last, global
+    scales given, with the copy's and the launch's lines; block size 16.
+
+    us_per_further_mb: what a call takes longer than on the largest weight of half the rows or fewer, over the bytes
+    that it has more."""
+    columns = ["operation", "format", "rows", "bytes", "us_per_mb", "us_per_further_mb", *TIMES]
+    columns += ["columns", "dtype", "device", "commit"]
     bench = sources.bench
     if bench is None:
         return pd.DataFrame(columns=columns)
@@ -281,9 +285,20 @@ def scaling(sources: Sources) -> pd.DataFrame:
     if found["rows"].nunique() < 3:
         return pd.DataFrame(columns=columns)
     found = found.rename(columns={f"gpu_{name}": name for name in TIMES}).astype({"rows": int, "columns": int})
-    found = found.drop_duplicates(["operation", "format", "rows"], keep="last")
+    found = found.drop_duplicates(["operation", "format", "rows"], keep="last").reset_index(drop=True)
     found = found.assign(us_per_mb=found["us_median"] / (found["bytes"].where(found["bytes"] > 0) / 1e6))
+    found["us_per_further_mb"] = pd.concat(
+        [_per_further_mb(part) for _, part in found.groupby(["operation", "format"], dropna=False)]
+    )
     return in_order(found, ["format", "operation", "rows"])[columns].reset_index(drop=True)
+
+
+def _per_further_mb(times: pd.DataFrame) -> pd.Series:
+    """See scaling; of one operation and format."""
+    large = times.sort_values("rows")
+    small = pd.merge_asof(large[["rows"]] // 2, large[["rows", "us_median", "bytes"]], on="rows").set_index(large.index)
+    further = large["bytes"] - small["bytes"]
+    return (large["us_median"] - small["us_median"]) / (further.where(further > 0) / 1e6)
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:

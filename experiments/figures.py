@@ -337,13 +337,16 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
         for operation, rows in _by(pd.concat([frame[frame["operation"] == "copy"], part]), "operation"):
             style = OF_OPERATION.get(operation) or {"color": COLOR[operation], "marker": MARKER[operation]}
             axes.plot(rows["rows"], rows["us_per_mb"], ms=3, lw=0.9, **style)
+            if operation != "copy":
+                axes.plot(rows["rows"], rows["us_per_further_mb"], ":", lw=0.9, color=style["color"])
         axes.set(title=FORMATS.get(name, name), xscale="log", yscale="log", xlabel="rows of the weight")
         _plain_ticks(axes.xaxis, FixedLocator([256, 1024, 4096, 16384, 65536]), ",.0f")
         _plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
     figure.axes[0].set_ylabel("µs a MB read and written")
     methods = kernels[kernels["operation"].isin(METHODS)].rename(columns={"operation": "method"})
     others = [Line2D([], [], ms=3, lw=0.9, label=name, **style) for name, style in OF_OPERATION.items()]
-    _legend(figure, [*_method_markers(methods), *others])
+    further = Line2D([], [], ls=":", lw=0.9, color=GREY, label="each further MB")
+    _legend(figure, [*_method_markers(methods), *others, further])
 
 
 BAR = 0.26  # width, in units of the distance between two formats
@@ -599,7 +602,8 @@ FIGURES = (
         "Time against the size of the weight",
         "Median time on the GPU over the bytes that must be read and written, block size 16, beside PyTorch's copy of "
         "the weight, which in a CUDA graph slows down where more than 1 GB is read and written. Each time includes at "
-        "least one launch (`launch` in the data).",
+        "least one launch (`launch` in the data), and Hessian's the factorization, which does not grow with the rows. "
+        "Dotted: the time that a call takes longer than on half the rows, over the bytes that it has more.",
         "results/bench has no timings of three or more numbers of rows; run `python experiments/bench.py --shapes rows "
         "--out results/bench/NAME.csv` on a GPU",
         figure_data.scaling,

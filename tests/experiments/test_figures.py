@@ -272,6 +272,20 @@ def test_scaling_is_of_one_device_and_width(full: Sources):
     assert figure_data.scaling(replace(full, bench=elsewhere)).empty
 
 
+def test_each_further_megabyte_has_no_share_of_what_a_call_takes_at_least(full: Sources):
+    assert full.bench is not None
+    times = full.bench.assign(gpu_us_median=4 + full.bench["rows"] / 8)
+    times["bytes"] *= times["operation"] != "launch"
+    more = times[times["rows"] == 256].assign(rows=300, gpu_us_median=4 + 300 / 8)
+    more["bytes"] *= 300 / 256
+    frame = figure_data.scaling(replace(full, bench=pd.concat([more, times])))
+    for name in ("copy", "dequantize"):
+        further = frame[frame["operation"] == name].set_index("rows")["us_per_further_mb"]
+        assert further.isna().tolist() == [True, False, False, False]
+        assert further.loc[[128, 256, 300]].tolist() == pytest.approx([125.0] * 3)
+    assert frame[frame["operation"] == "launch"]["us_per_further_mb"].isna().all()
+
+
 @pytest.mark.parametrize("plot", figures.FIGURES, ids=lambda plot: plot.name)
 def test_no_records_no_data(plot: figures.Plot):
     assert plot.data(Sources({})).empty
