@@ -7,7 +7,8 @@ What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantki
 scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, after
 three that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer
 larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them; the
-reference and the peers come last in a round, because a call just after their long ones costs the host more. `floor_us`
+reference and the peers come last in a round, because what comes just after their long calls takes longer, and before
+the first of the next round the device and the host settle on it, untimed. `floor_us`
 is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
@@ -51,6 +52,7 @@ SETS = {"main": MAIN, "qwen3_4b": QWEN3_4B, "rows": ROWS}
 TOKENS = 65536  # of the activations whose block Hessians are timed
 FLUSH_BYTES = 256 << 20  # larger than any L2
 LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
+SETTLING = 5  # calls at the beginning of a round
 WARM_CALLS = 3  # before a call is timed; of what is captured in a graph, so takes less than SLOW_S
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
@@ -278,6 +280,10 @@ class Clock:
         self.wait()
         return graph
 
+    def settle(self, case: Case) -> None:
+        """Measures and forgets."""
+        self.measure(dataclasses.replace(case, gpu_us=[], call_us=[]))
+
     def measure(self, case: Case) -> None:
         if len(case.call_us) >= case.limit:
             return
@@ -372,6 +378,8 @@ def run_shape(
         ready.append(case)
     turns = sorted(ready, key=lambda case: (case.kind == "peer", case.backend == "reference"))
     for _ in range(options.rounds):
+        for _ in range(SETTLING):
+            clock.settle(turns[0])
         for case in turns:
             clock.measure(case)
     copy = quantiles(next(case for case in ready if case.operation == "copy").gpu_us)[0]
