@@ -4,12 +4,12 @@
     python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
 
 What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global
-scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, after
-three that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer
-larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them; the
-reference and the peers come last in a round, because what comes just after their long calls takes longer, and before
-the first of the next round the device and the host settle on it, untimed. `floor_us`
-is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
+scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, as one
+of many in a loop over layers: after some that brought its code to the host's caches. On a CPU there is only the call.
+Before each measurement a buffer larger than the L2 cache is overwritten, and the cases take turns, so that a drift of
+the clocks meets all of them; the reference and the peers come last in a round, because what comes just after their long
+calls takes longer, and before the first of the next round the device and the host settle on it, untimed. `floor_us` is
+what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
 
@@ -53,7 +53,8 @@ TOKENS = 65536  # of the activations whose block Hessians are timed
 FLUSH_BYTES = 256 << 20  # larger than any L2
 LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
 SETTLING = 5  # calls at the beginning of a round
-WARM_CALLS = 3  # before a call is timed; of what is captured in a graph, so takes less than SLOW_S
+WARM_CALLS = (3, 20)  # before a call is timed, where a graph could be captured: at least, at most
+WARM_US = 10_000  # that these take on the GPU, beyond the least number
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
 
@@ -127,12 +128,14 @@ def cases(weight: Tensor, backends: list[str], with_peers: bool, block_sizes: tu
                 if fmt.two_level:
                     scales.append(("amax", "amax"))
                 for backend in backends:
+                    if backend == "triton" and not METHODS[method].has_kernel:
+                        continue
                     for label, scale in scales:
-                        given: dict[str, Any] = {"hessian": hessian} if method == "hessian" else {}
+                        given: dict[str, Any] = {"hessian": hessian} if METHODS[method].needs_hessian else {}
                         if scale is not None:
                             given["global_scale"] = scale
                         moved = size * itemsize + size // 2 + size // block_size
-                        moved += hessian.nbytes if method == "hessian" else 0
+                        moved += hessian.nbytes if METHODS[method].needs_hessian else 0
                         yield Case(
                             "kernel",
                             "quantkit",
@@ -296,7 +299,8 @@ class Clock:
             end.record()
             end.synchronize()
             case.gpu_us.append(1e3 * begin.elapsed_time(end))
-            for _ in range(1 if case.graph is None else WARM_CALLS):
+            least, most = WARM_CALLS
+            for _ in range(1 if case.graph is None else max(least, min(most, int(WARM_US / case.gpu_us[-1])))):
                 case.call()
             self.flush.zero_()
         self.wait()

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.tables import BACKENDS, FORMATS, METHODS
+from experiments.tables import BACKENDS, DEFAULTS, FORMATS, METHODS
 
 ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
 BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device
@@ -27,8 +27,6 @@ SUBJECT = (
     *("model", "model_revision", "data", "data_hash", "data_split", "layer_index", "layer_module", "block_size"),
     *("seq_len", "tokens_calibration", "tokens_heldout", "seed"),
 )
-# The global scale and naive rule of the main tables; another choice is for a figure that compares it.
-DEFAULTS = {"nvfp4": ("amax", "nearest"), "mxfp4": ("none", "floor")}
 STANDS_ON = (
     *("model", "model_origin", "data", "layer_index", "layer_module", "block_size"),
     *("tokens_calibration", "tokens_heldout", "commit"),

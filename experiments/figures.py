@@ -8,7 +8,8 @@ caption, with the text of `figures_page`. Needs matplotlib (no window, no pyplot
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,26 @@ FOLDER = Path("results/figures")
 PICTURES = ("pdf", "png")
 NARROW, WIDE = 3.4, 7.0  # inches: one column, two columns
 
-COLOR = {"naive": "#E69F00", "sse": "#0072B2", "hessian": "#009E73", "nvfp4": "#0072B2", "mxfp4": "#D55E00"}
-MARKER = {"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4": "s"}
-HATCH = {"naive": "", "sse": "//////", "hessian": "xxxxxx"}
-LINE = {"naive": ":", "sse": "--", "hessian": "-", "nvfp4": "-", "mxfp4": "--"}
+
+class _Styles(dict[str, str]):
+    """Of the formats and methods by name; one that has none of its own takes the next of some spare ones."""
+
+    def __init__(self, own: dict[str, str], spare: Sequence[str]) -> None:
+        super().__init__(own)
+        self.spare = itertools.cycle(spare)
+
+    def __missing__(self, name: str) -> str:
+        self[name] = next(self.spare)
+        return self[name]
+
+
+COLOR = _Styles(
+    {"naive": "#E69F00", "sse": "#0072B2", "hessian": "#009E73", "nvfp4": "#0072B2", "mxfp4": "#D55E00"},
+    ("#CC79A7", "#56B4E9", "#000000", "#F0E442"),
+)
+MARKER = _Styles({"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4": "s"}, "DPX*")
+HATCH = _Styles({"naive": "", "sse": "//////", "hessian": "xxxxxx"}, ("......", "++++++", "oooooo"))
+LINE = _Styles({"naive": ":", "sse": "--", "hessian": "-", "nvfp4": "-", "mxfp4": "--"}, ("-.", ":"))
 GREY = "#666666"
 
 
@@ -138,7 +155,7 @@ def draw_output_error(figure: Figure, frame: pd.DataFrame) -> None:
     panels = _panels(figure, frame, "block_size", sharey=True)
     for axes, (size, part) in panels:
         for method, place, rows in _bars(axes, part):
-            axes.bar(place, 100 * rows["output_error"], BAR, **_filled(method))
+            axes.bar(place, 100 * rows["output_error"], _bar_width(part), **_filled(method))
             axes.plot(
                 place, 100 * rows["output_error_heldout"], ls="", marker="D", ms=3, mfc="white", mec="black", mew=0.7
             )
@@ -275,14 +292,15 @@ def draw_calibration_size(figure: Figure, frame: pd.DataFrame) -> None:
 
 
 def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
-    axes = figure.subplots()
-    for method, part in _by(frame, "method"):
-        for scale, line, fill in (("none", "-", "full"), ("amax", "--", "none")):
-            rows = part[part["global_scale"] == scale]
-            axes.plot(rows["weight_std"], 100 * rows["weight_error"], line, color=COLOR[method], marker=MARKER[method],
-                      mfc=COLOR[method] if fill == "full" else "white", ms=3)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="standard deviation of the weight", ylabel="weight error, %")
-    _plain_ticks(axes.yaxis, FixedLocator([8, 10, 15, 20, 30, 50, 100]))
+    for axes, (name, half) in _panels(figure, frame, "format", sharey=True):
+        for method, part in _by(half, "method"):
+            for scale, line, fill in (("none", "-", "full"), ("amax", "--", "none")):
+                rows = part[part["global_scale"] == scale]
+                axes.plot(rows["weight_std"], 100 * rows["weight_error"], line, color=COLOR[method],
+                          marker=MARKER[method], mfc=COLOR[method] if fill == "full" else "white", ms=3)  # fmt: skip
+        axes.set(title=FORMATS.get(name, name), xscale="log", yscale="log", xlabel="standard deviation of the weight")
+        _plain_ticks(axes.yaxis, FixedLocator([8, 10, 15, 20, 30, 50, 100]))
+    figure.axes[0].set_ylabel("weight error, %")
     styles = [
         Line2D([], [], color=GREY, ls=line, label=label)
         for line, label in (("-", "no global scale"), ("--", "global scale amax"))
@@ -294,7 +312,9 @@ def draw_speed_up(figure: Figure, frame: pd.DataFrame) -> None:
     for axes, (size, part) in _panels(figure, frame, "block_size", sharey=True):
         for method, place, rows in _bars(axes, part):
             spread = [rows["speed_up"] - rows["low"], rows["high"] - rows["speed_up"]]
-            axes.bar(place, rows["speed_up"], BAR, yerr=spread, error_kw={"elinewidth": 0.8}, **_filled(method))
+            axes.bar(
+                place, rows["speed_up"], _bar_width(part), yerr=spread, error_kw={"elinewidth": 0.8}, **_filled(method)
+            )
             for x, high, value in zip(place, rows["high"], rows["speed_up"], strict=True):
                 axes.annotate(
                     f"{value:.0f}" if value >= 10 else f"{value:.1f}",
@@ -349,7 +369,7 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
     _legend(figure, [*_method_markers(methods), *others, further])
 
 
-BAR = 0.26  # width, in units of the distance between two formats
+GROUP, GAP = 0.87, 0.03  # widths of a format's bars together and of what parts them; formats are 1 apart
 
 
 def _plain_ticks(axis: Axis, at: Locator, form: str = "g") -> None:
@@ -379,8 +399,12 @@ def _bars(axes: Axes, frame: pd.DataFrame) -> Iterator[tuple[str, list[float], p
     axes.tick_params(axis="x", length=0)
     for index, method in enumerate(methods):
         rows = frame[frame["method"] == method]
-        shift = (index - (len(methods) - 1) / 2) * (BAR + 0.03)
+        shift = (index - (len(methods) - 1) / 2) * (_bar_width(frame) + GAP)
         yield method, [formats.index(name) + shift for name in rows["format"]], rows
+
+
+def _bar_width(frame: pd.DataFrame) -> float:
+    return GROUP / frame["method"].nunique() - GAP
 
 
 def _trails(axes: Axes, frame: pd.DataFrame, x: pd.Series) -> None:

@@ -74,14 +74,16 @@ def resolve_device(requested: str) -> str:
     return requested
 
 
-def resolve_backend_name(backend: BackendConfig, device: str) -> str:
+def resolve_backend_name(
+    backend: BackendConfig, device: str, method: str | None = None, block_size: int | None = None
+) -> str:
     """The backend that `auto` takes. The rule for a CPU is written here too: skipping a finished run needs no torch."""
     if backend.name == "auto" and device == "cpu":
         return "reference"
     if backend.name == "auto":
         from quantkit import resolve_backend
 
-        return resolve_backend("auto", device)
+        return resolve_backend("auto", device, method, block_size)
     return backend.name
 
 

@@ -23,7 +23,7 @@ from experiments.blocks import block_columns, counts, histograms, write_blocks
 from experiments.config import Config, LayerConfig
 from experiments.record import BLOCKS_NAME
 from experiments.tracking import Histograms
-from quantkit import QuantizedTensor, quantize, resolve_backend, verify
+from quantkit import QuantizedTensor, get_method, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
 
@@ -60,7 +60,7 @@ def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Seq
 
     ahead: layers that later runs of the sweep want of the same model and text.
     """
-    resolve_backend(backend, device)
+    resolve_backend(backend, device, config.method.name, config.block_size)
     check_options(config)
     inputs = load_layer_inputs(config, ahead)
     if config.data.calibration_tokens is not None:
@@ -81,7 +81,7 @@ def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Seq
 def check_options(config: Config) -> None:
     """Let the library judge format, block size, method and scale on a weight of no rows: a capture may take minutes."""
     size = config.block_size
-    hessian = torch.eye(size).unsqueeze(0) if config.method.name == "hessian" else None
+    hessian = torch.eye(size).unsqueeze(0) if get_method(config.method.name).needs_hessian else None
     quantize(torch.empty(0, size), method=config.method.name, hessian=hessian, backend="reference", **options(config))
 
 
@@ -98,7 +98,7 @@ def options(config: Config) -> dict[str, Any]:
 def quantize_layer(config: Config, inputs: LayerInputs, device: str, backend: str) -> Quantized:
     weight = inputs.weight.to(device)
     hessian = None
-    if config.method.name == "hessian":
+    if get_method(config.method.name).needs_hessian:
         hessian = block_hessians(inputs.gram_calibration, config.block_size).to(device)
     call = partial(quantize, weight, backend=backend, **options(config))
     start = time.perf_counter()
@@ -161,10 +161,11 @@ def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
 
 
 def verify_scales(config: Config, work: Quantized) -> Fields:
-    """Judge every scale against all representable ones. Naive ones promise no optimum: the count is what they lose."""
+    """Judge every scale against all representable ones. Where a method promises no optimum, the count is what it
+    loses."""
     found = verify(work.result, work.weight, work.hessian)
     log.info("verified: %s", found)
-    if not found.ok and config.method.name != "naive":
+    if not found.ok and get_method(config.method.name).is_optimal:
         log.warning(
             "%d of %d blocks break the optimality contract, worst excess %g.",
             found.violations, found.blocks, found.worst_excess,

@@ -23,7 +23,15 @@ from experiments.record import FIELDS, RunRecord
 
 NONE = "–"
 FORMATS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4"}  # name → label, in the order of the rows
-METHODS = {"naive": "Naive", "sse": "SSE", "hessian": "Hessian", "gptq": "GPTQ, blocks ordered, Hessian scales"}
+# The default global scale and naive rule, those of the main tables; another choice is for a figure that compares it.
+DEFAULTS = {"nvfp4": ("amax", "nearest"), "mxfp4": ("none", "floor")}
+METHODS = {
+    "naive": "Naive",
+    "sse": "SSE",
+    "hessian": "Hessian",
+    "gptq": "GPTQ, blocks ordered, Hessian scales",  # published alone
+}
+OPTIMAL = ("sse", "hessian")  # methods that promise the least error; what others miss breaks no contract
 BACKENDS = {"reference": "reference", "triton": "Triton"}
 # The two backends' errors may differ by rounding, never visibly.
 BACKEND_TOLERANCE = 1e-3
@@ -208,7 +216,8 @@ def _verification_table(title: str, records: list[RunRecord]) -> Table:
     notes = list(dict.fromkeys(r.model_origin for r in records if r.model_origin))
     notes.append(f"Device: {', '.join(dict.fromkeys(r.device_name or NONE for r in records))}")
     notes.append(f"Commit {', '.join(dict.fromkeys(_commit(r) for r in records))}")
-    total, broken = sum(r.verified_blocks or 0 for r in records), sum(r.verified_violations or 0 for r in records)
+    searches = [r for r in records if r.method in OPTIMAL]
+    total, broken = sum(r.verified_blocks or 0 for r in searches), sum(r.verified_violations or 0 for r in searches)
     notes.append(f"In all {total:,} blocks, {broken:,} violations of the contract of docs/theory.md")
     lines: dict[tuple[Any, ...], list[RunRecord]] = {}
     for r in records:

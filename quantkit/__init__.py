@@ -3,8 +3,9 @@
 from quantkit.blockwise import *  # noqa: F403
 from quantkit.blockwise import __all__ as _blockwise_names
 from quantkit.formats import E2M1, E4M3, FORMATS, MXFP4, NVFP4, UE8M0, BlockFormat, get_format
+from quantkit.methods import METHODS, Method, get_method
 from quantkit.metrics import compute_metrics
-from quantkit.quantize import BACKENDS, METHODS, BackendUnavailableError, quantize, resolve_backend
+from quantkit.quantize import BACKENDS, BackendUnavailableError, quantize, resolve_backend
 from quantkit.tensor import QuantizedTensor
 from quantkit.verify import Verification, verify
 
@@ -21,10 +22,12 @@ __all__ = [
     "UE8M0",
     "BackendUnavailableError",
     "BlockFormat",
+    "Method",
     "QuantizedTensor",
     "Verification",
     "compute_metrics",
     "get_format",
+    "get_method",
     "quantize",
     "resolve_backend",
     "verify",

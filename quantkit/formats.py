@@ -153,6 +153,11 @@ class ScaleGrid(_Grid):
     def is_power_of_two(self) -> bool:
         return self.mantissa_bits == 0
 
+    @property
+    def naive_rules(self) -> tuple[str, ...]:
+        """The roundings of a naive scale that reference/naive.py knows on this grid."""
+        return ("floor", "ceil", "even", "rceil") if self.is_power_of_two else ("nearest",)
+
     @cached_property
     def min_value(self) -> float:
         return self.value(self.min_code)
@@ -185,6 +190,7 @@ class BlockFormat:
     """Elements that share one scale a block. ``two_level`` formats have a float32 global scale besides.
 
     ``scale_rules`` are the roundings of the naive scale that the format offers, the default first.
+    Raises ValueError for what no method could work with.
     """
 
     name: str
@@ -193,6 +199,24 @@ class BlockFormat:
     block_sizes: tuple[int, ...]
     scale_rules: tuple[str, ...]
     two_level: bool
+
+    def __post_init__(self) -> None:
+        for size in self.block_sizes:
+            if size < 2 or size & (size - 1):
+                raise ValueError(f"{self.name}: block size {size} is not a power of two from 2 on")
+        if not self.block_sizes:
+            raise ValueError(f"{self.name} has no block size; give some, such as (16, 32)")
+        known = self.scale.naive_rules
+        if not self.scale_rules or not set(self.scale_rules) <= set(known):
+            raise ValueError(
+                f"{self.name}: scale_rules {self.scale_rules!r}; scales of {self.scale.name} have one or more of "
+                f"{', '.join(known)}"
+            )
+        if self.two_level and self.scale.is_power_of_two:
+            raise ValueError(
+                f"{self.name}: {self.scale.name} scales take no global scale, because powers of two reach as far as "
+                "float32; use two_level=False"
+            )
 
     def __hash__(self) -> int:  # of all fields, 0.3 µs more at each call
         return hash(self.name)

@@ -11,22 +11,19 @@ from torch import Tensor
 
 from quantkit import calibration, kernels, parallel
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
-from quantkit.reference import hessian as reference_hessian
-from quantkit.reference import naive as reference_naive
-from quantkit.reference import sse as reference_sse
+from quantkit.methods import get_method
 from quantkit.reference.common import effective_scale
 from quantkit.tensor import QuantizedTensor, pack_codes
 
-__all__ = ["BACKENDS", "METHODS", "BackendUnavailableError", "quantize", "resolve_backend"]
+__all__ = ["BACKENDS", "BackendUnavailableError", "quantize", "resolve_backend"]
 
-METHODS = ("naive", "sse", "hessian")
 BACKENDS = ("auto", "reference", "triton")
 # Weights that the reference holds in float64 at a time: on a CPU, a few arrays of them fit a core's cache.
 REFERENCE_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 class BackendUnavailableError(ValueError):
-    """The backend asked for cannot run here: wrong device, or Triton is not installed."""
+    """The backend asked for cannot run: wrong device, no Triton installed, or no kernel for what is to be done."""
 
 
 def quantize(
@@ -65,7 +62,7 @@ def quantize(
     """
     fmt = get_format(format)
     rule = _check_options(weight, fmt, block_size, method, scale_rule)
-    use_triton = resolve_backend(backend, weight.device) == "triton"
+    use_triton = resolve_backend(backend, weight.device, method, block_size) == "triton"
     hessians = _hessians(weight, block_size, method, activations, gram, hessian, use_triton)
 
     leading = weight.shape[:-1]
@@ -100,14 +97,28 @@ def quantize(
     return QuantizedTensor(codes, scales, multiplier, fmt, block_size, candidates, method)
 
 
-def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """The backend for a weight on ``device``. Raises BackendUnavailableError where triton cannot run there."""
+def resolve_backend(
+    backend: str, device: torch.device | str, method: str | None = None, block_size: int | None = None
+) -> str:
+    """The backend for a weight on ``device``, with a method and a block size where they are given.
+
+    Raises BackendUnavailableError where triton cannot run there, or has no kernel for them.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type  # the call takes 0.3 µs
+    lacking = None
+    if method is not None and not get_method(method).has_kernel:
+        lacking = f"method {method!r}"
+    elif block_size is not None and block_size not in kernels.BLOCK_SIZES:
+        lacking = f"block size {block_size}"
     if backend == "auto":
-        return "triton" if kind == "cuda" and kernels.available() else "reference"
+        return "triton" if kind == "cuda" and kernels.available() and lacking is None else "reference"
     if backend == "triton":
+        if lacking is not None:
+            raise BackendUnavailableError(
+                f"backend 'triton' has no kernel for {lacking}: use backend='reference', or 'auto'"
+            )
         if not kernels.available():
             raise BackendUnavailableError(
                 "backend 'triton' needs the package triton: pip install triton, or use backend='reference'"
@@ -122,8 +133,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: str, scale_rule: str | None) -> str:
     """Raises ValueError for what no backend could do; returns the scale rule."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
+    get_method(method)
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"weight must be a torch.Tensor, got {type(weight).__name__}; pass layer.weight of a layer, "
@@ -159,18 +169,19 @@ def _hessians(
 ) -> Tensor | None:
     """Block Hessians on the weight's device, from whichever of the three was given."""
     given = (activations is not None) + (gram is not None) + (hessian is not None)
-    if given != (1 if method == "hessian" else 0):
+    needed = get_method(method).needs_hessian
+    if given != (1 if needed else 0):
         values = {"activations": activations, "gram": gram, "hessian": hessian}
         names = " and ".join(name for name, value in values.items() if value is not None)
-        if method != "hessian":
+        if not needed:
             raise ValueError(f"method {method!r} does not use {names}; leave it out or use method='hessian'")
-        raise ValueError(f"method 'hessian' takes exactly one of activations, gram and hessian; got {names or 'none'}")
-    if method != "hessian":
+        raise ValueError(f"method {method!r} takes exactly one of activations, gram and hessian; got {names or 'none'}")
+    if not needed:
         return None
     columns = weight.shape[-1]
     if activations is not None:
         if activations.shape[:1] == (0,) and columns > 0:
-            raise ValueError(f"activations {list(activations.shape)} have no token; method 'hessian' needs some")
+            raise ValueError(f"activations {list(activations.shape)} have no token; method {method!r} needs some")
         if use_triton and activations.is_cuda and activations.dtype != torch.float64:
             result = _hessians_from_activations(activations, columns, block_size)
         else:
@@ -265,14 +276,10 @@ def _quantize_reference(
 
     def quantize_chunk(part: slice, which: slice) -> None:
         blocks = matrix[part, which].float()
-        if method == "naive":
-            choice = reference_naive.choose_scales(blocks, fmt, global_scale, rule)
-        elif method == "sse":
-            choice = reference_sse.choose_scales(blocks, fmt, global_scale)
-        else:
-            assert factors is not None
+        own = factors
+        if factors is not None:
             own = calibration.HessianFactors(factors.factor[which], factors.inverse_diagonal[which])
-            choice = reference_hessian.choose_scales(blocks, fmt, global_scale, own)
+        choice = get_method(method).choose_scales(blocks, fmt, global_scale, rule, own)
         scaled = blocks / effective_scale(choice.codes, fmt, global_scale).unsqueeze(-1)
         packed_codes[part, which] = pack_codes(fmt.element.encode_signed(scaled))
         scales[part, which] = choice.codes.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""An independent statement of docs/theory.md in numpy: exhaustive, in float64, sharing no code with the library.
+"""An independent statement of docs/theory.md in numpy: exhaustive, in float64, sharing no arithmetic with the library.
 
 Only two steps are float32, as the formats demand: the effective scale ``scale · global_scale`` and the division ``x /
 S``.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from quantkit.formats import FORMATS
+
 MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 E4M3_VALUES = np.array(
     [n * 2.0**-9 for n in range(8)] + [(1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(8, 127)], dtype=np.float64
 )
 UE8M0_VALUES = np.array([2.0 ** (n - 127) for n in range(255)], dtype=np.float64)
-SCALE_CODES = {"nvfp4": np.arange(1, 127), "mxfp4": np.arange(0, 255)}
-SCALE_VALUES = {"nvfp4": E4M3_VALUES, "mxfp4": UE8M0_VALUES}
+# By scale grid: of the library, no more than which one a format has.
+CODES_OF_GRID = {"e4m3": np.arange(1, 127), "ue8m0": np.arange(0, 255)}
+VALUES_OF_GRID = {"e4m3": E4M3_VALUES, "ue8m0": UE8M0_VALUES}
+SCALE_CODES = {name: CODES_OF_GRID[format.scale.name] for name, format in FORMATS.items()}
+SCALE_VALUES = {name: VALUES_OF_GRID[format.scale.name] for name, format in FORMATS.items()}
 
 
 def nearest_code(y: np.ndarray) -> np.ndarray:

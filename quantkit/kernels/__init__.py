@@ -8,7 +8,9 @@ import functools
 import importlib.util
 from types import ModuleType
 
-__all__ = ["available", "launcher"]
+__all__ = ["BLOCK_SIZES", "available", "launcher"]
+
+BLOCK_SIZES = (16, 32)  # that the kernels are written and measured for
 
 
 @functools.cache

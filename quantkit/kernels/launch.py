@@ -292,7 +292,7 @@ def quantize(
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels
 
-    if hessians is not None:
+    if method == "hessian":
         kernel = _hessian(fmt, block_size, count_candidates, parts, device)
         kernel(
             (column_blocks * _ceil_div(rows, kernel.constants["BLOCK_M"] * kernel.constants["TILES"]), 1),
@@ -313,10 +313,12 @@ def quantize(
         kernel(grid, matrix, global_scale, amax, codes, scales, flags, num_blocks)
         if candidates is not None:
             candidates.fill_(1)
-    else:
+    elif method == "sse":
         kernel = _sse(fmt, block_size, count_candidates, parts, device)
         grid = (_ceil_div(num_blocks, kernel.constants["BLOCK_N"]), 1)
         kernel(grid, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
+    else:
+        raise NotImplementedError(f"no kernel for method {method!r}; its has_kernel in quantkit/methods.py says so")
     return Quantized(codes, scales, global_scale, candidates, flags)
 
 

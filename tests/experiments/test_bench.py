@@ -12,6 +12,7 @@ import torch
 from experiments import bench
 from experiments.report import ReportError, fill
 from experiments.tables import speed_tables
+from quantkit import FORMATS, METHODS
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 
@@ -23,7 +24,7 @@ def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: 
     table = pd.read_csv(out)
     kernels = table[table["kind"] == "kernel"]
     assert set(zip(kernels["format"], kernels["operation"], kernels["block_size"], strict=True)) == {
-        (f, m, b) for f in ("nvfp4", "mxfp4") for m in ("naive", "sse", "hessian") for b in (16, 32)
+        (f, m, b) for f in FORMATS for m in METHODS for b in (16, 32)
     }
     assert (
         (table["iterations"] == 2).all() and (table["call_us_median"] > 0).all() and table["gpu_us_median"].isna().all()

@@ -286,6 +286,25 @@ def test_each_further_megabyte_has_no_share_of_what_a_call_takes_at_least(full: 
     assert frame[frame["operation"] == "launch"]["us_per_further_mb"].isna().all()
 
 
+def test_what_has_no_label_or_style_yet_is_drawn_all_the_same(full: Sources):
+    """A format and a method that were added to the library a minute ago."""
+    assert full.bench is not None
+    new = {"nvfp4": "fp4_new", "sse": "new"}
+
+    def renamed(record: RunRecord) -> RunRecord:
+        return replace(record, **{key: new.get(was := getattr(record, key), was) for key in ("format", "method")})
+
+    records = {name: [*found, *map(renamed, found)] for name, found in full.records.items()}
+    times = full.bench.replace({"format": new, "operation": new})
+    sources = Sources(records, full.one_block, pd.concat([full.bench, times]))
+    drawn = {plot.name: plot.data(sources) for plot in figures.FIGURES}
+    assert "fp4_new" in set(drawn["output_error"]["format"]) and "new" in set(drawn["output_error"]["method"])
+    for plot in figures.FIGURES:
+        assert plot.pictures(drawn[plot.name])
+    styles = [figures.COLOR[name] for name in ("naive", "sse", "hessian", "new")]
+    assert len(set(styles)) == 4 and figures._bar_width(drawn["output_error"]) == pytest.approx(0.87 / 4 - 0.03)
+
+
 @pytest.mark.parametrize("plot", figures.FIGURES, ids=lambda plot: plot.name)
 def test_no_records_no_data(plot: figures.Plot):
     assert plot.data(Sources({})).empty

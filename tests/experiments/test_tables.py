@@ -249,3 +249,13 @@ def test_verification_table_counts_the_runs_that_were_verified() -> None:
     assert table.frame["Violations"].tolist() == ["2", "0"] and table.frame["Worst excess"].tolist() == ["0.5", "0"]
     assert "In all 2,000 blocks, 2 violations of the contract of docs/theory.md" in table.notes
     assert tables.verification_tables([BASE]) == []
+
+
+def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
+    """experiments/tables.py imports neither torch nor the library, so it lists them again."""
+    import quantkit
+
+    assert list(tables.FORMATS) == list(quantkit.FORMATS)
+    assert [name for name in tables.METHODS if name != "gptq"] == list(quantkit.METHODS)
+    assert {name: (f.default_global_scale, f.scale_rules[0]) for name, f in quantkit.FORMATS.items()} == tables.DEFAULTS
+    assert tuple(name for name, method in quantkit.METHODS.items() if method.is_optimal) == tables.OPTIMAL

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit import FORMATS, QuantizedTensor, quantize
+from quantkit import FORMATS, METHODS, QuantizedTensor, quantize
 from tests.inputs import all_families
 
 CUDA = torch.cuda.is_available()
@@ -31,7 +31,7 @@ def compare(weight: torch.Tensor, format: str, block_size: int, method: str, **o
     differs = got.scales != want.scales
     same = ~differs.repeat_interleave(block_size // 2, -1)
     assert torch.equal(got.codes[same], want.codes[same])
-    if method == "naive":
+    if not METHODS[method].is_optimal:
         assert not differs.any()
         return
     hessian = options.get("hessian")
@@ -50,9 +50,13 @@ def hessians(columns: int, block_size: int) -> torch.Tensor:
     return torch.einsum("tbi,tbj->bij", *(x.unflatten(1, (-1, block_size)),) * 2)
 
 
+def given(method: str, columns: int, block_size: int) -> dict[str, torch.Tensor]:
+    return {"hessian": hessians(columns, block_size)} if METHODS[method].needs_hessian else {}
+
+
 each = pytest.mark.parametrize(
     ("format", "block_size", "method"),
-    [(f, b, m) for f in FORMATS for b in (16, 32) for m in ("naive", "sse", "hessian")],
+    [(f, b, m) for f in FORMATS for b in (16, 32) for m in METHODS if METHODS[m].has_kernel],
 )
 
 
@@ -61,15 +65,13 @@ each = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backends_agree(format: str, block_size: int, method: str, rows: int, dtype: torch.dtype) -> None:
     weight = (torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
-    compare(
-        weight, format, block_size, method, **({"hessian": hessians(96, block_size)} if method == "hessian" else {})
-    )
+    compare(weight, format, block_size, method, **given(method, 96, block_size))
 
 
 @each
 def test_backends_agree_on_adversarial_weights(format: str, block_size: int, method: str) -> None:
     weight = torch.tensor(all_families(block_size, np.random.default_rng(9))).reshape(-1, 2 * block_size)
-    options = {"hessian": hessians(weight.shape[1], block_size)} if method == "hessian" else {}
+    options = given(method, weight.shape[1], block_size)
     compare(weight, format, block_size, method, global_scale="none", **options)
 
 
@@ -79,7 +81,7 @@ def test_blocks_that_even_the_largest_scale_clips(block_size: int, method: str) 
     """Beside blocks of longer windows, whose last steps clip nothing."""
     weight = torch.randn(64, 2 * block_size, generator=torch.Generator().manual_seed(4)) * 3
     weight[::7] *= 400
-    options = {"hessian": hessians(weight.shape[1], block_size)} if method == "hessian" else {}
+    options = given(method, weight.shape[1], block_size)
     compare(weight, "nvfp4", block_size, method, global_scale="none", **options)
 
 
@@ -95,11 +97,11 @@ def test_hessians_in_half_precision_with_amax(block_size: int) -> None:
     device, columns = ("cuda", 9728) if CUDA else ("cpu", 64)
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(2)).to(device)
     hessian = (hessians(columns, block_size) / 2**14).half().to(device)
-    given, exact = (
+    half, exact = (
         quantize(weight, "nvfp4", block_size, "hessian", hessian=h, backend="triton")
         for h in (hessian, hessian.float())
     )
-    assert torch.equal(given.codes, exact.codes) and torch.equal(given.scales, exact.scales)
+    assert torch.equal(half.codes, exact.codes) and torch.equal(half.scales, exact.scales)
 
 
 @pytest.mark.gpu
@@ -109,9 +111,7 @@ def test_hessians_in_half_precision_with_amax(block_size: int) -> None:
 def test_backends_agree_at_full_size(format: str, block_size: int, method: str, rows: int, dtype: torch.dtype) -> None:
     """Qwen3-4B's down_proj, 2560 × 9728, and odd row counts."""
     weight = (torch.randn(rows, 9728, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
-    compare(
-        weight, format, block_size, method, **({"hessian": hessians(9728, block_size)} if method == "hessian" else {})
-    )
+    compare(weight, format, block_size, method, **given(method, 9728, block_size))
 
 
 @pytest.fixture
@@ -133,10 +133,10 @@ def test_backends_agree_without_spelt_out_instructions(
     format: str, block_size: int, method: str, dtype: torch.dtype
 ) -> None:
     weight = torch.tensor(all_families(block_size, np.random.default_rng(9))).reshape(-1, 2 * block_size).to(dtype)
-    options = {"hessian": hessians(weight.shape[1], block_size)} if method == "hessian" else {}
+    options = given(method, weight.shape[1], block_size)
     compare(weight[weight.isfinite().all(1)], format, block_size, method, **options)
     weight = (torch.randn(300, 9728, generator=torch.Generator().manual_seed(6)) * 0.02).to(dtype)
-    options = {"hessian": hessians(9728, block_size)} if method == "hessian" else {}
+    options = given(method, 9728, block_size)
     compare(weight, format, block_size, method, **options)
 
 
@@ -147,8 +147,8 @@ def test_a_kernel_started_again_gives_the_same(format: str, block_size: int, met
     from triton import knobs
 
     weight = torch.randn(96, 9728, generator=torch.Generator().manual_seed(5)).bfloat16().cuda()
-    given = {"hessian": hessians(9728, block_size).cuda()} if method == "hessian" else {}
-    first, second = (quantize(weight, format, block_size, method, **given) for _ in range(2))  # type: ignore[arg-type]
+    options = {name: value.cuda() for name, value in given(method, 9728, block_size).items()}
+    first, second = (quantize(weight, format, block_size, method, **options) for _ in range(2))  # type: ignore[arg-type]
     heard: list[str] = []
 
     def listen(launch: Any) -> None:
@@ -156,7 +156,7 @@ def test_a_kernel_started_again_gives_the_same(format: str, block_size: int, met
 
     knobs.runtime.launch_enter_hook.add(listen)
     try:
-        third = quantize(weight, format, block_size, method, **given)  # type: ignore[arg-type]
+        third = quantize(weight, format, block_size, method, **options)  # type: ignore[arg-type]
     finally:
         knobs.runtime.launch_enter_hook.remove(listen)
     assert f"{method}_kernel" in heard
@@ -170,9 +170,9 @@ def test_a_kernel_started_again_gives_the_same(format: str, block_size: int, met
 @pytest.mark.parametrize("method", ["naive", "hessian"])
 def test_the_kernels_run_on_the_weight_s_device(method: str) -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    given = {"hessian": hessians(64, 16)} if method == "hessian" else {}
+    options = given(method, 64, 16)
     results = [
-        quantize(weight.to(device), "nvfp4", 16, method, **{k: v.to(device) for k, v in given.items()})  # type: ignore[arg-type]
+        quantize(weight.to(device), "nvfp4", 16, method, **{k: v.to(device) for k, v in options.items()})  # type: ignore[arg-type]
         for device in ("cuda:0", "cuda:1")
     ]
     assert results[1].codes.device == torch.device("cuda:1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,23 @@ def test_a_new_scale_grid_is_data_alone(backend: str, device: str) -> None:
     q = quantize(weight, fmt, 16, "sse", global_scale="none", backend=backend)
     chosen = table.gather(1, q.scales.reshape(-1, 1).long() - 1).squeeze(1)
     assert (chosen <= table.amin(1) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_sizes": ()}, "test has no block size"),
+        ({"block_sizes": (16, 24)}, "block size 24 is not a power of two"),
+        ({"scale_rules": ()}, r"scale_rules \(\); scales of e4m3 have one or more of nearest"),
+        ({"scale_rules": ("nearest", "ceil")}, "scale_rules .*'ceil'.* of e4m3"),
+        ({"scale": UE8M0, "scale_rules": ("floor", "up"), "two_level": False}, "'up'.*of floor, ceil, even, rceil"),
+        ({"scale": UE8M0, "scale_rules": ("floor",)}, "ue8m0 scales take no global scale.*use two_level=False"),
+    ],
+)
+def test_formats_that_no_method_could_work_with(change: dict[str, Any], message: str) -> None:
+    description = {"block_sizes": (16,), "scale_rules": ("nearest",), "two_level": True, "scale": E4M3} | change
+    with pytest.raises(ValueError, match=message):
+        BlockFormat("test", E2M1, **description)
 
 
 def test_windows_are_refused_for_elements_they_are_not_proven_for() -> None:

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from quantkit import quantize
+from quantkit import METHODS, quantize
 from quantkit.kernels import launch
 
 STREAM, FUNCTION, METADATA = 7, 8, 9
@@ -90,13 +90,12 @@ def test_triton_s_launcher_takes_these_arguments() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("method", ["naive", "sse", "hessian"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.has_kernel])
 def test_torch_s_default_dtype_changes_nothing(method: str, dtype: torch.dtype) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
-    given = (
-        {"hessian": torch.eye(16, dtype=torch.float32, device=device).repeat(2, 1, 1)} if method == "hessian" else {}
-    )
+    hessian = torch.eye(16, dtype=torch.float32, device=device).repeat(2, 1, 1)
+    given = {"hessian": hessian} if METHODS[method].needs_hessian else {}
     want = quantize(weight, method=method, backend="triton", **given)  # type: ignore[arg-type]
     torch.set_default_dtype(dtype)
     try:

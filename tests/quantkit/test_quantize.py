@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import FORMATS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend
+from quantkit import FORMATS, METHODS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend
 from tests.oracle import MAGNITUDES, nearest_code
-
-METHODS = ["naive", "sse", "hessian"]
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,0 +1,66 @@
+"""The list of methods is where a method is added: nothing else decides what it needs, promises or can run on."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+import torch
+
+from quantkit import (
+    METHODS,
+    BackendUnavailableError,
+    BlockFormat,
+    Method,
+    get_method,
+    quantize,
+    resolve_backend,
+    verify,
+)
+from quantkit import methods as registry
+from quantkit.formats import E2M1, E4M3
+from quantkit.kernels import available
+
+NO_TRITON = pytest.mark.skipif(not available(), reason="needs Triton")
+W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def another(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A method without a kernel: the naive scale, one code down."""
+
+    def choose_scales(blocks, fmt, global_scale, rule, factors):
+        choice = METHODS["naive"].choose_scales(blocks, fmt, global_scale, rule, factors)
+        return type(choice)(choice.codes - 1, choice.candidates)
+
+    method = Method("one_down", choose_scales, has_kernel=False)
+    monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, "one_down": method}))
+    return "one_down"
+
+
+def test_a_method_that_is_listed_is_one(another: str) -> None:
+    naive, down = quantize(W), quantize(W, method=another)
+    assert down.method == another and torch.equal(down.scales, naive.scales - 1)
+    with pytest.raises(ValueError, match="method 'one_down' does not use gram"):
+        quantize(W, method=another, gram=torch.eye(64))
+
+
+@NO_TRITON
+def test_triton_is_refused_for_what_it_has_no_kernel_for(another: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendUnavailableError, match="no kernel for method 'one_down': use backend='reference'"):
+        quantize(W, method=another, backend="triton")
+    fmt = BlockFormat("nvfp4_64", E2M1, E4M3, block_sizes=(64,), scale_rules=("nearest",), two_level=True)
+    with pytest.raises(BackendUnavailableError, match="no kernel for block size 64"):
+        quantize(W, fmt, 64, "sse", backend="triton")
+    assert verify(quantize(W, fmt, 64, "sse"), W).ok
+    assert resolve_backend("auto", "cuda", another) == resolve_backend("auto", "cuda", "sse", 64) == "reference"
+    assert resolve_backend("auto", "cuda", "sse", 16) == "triton"
+
+
+def test_methods_are_known_by_name() -> None:
+    assert get_method("sse") is METHODS["sse"]
+    with pytest.raises(ValueError, match="unknown method 'mse'; known methods: naive, sse, hessian"):
+        get_method("mse")
+    with pytest.raises(ValueError, match="unknown method 'mse'"):
+        resolve_backend("auto", "cpu", "mse")
