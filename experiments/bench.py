@@ -4,11 +4,12 @@
     python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
 
 What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global
-scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, as one
-of many in a loop over layers: after some that brought its code to the host's caches. On a CPU there is only the call.
-Before each measurement a buffer larger than the L2 cache is overwritten, and the cases take turns, so that a drift of
-the clocks meets all of them; the reference and the peers come last in a round, because what comes just after their long
-calls takes longer, and before the first of the next round the device and the host settle on it, untimed. `floor_us` is
+scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, after
+three that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer
+larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. The
+reference and the peers come last in a round, because what comes just after their long calls takes longer, and before
+the first of the next round the device and the host settle on it, untimed. The calls of the kernels are timed in rounds
+of their own, before the peers are imported: ModelOpt's import alone makes every call cost the host more. `floor_us` is
 what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
@@ -53,8 +54,7 @@ TOKENS = 65536  # of the activations whose block Hessians are timed
 FLUSH_BYTES = 256 << 20  # larger than any L2
 LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
 SETTLING = 5  # calls at the beginning of a round
-WARM_CALLS = (3, 20)  # before a call is timed, where a graph could be captured: at least, at most
-WARM_US = 10_000  # that these take on the GPU, beyond the least number
+WARM_CALLS = 3  # before a call is timed; of what is captured in a graph, so takes less than SLOW_S
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
 
@@ -108,16 +108,14 @@ class Case:
     limit: int = 1 << 30
 
 
-def cases(weight: Tensor, backends: list[str], with_peers: bool, block_sizes: tuple[int, ...]) -> Iterator[Case]:
-    """Everything that is timed on one weight ``[rows, columns]``."""
-    columns = weight.shape[1]
+def cases(weight: Tensor, backends: list[str], block_sizes: tuple[int, ...]) -> Iterator[Case]:
+    """Everything of ours that is timed on one weight ``[rows, columns]``, and the copy."""
     size, itemsize = weight.numel(), weight.element_size()
     target = torch.empty_like(weight)
     yield Case("copy", "torch", "copy", lambda: target.copy_(weight), 2 * size * itemsize)
     one = torch.zeros(1, device=weight.device)
     yield Case("launch", "torch", "launch", lambda: one.add_(1), 0)
-    tokens = torch.randn(2048, columns, device=weight.device) * torch.logspace(-0.5, 0.5, columns, device=weight.device)
-    tokens = tokens + 0.5 * tokens.roll(1, 1)  # neighbours correlate, as in a layer's inputs
+    tokens = sample_tokens(weight)
     for name, fmt in FORMATS.items():
         amax = weight.abs().amax().float() / (fmt.element.max_value * fmt.scale.max_value)
         for block_size in block_sizes:
@@ -163,8 +161,15 @@ def cases(weight: Tensor, backends: list[str], with_peers: bool, block_sizes: tu
             "triton",
             "amax",
         )
-    if with_peers and weight.is_cuda:
-        yield from peer_cases(weight, tokens)
+
+
+def sample_tokens(weight: Tensor) -> Tensor:
+    """Float32 activations ``[2048, columns]`` whose neighbouring channels correlate, as in a layer's inputs."""
+    columns, device = weight.shape[1], weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randn(2048, columns, generator=generator, device=device)
+    tokens *= torch.logspace(-0.5, 0.5, columns, device=device)
+    return tokens + 0.5 * tokens.roll(1, 1)
 
 
 def quantizer(
@@ -205,8 +210,9 @@ def block_hessian_cases(columns: int, dtype: torch.dtype, device: str) -> Iterat
         )
 
 
-def peer_cases(weight: Tensor, tokens: Tensor) -> Iterator[Case]:
+def peer_cases(weight: Tensor) -> Iterator[Case]:
     rows, columns = weight.shape
+    tokens = sample_tokens(weight)
     if importlib.util.find_spec("qwantize"):
         import qwantize
 
@@ -285,22 +291,26 @@ class Clock:
 
     def settle(self, case: Case) -> None:
         """Measures and forgets."""
-        self.measure(dataclasses.replace(case, gpu_us=[], call_us=[]))
+        for _ in range(SETTLING):
+            self.time_gpu(dataclasses.replace(case, gpu_us=[]))
 
-    def measure(self, case: Case) -> None:
+    def time_gpu(self, case: Case) -> None:
+        if not self.cuda or len(case.gpu_us) >= case.limit:
+            return
+        work = case.graph.replay if case.graph is not None else case.call
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        case.gpu_us.append(1e3 * begin.elapsed_time(end))
+
+    def time_call(self, case: Case) -> None:
         if len(case.call_us) >= case.limit:
             return
         if self.cuda:
-            work = case.graph.replay if case.graph is not None else case.call
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            case.gpu_us.append(1e3 * begin.elapsed_time(end))
-            least, most = WARM_CALLS
-            for _ in range(1 if case.graph is None else max(least, min(most, int(WARM_US / case.gpu_us[-1])))):
+            for _ in range(1 if case.graph is None else WARM_CALLS):
                 case.call()
             self.flush.zero_()
         self.wait()
@@ -322,7 +332,7 @@ class Clock:
         case = Case("copy", "torch", "copy", lambda: target.copy_(source), LARGE_COPY_BYTES)
         self.prepare(case)
         for _ in range(10):
-            self.measure(case)
+            self.time_gpu(case)
         return LARGE_COPY_BYTES / (1e-6 * statistics.median(case.gpu_us))
 
 
@@ -334,15 +344,16 @@ def quantiles(times: list[float]) -> tuple[float | None, float | None, float | N
     return tuple(round(float(v), 3) for v in values)  # type: ignore[return-value]
 
 
-def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> list[Case]:
+def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> tuple[list[Case], Iterator[Case]]:
+    """Ours, and the peers', which are imported when the first of them is asked for."""
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(rows, columns, generator=generator) * 0.02).to(options.device, getattr(torch, options.dtype))
     block_sizes = tuple(int(b) for b in options.block_sizes.split(","))
-    todo = list(cases(weight, options.backends.split(","), not options.no_peers, block_sizes))
+    ours = list(cases(weight, options.backends.split(","), block_sizes))
     if options.block_hessians and weight.is_cuda:
-        todo += block_hessian_cases(columns, weight.dtype, options.device)
-    return todo
+        ours += block_hessian_cases(columns, weight.dtype, options.device)
+    return ours, iter(()) if options.no_peers or not weight.is_cuda else peer_cases(weight)
 
 
 def compile_ahead(arguments: list[str], jobs: int) -> None:
@@ -357,7 +368,8 @@ def compile_share(options: argparse.Namespace) -> None:
     """What one of these processes does: calls every ``jobs``-th of the first shape's cases that Triton compiles."""
     job, jobs = (int(number) for number in options.compile.split("/"))
     options.block_hessians = False  # two kernels, soon compiled, whose activations would fill a GPU many times over
-    for case in [case for case in cases_of(options.shapes[0], options) if case.backend == "triton"][job::jobs]:
+    ours, peers = cases_of(options.shapes[0], options)
+    for case in [case for case in (*ours, *peers) if case.backend == "triton"][job::jobs]:
         try:
             case.call()
         except Exception:
@@ -369,23 +381,29 @@ def run_shape(
     shape: tuple[int, int], clock: Clock, bandwidth: float | None, options: argparse.Namespace
 ) -> list[BenchRow]:
     rows, columns = shape
-    todo = cases_of(shape, options)
-    ready = []
-    for case in todo:
+    ours, peers = cases_of(shape, options)
+    for case in ours:
+        clock.prepare(case)
+    kernels = [case for case in ours if case.backend != "reference"]
+    others = [case for case in ours if case.backend == "reference"]
+    for _ in range(options.rounds):
+        for case in kernels:
+            clock.time_call(case)
+    for case in peers:
         try:
             clock.prepare(case)
         except Exception as error:
-            if case.kind != "peer":
-                raise
             print(f"{case.tool} {case.operation} {case.format} left out: {error!r:.200}", file=sys.stderr)
             continue
-        ready.append(case)
-    turns = sorted(ready, key=lambda case: (case.kind == "peer", case.backend == "reference"))
+        others.append(case)
     for _ in range(options.rounds):
-        for _ in range(SETTLING):
-            clock.settle(turns[0])
-        for case in turns:
-            clock.measure(case)
+        clock.settle(kernels[0])
+        for case in kernels:
+            clock.time_gpu(case)
+        for case in others:
+            clock.time_gpu(case)
+            clock.time_call(case)
+    ready = [*ours, *(case for case in others if case.kind == "peer")]
     copy = quantiles(next(case for case in ready if case.operation == "copy").gpu_us)[0]
     commit, dirty = git_state()
     device = device_name(options.device)
