@@ -9,8 +9,8 @@ three that brought its code to the host's caches. On a CPU there is only the cal
 larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. The
 reference and the peers come last in a round, because what comes just after their long calls takes longer, and before
 the first of the next round the device and the host settle on it, untimed. The calls of the kernels are timed in rounds
-of their own, before the peers are imported: ModelOpt's import alone makes every call cost the host more. `floor_us` is
-what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
+of their own, before the reference is run and the peers are imported: every call after these costs the host more.
+`floor_us` is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
 
@@ -382,17 +382,20 @@ def run_shape(
 ) -> list[BenchRow]:
     rows, columns = shape
     ours, peers = cases_of(shape, options)
-    for case in ours:
-        clock.prepare(case)
     kernels = [case for case in ours if case.backend != "reference"]
-    others = [case for case in ours if case.backend == "reference"]
+    reference = [case for case in ours if case.backend == "reference"]
+    for case in kernels:
+        clock.prepare(case)
     for _ in range(options.rounds):
         for case in kernels:
             clock.time_call(case)
-    for case in peers:
+    others = []
+    for case in (*reference, *peers):
         try:
             clock.prepare(case)
         except Exception as error:
+            if case.kind != "peer":
+                raise
             print(f"{case.tool} {case.operation} {case.format} left out: {error!r:.200}", file=sys.stderr)
             continue
         others.append(case)
