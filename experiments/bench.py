@@ -9,7 +9,8 @@ three that brought its code to the host's caches. On a CPU there is only the cal
 larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. The
 reference and the peers come last in a round, because what comes just after their long calls takes longer, and before
 the first of the next round the device and the host settle on it, untimed. The calls of the kernels are timed in rounds
-of their own, before the reference is run and the peers are imported: every call after these costs the host more.
+of their own, before the reference is run and the peers are imported: every call after these costs the host more (so
+it does for the second of several shapes; `--no-peers --backends triton` spares it that).
 `floor_us` is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
@@ -118,7 +119,7 @@ def cases(weight: Tensor, backends: list[str], block_sizes: tuple[int, ...]) -> 
     tokens = sample_tokens(weight)
     for name, fmt in FORMATS.items():
         amax = weight.abs().amax().float() / (fmt.element.max_value * fmt.scale.max_value)
-        for block_size in block_sizes:
+        for block_size in [size for size in block_sizes if size in fmt.block_sizes]:
             blocks = tokens.unflatten(1, (-1, block_size))
             hessian = torch.einsum("tbi,tbj->bij", blocks, blocks).contiguous()
             for method in METHODS:
@@ -210,7 +211,7 @@ def block_hessian_cases(columns: int, dtype: torch.dtype, device: str) -> Iterat
         )
 
 
-def peer_cases(weight: Tensor) -> Iterator[Case]:
+def qwantize_cases(weight: Tensor) -> Iterator[Case]:
     rows, columns = weight.shape
     tokens = sample_tokens(weight)
     if importlib.util.find_spec("qwantize"):
@@ -238,6 +239,10 @@ def peer_cases(weight: Tensor) -> Iterator[Case]:
                     "triton",
                     "none",
                 )
+
+
+def modelopt_cases(weight: Tensor) -> Iterator[Case]:
+    tokens = sample_tokens(weight)
     if importlib.util.find_spec("modelopt"):
         from modelopt.torch.kernels.quantization import gemm
 
@@ -344,8 +349,8 @@ def quantiles(times: list[float]) -> tuple[float | None, float | None, float | N
     return tuple(round(float(v), 3) for v in values)  # type: ignore[return-value]
 
 
-def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> tuple[list[Case], Iterator[Case]]:
-    """Ours, and the peers', which are imported when the first of them is asked for."""
+def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> tuple[list[Case], list[Iterator[Case]]]:
+    """Ours, and each peer's, which is imported when the first of its cases is asked for."""
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(rows, columns, generator=generator) * 0.02).to(options.device, getattr(torch, options.dtype))
@@ -353,7 +358,7 @@ def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> tuple[list[
     ours = list(cases(weight, options.backends.split(","), block_sizes))
     if options.block_hessians and weight.is_cuda:
         ours += block_hessian_cases(columns, weight.dtype, options.device)
-    return ours, iter(()) if options.no_peers or not weight.is_cuda else peer_cases(weight)
+    return ours, [] if options.no_peers or not weight.is_cuda else [qwantize_cases(weight), modelopt_cases(weight)]
 
 
 def compile_ahead(arguments: list[str], jobs: int) -> None:
@@ -369,7 +374,7 @@ def compile_share(options: argparse.Namespace) -> None:
     job, jobs = (int(number) for number in options.compile.split("/"))
     options.block_hessians = False  # two kernels, soon compiled, whose activations would fill a GPU many times over
     ours, peers = cases_of(options.shapes[0], options)
-    for case in [case for case in (*ours, *peers) if case.backend == "triton"][job::jobs]:
+    for case in [case for case in (*ours, *available(peers)) if case.backend == "triton"][job::jobs]:
         try:
             case.call()
         except Exception:
@@ -377,20 +382,29 @@ def compile_share(options: argparse.Namespace) -> None:
                 raise
 
 
+def available(peers: list[Iterator[Case]]) -> Iterator[Case]:
+    """The cases of those peers that can be imported."""
+    for peer in peers:
+        try:
+            yield from peer
+        except Exception as error:
+            print(f"{getattr(peer, '__name__', 'peer')} left out: {error!r:.200}", file=sys.stderr)
+
+
 def run_shape(
     shape: tuple[int, int], clock: Clock, bandwidth: float | None, options: argparse.Namespace
 ) -> list[BenchRow]:
     rows, columns = shape
     ours, peers = cases_of(shape, options)
-    kernels = [case for case in ours if case.backend != "reference"]
+    quick = [case for case in ours if case.backend != "reference"]  # kernels, the copy, the launch
     reference = [case for case in ours if case.backend == "reference"]
-    for case in kernels:
+    for case in quick:
         clock.prepare(case)
     for _ in range(options.rounds):
-        for case in kernels:
+        for case in quick:
             clock.time_call(case)
     others = []
-    for case in (*reference, *peers):
+    for case in (*reference, *available(peers)):
         try:
             clock.prepare(case)
         except Exception as error:
@@ -400,8 +414,8 @@ def run_shape(
             continue
         others.append(case)
     for _ in range(options.rounds):
-        clock.settle(kernels[0])
-        for case in kernels:
+        clock.settle(quick[0])
+        for case in quick:
             clock.time_gpu(case)
         for case in others:
             clock.time_gpu(case)
@@ -477,7 +491,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(arguments)
-    known = {str(size) for size in FORMATS["nvfp4"].block_sizes}
+    known = {str(size) for fmt in FORMATS.values() for size in fmt.block_sizes}
     if not set(options.block_sizes.split(",")) <= known:
         parser.error(f"--block-sizes {options.block_sizes}: known sizes: {', '.join(sorted(known))}")
     if options.rounds < 1:

@@ -57,7 +57,7 @@ class _Styles(dict[str, str]):
 
 COLOR = _Styles(
     {"naive": "#E69F00", "sse": "#0072B2", "hessian": "#009E73", "nvfp4": "#0072B2", "mxfp4": "#D55E00"},
-    ("#CC79A7", "#56B4E9", "#000000", "#F0E442"),
+    ("#56B4E9", "#000000", "#F0E442"),
 )
 MARKER = _Styles({"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4": "s"}, "DPX*")
 HATCH = _Styles({"naive": "", "sse": "//////", "hessian": "xxxxxx"}, ("......", "++++++", "oooooo"))
@@ -168,7 +168,9 @@ def draw_output_error(figure: Figure, frame: pd.DataFrame) -> None:
 def draw_block_size(figure: Figure, frame: pd.DataFrame) -> None:
     modules = list(frame["layer_module"].unique())
     for axes, (fmt, part) in _panels(figure, frame, "format", sharey=True):
-        for offset, (method, rows) in zip((-0.25, 0, 0.25), _by(part, "method"), strict=False):
+        methods = part["method"].nunique()
+        for nth, (method, rows) in enumerate(_by(part, "method")):
+            offset = (nth - (methods - 1) / 2) * 0.75 / methods
             table = rows.pivot(index="layer_module", columns="block_size", values="output_error_heldout").reindex(
                 modules
             )
@@ -292,10 +294,10 @@ def draw_calibration_size(figure: Figure, frame: pd.DataFrame) -> None:
 
 
 def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
-    for axes, (name, half) in _panels(figure, frame, "format", sharey=True):
-        for method, part in _by(half, "method"):
+    for axes, (name, part) in _panels(figure, frame, "format", sharey=True):
+        for method, lines in _by(part, "method"):
             for scale, line, fill in (("none", "-", "full"), ("amax", "--", "none")):
-                rows = part[part["global_scale"] == scale]
+                rows = lines[lines["global_scale"] == scale]
                 axes.plot(rows["weight_std"], 100 * rows["weight_error"], line, color=COLOR[method],
                           marker=MARKER[method], mfc=COLOR[method] if fill == "full" else "white", ms=3)  # fmt: skip
         axes.set(title=FORMATS.get(name, name), xscale="log", yscale="log", xlabel="standard deviation of the weight")

@@ -75,7 +75,11 @@ def resolve_device(requested: str) -> str:
 
 
 def resolve_backend_name(
-    backend: BackendConfig, device: str, method: str | None = None, block_size: int | None = None
+    backend: BackendConfig,
+    device: str,
+    method: str | None = None,
+    block_size: int | None = None,
+    format: str | None = None,
 ) -> str:
     """The backend that `auto` takes. The rule for a CPU is written here too: skipping a finished run needs no torch."""
     if backend.name == "auto" and device == "cpu":
@@ -83,7 +87,7 @@ def resolve_backend_name(
     if backend.name == "auto":
         from quantkit import resolve_backend
 
-        return resolve_backend("auto", device, method, block_size)
+        return resolve_backend("auto", device, method, block_size, format)
     return backend.name
 
 

@@ -58,7 +58,9 @@ def run(composed: DictConfig, console: Console) -> None:
     try:
         config = to_config(composed)
         device = provenance.resolve_device(config.device)
-        backend = provenance.resolve_backend_name(config.backend, device, config.method.name, config.block_size)
+        backend = provenance.resolve_backend_name(
+            config.backend, device, config.method.name, config.block_size, config.format.name
+        )
     except Exception as error:
         console.refused(error)
         return

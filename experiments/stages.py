@@ -36,7 +36,7 @@ Fields = dict[str, Any]  # field of RunRecord → value
 class Quantized:
     """A layer on the run's device. `quantize` is quantkit's, with the run's weight and options filled in.
 
-    weight [out_features, in_features]; hessian [num_blocks, block_size, block_size], for the hessian method only.
+    weight [out_features, in_features]; hessian [num_blocks, block_size, block_size], where the method needs it.
     """
 
     weight: Tensor
@@ -60,7 +60,7 @@ def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Seq
 
     ahead: layers that later runs of the sweep want of the same model and text.
     """
-    resolve_backend(backend, device, config.method.name, config.block_size)
+    resolve_backend(backend, device, config.method.name, config.block_size, config.format.name)
     check_options(config)
     inputs = load_layer_inputs(config, ahead)
     if config.data.calibration_tokens is not None:

@@ -218,7 +218,7 @@ def _verification_table(title: str, records: list[RunRecord]) -> Table:
     notes.append(f"Commit {', '.join(dict.fromkeys(_commit(r) for r in records))}")
     searches = [r for r in records if r.method in OPTIMAL]
     total, broken = sum(r.verified_blocks or 0 for r in searches), sum(r.verified_violations or 0 for r in searches)
-    notes.append(f"In all {total:,} blocks, {broken:,} violations of the contract of docs/theory.md")
+    notes.append(f"In all {total:,} blocks of the searches, {broken:,} violations of the contract of docs/theory.md")
     lines: dict[tuple[Any, ...], list[RunRecord]] = {}
     for r in records:
         lines.setdefault((r.format, r.method, r.backend, r.block_size, r.global_scale), []).append(r)

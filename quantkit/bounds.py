@@ -28,9 +28,22 @@ from torch import Tensor
 
 from quantkit.formats import ElementGrid, ScaleGrid
 
-__all__ = ["SLACK", "first_that_matters", "hessian_window", "sse_window", "sse_window_factors", "zeroing_code"]
+__all__ = [
+    "SLACK",
+    "first_that_matters",
+    "has_windows",
+    "hessian_window",
+    "sse_window",
+    "sse_window_factors",
+    "zeroing_code",
+]
 
 SLACK = 2.0**-18
+
+
+def has_windows(element: ElementGrid) -> bool:
+    """Whether the windows are proven for these elements."""
+    return (element.exponent_bits, element.mantissa_bits, element.bias) == (2, 1, 1)
 
 
 def sse_window_factors(element: ElementGrid, block_size: int) -> tuple[float, float]:
@@ -41,7 +54,7 @@ def sse_window_factors(element: ElementGrid, block_size: int) -> tuple[float, fl
     for the largest, the clipping error that remains. Raises ValueError for an element grid that the proof does not
     cover.
     """
-    if (element.exponent_bits, element.mantissa_bits, element.bias) != (2, 1, 1):
+    if not has_windows(element):
         raise ValueError(f"the search windows are proven for e2m1 elements, not for {element.name}; see docs/theory.md")
     return 24 / (28 + (block_size - 1) / 4) / 6, 1 / 3.5
 

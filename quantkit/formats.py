@@ -202,10 +202,17 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         for size in self.block_sizes:
-            if size < 2 or size & (size - 1):
-                raise ValueError(f"{self.name}: block size {size} is not a power of two from 2 on")
+            if not isinstance(size, int) or size < 2 or size % 2:
+                raise ValueError(f"{self.name}: block size {size!r} is not an even number from 2 on")
         if not self.block_sizes:
             raise ValueError(f"{self.name} has no block size; give some, such as (16, 32)")
+        if self.element.bits != 4:
+            raise ValueError(f"{self.name}: {self.element.name} has {self.element.bits} bits; codes are packed by four")
+        if self.scale.is_power_of_two and self.scale.bias != FLOAT32_BIAS:
+            raise ValueError(
+                f"{self.name}: {self.scale.name} has bias {self.scale.bias}; powers of two are read off float32's "
+                f"exponent, so their bias is {FLOAT32_BIAS}"
+            )
         known = self.scale.naive_rules
         if not self.scale_rules or not set(self.scale_rules) <= set(known):
             raise ValueError(

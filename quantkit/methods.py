@@ -22,7 +22,7 @@ class Method:
 
     choose_scales: the reference. Of float32 blocks ``[rows, num_blocks, block_size]``, with the format, the global
         scale, the naive scale's rule, and the factors of the block Hessians (None without them).
-    needs_hessian: of block Hessians; they are then required, and refused otherwise.
+    needs_hessian: block Hessians are required; otherwise they are refused.
     is_optimal: no representable scale is better, as verify judges it (docs/theory.md).
     has_kernel: kernels/launch.py starts a twin; without one, backend "auto" takes the reference on a GPU, too.
     """

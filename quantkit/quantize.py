@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantkit import calibration, kernels, parallel
+from quantkit import bounds, calibration, kernels, parallel
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
 from quantkit.methods import get_method
 from quantkit.reference.common import effective_scale
@@ -47,7 +47,8 @@ def quantize(
     method: "naive" (scale from amax), "sse" (least squared error), "hessian" (least r H rᵀ).
     activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for
         "hessian", none for the others.
-    backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU.
+    backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and
+        method, block size and format have a kernel.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
         (1), a positive number, or a float32 scalar on the weight's device, taken as it is (layers that are fused share
         one). A single-level format has none.
@@ -62,7 +63,7 @@ def quantize(
     """
     fmt = get_format(format)
     rule = _check_options(weight, fmt, block_size, method, scale_rule)
-    use_triton = resolve_backend(backend, weight.device, method, block_size) == "triton"
+    use_triton = resolve_backend(backend, weight.device, method, block_size, fmt) == "triton"
     hessians = _hessians(weight, block_size, method, activations, gram, hessian, use_triton)
 
     leading = weight.shape[:-1]
@@ -98,9 +99,13 @@ def quantize(
 
 
 def resolve_backend(
-    backend: str, device: torch.device | str, method: str | None = None, block_size: int | None = None
+    backend: str,
+    device: torch.device | str,
+    method: str | None = None,
+    block_size: int | None = None,
+    format: str | BlockFormat | None = None,
 ) -> str:
-    """The backend for a weight on ``device``, with a method and a block size where they are given.
+    """The backend for a weight on ``device``, and for a method, a block size and a format where they are given.
 
     Raises BackendUnavailableError where triton cannot run there, or has no kernel for them.
     """
@@ -112,6 +117,8 @@ def resolve_backend(
         lacking = f"method {method!r}"
     elif block_size is not None and block_size not in kernels.BLOCK_SIZES:
         lacking = f"block size {block_size}"
+    elif format is not None and not bounds.has_windows(get_format(format).element):
+        lacking = f"elements {get_format(format).element.name}"
     if backend == "auto":
         return "triton" if kind == "cuda" and kernels.available() and lacking is None else "reference"
     if backend == "triton":

@@ -95,7 +95,8 @@ class QuantizedTensor:
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
-        if self.codes.is_cuda and dtype in KERNEL_DTYPES and kernels.available():
+        has_kernel = dtype in KERNEL_DTYPES and self.block_size in kernels.BLOCK_SIZES
+        if self.codes.is_cuda and has_kernel and kernels.available():
             return kernels.launcher().dequantize(
                 self.codes, self.scales, self.global_scale, self.format, self.block_size, dtype
             )

@@ -318,7 +318,7 @@ def quantize(
         grid = (_ceil_div(num_blocks, kernel.constants["BLOCK_N"]), 1)
         kernel(grid, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
     else:
-        raise NotImplementedError(f"no kernel for method {method!r}; its has_kernel in quantkit/methods.py says so")
+        raise NotImplementedError(f"method {method!r} has no kernel: list it with has_kernel=False")
     return Quantized(codes, scales, global_scale, candidates, flags)
 
 

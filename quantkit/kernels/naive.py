@@ -51,6 +51,8 @@ def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl
             bits += (1 << 23) - 1
         elif RULE == "even":
             bits += 1 << (22 - FMT.element_mantissa)
+        else:
+            tl.static_assert(RULE == "floor")
         codes = (bits >> 23) - FMT.element_max_exponent
         return tl.minimum(tl.maximum(codes, FMT.scale_min_code), FMT.scale_max_code)
 

@@ -38,5 +38,7 @@ def naive_codes(amax: Tensor, fmt: BlockFormat, global_scale: Tensor, rule: str)
         bits = bits + ((1 << FLOAT32_MANTISSA) - 1)
     elif rule == "even":
         bits = bits + (1 << (FLOAT32_MANTISSA - element.mantissa_bits - 1))
+    else:
+        assert rule == "floor", rule
     codes = ((bits & FLOAT32_EXPONENT_MASK) >> FLOAT32_MANTISSA) - element.max_exponent
     return codes.clamp(grid.min_code, grid.max_code)

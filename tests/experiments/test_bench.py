@@ -24,7 +24,7 @@ def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: 
     table = pd.read_csv(out)
     kernels = table[table["kind"] == "kernel"]
     assert set(zip(kernels["format"], kernels["operation"], kernels["block_size"], strict=True)) == {
-        (f, m, b) for f in FORMATS for m in METHODS for b in (16, 32)
+        (f, m, b) for f in FORMATS for m in METHODS for b in FORMATS[f].block_sizes
     }
     assert (
         (table["iterations"] == 2).all() and (table["call_us_median"] > 0).all() and table["gpu_us_median"].isna().all()
@@ -46,7 +46,7 @@ def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytes
         bench.Case("kernel", "quantkit", "compiles nothing", lambda: called.append("f"), 0, backend="reference")
     )
     peer = bench.Case("peer", "other", "broken", lambda: 1 / 0, 0, backend="triton")
-    monkeypatch.setattr(bench, "cases_of", lambda shape, options: (found, iter([peer])))
+    monkeypatch.setattr(bench, "cases_of", lambda shape, options: (found, [iter([peer])]))
 
     def start(command: list[str]) -> SimpleNamespace:
         assert bench.main(command[2:]) == 0

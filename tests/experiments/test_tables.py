@@ -244,10 +244,12 @@ def test_row_frame_holds_numbers():
 def test_verification_table_counts_the_runs_that_were_verified() -> None:
     verified = replace(BASE, verified_blocks=1000, verified_violations=2, verified_worst_excess=0.5)
     hessian = replace(verified, run_id="h", method="hessian", verified_violations=0, verified_worst_excess=0.0)
-    (table,) = tables.verification_tables([hessian, verified, BASE])
-    assert table.frame["Method"].tolist() == ["SSE", "Hessian"]
-    assert table.frame["Violations"].tolist() == ["2", "0"] and table.frame["Worst excess"].tolist() == ["0.5", "0"]
-    assert "In all 2,000 blocks, 2 violations of the contract of docs/theory.md" in table.notes
+    naive = replace(verified, run_id="n", method="naive", verified_violations=600)
+    (table,) = tables.verification_tables([hessian, verified, naive, BASE])
+    assert table.frame["Method"].tolist() == ["Naive", "SSE", "Hessian"]
+    assert table.frame["Violations"].tolist() == ["600", "2", "0"]
+    assert table.frame["Worst excess"].tolist() == ["0.5", "0.5", "0"]
+    assert "In all 2,000 blocks of the searches, 2 violations of the contract of docs/theory.md" in table.notes
     assert tables.verification_tables([BASE]) == []
 
 

@@ -104,7 +104,10 @@ def test_a_new_scale_grid_is_data_alone(backend: str, device: str) -> None:
     ("change", "message"),
     [
         ({"block_sizes": ()}, "test has no block size"),
-        ({"block_sizes": (16, 24)}, "block size 24 is not a power of two"),
+        ({"block_sizes": (16, 15)}, "block size 15 is not an even number"),
+        ({"block_sizes": (16.0,)}, "block size 16.0 is not an even number"),
+        ({"element": ElementGrid("e2m3", 2, 3, bias=1, max_code=31)}, "e2m3 has 6 bits; codes are packed by four"),
+        ({"scale": ScaleGrid("ue4", 4, 0, bias=7, max_code=15, subnormals=False)}, "ue4 has bias 7; .* bias is 127"),
         ({"scale_rules": ()}, r"scale_rules \(\); scales of e4m3 have one or more of nearest"),
         ({"scale_rules": ("nearest", "ceil")}, "scale_rules .*'ceil'.* of e4m3"),
         ({"scale": UE8M0, "scale_rules": ("floor", "up"), "two_level": False}, "'up'.*of floor, ceil, even, rceil"),
@@ -112,9 +115,9 @@ def test_a_new_scale_grid_is_data_alone(backend: str, device: str) -> None:
     ],
 )
 def test_formats_that_no_method_could_work_with(change: dict[str, Any], message: str) -> None:
-    description = {"block_sizes": (16,), "scale_rules": ("nearest",), "two_level": True, "scale": E4M3} | change
+    description = {"element": E2M1, "scale": E4M3, "block_sizes": (16,), "scale_rules": ("nearest",), "two_level": True}
     with pytest.raises(ValueError, match=message):
-        BlockFormat("test", E2M1, **description)
+        BlockFormat("test", **(description | change))
 
 
 def test_windows_are_refused_for_elements_they_are_not_proven_for() -> None:

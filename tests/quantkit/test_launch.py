@@ -81,6 +81,20 @@ def test_a_profiler_hears_of_every_launch(recorder: Recorder) -> None:
     assert len(recorder.compiled) == 2 and not recorder.started
 
 
+@pytest.mark.parametrize(
+    ("capability", "cuda", "target"),
+    [((7, 5), "13.0", "plain"), ((8, 6), "13.0", "plain"), ((8, 9), "13.0", "cuda"), ((9, 0), "13.0", "cuda"),
+     ((9, 4), None, "plain")],
+)  # fmt: skip
+def test_instructions_are_spelt_out_for_gpus_that_know_them(
+    capability: tuple[int, int], cuda: str | None, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.target_of.__wrapped__(torch.device("cuda:0")) == target
+
+
 def test_triton_s_launcher_takes_these_arguments() -> None:
     driver = pytest.importorskip("triton.backends.nvidia.driver")
     names = list(inspect.signature(driver.CudaLauncher.__call__).parameters)[1:]

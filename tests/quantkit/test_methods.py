@@ -1,4 +1,4 @@
-"""The list of methods is where a method is added: nothing else decides what it needs, promises or can run on."""
+"""The list of methods is where a method is added: it decides what quantize asks for and which backends there are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantkit import (
     verify,
 )
 from quantkit import methods as registry
-from quantkit.formats import E2M1, E4M3
+from quantkit.formats import E2M1, E4M3, ElementGrid
 from quantkit.kernels import available
 
 NO_TRITON = pytest.mark.skipif(not available(), reason="needs Triton")
@@ -46,14 +46,19 @@ def test_a_method_that_is_listed_is_one(another: str) -> None:
 
 
 @NO_TRITON
-def test_triton_is_refused_for_what_it_has_no_kernel_for(another: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_triton_is_refused_for_what_it_has_no_kernel_for(another: str) -> None:
     with pytest.raises(BackendUnavailableError, match="no kernel for method 'one_down': use backend='reference'"):
         quantize(W, method=another, backend="triton")
     fmt = BlockFormat("nvfp4_64", E2M1, E4M3, block_sizes=(64,), scale_rules=("nearest",), two_level=True)
     with pytest.raises(BackendUnavailableError, match="no kernel for block size 64"):
         quantize(W, fmt, 64, "sse", backend="triton")
     assert verify(quantize(W, fmt, 64, "sse"), W).ok
+    e3m0 = ElementGrid("e3m0", exponent_bits=3, mantissa_bits=0, bias=3, max_code=7)
+    other = BlockFormat("fp4_e3m0", e3m0, E4M3, block_sizes=(16,), scale_rules=("nearest",), two_level=True)
+    assert resolve_backend("auto", "cuda", "naive", 16, other) == "reference"
+    with pytest.raises(BackendUnavailableError, match="no kernel for elements e3m0"):
+        quantize(W, other, 16, "naive", backend="triton")
+    assert quantize(W, other, 16, "naive").dequantize().isfinite().all()
     assert resolve_backend("auto", "cuda", another) == resolve_backend("auto", "cuda", "sse", 64) == "reference"
     assert resolve_backend("auto", "cuda", "sse", 16) == "triton"
 

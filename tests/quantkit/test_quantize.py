@@ -31,7 +31,7 @@ def run(
 
 
 every = pytest.mark.parametrize(
-    ("format", "block_size", "method"), [(f, b, m) for f in FORMATS for b in (16, 32) for m in METHODS]
+    ("format", "block_size", "method"), [(f, b, m) for f in FORMATS for b in FORMATS[f].block_sizes for m in METHODS]
 )
 
 
