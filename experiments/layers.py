@@ -236,7 +236,7 @@ def build_decoder(checkpoint: Checkpoint, layers: Sequence[LayerConfig], dtype: 
     for layer in layers:
         find_linear(model, layer, checkpoint.name)
 
-    target = torch_dtype(dtype)
+    target: torch.dtype = getattr(torch, dtype)
     names = [name for name, _ in model.named_parameters() if name.startswith(("embed_tokens.", "layers."))]
     state = {name: tensor.to(target) for name, tensor in checkpoint.read(names).items()}
     model.load_state_dict(state, strict=False, assign=True)
@@ -261,13 +261,6 @@ def load_weight(checkpoint: Checkpoint, layer: LayerConfig) -> Tensor:
     """[out_features, in_features], in the checkpoint's dtype."""
     name = f"layers.{layer.index}.{layer.module}.weight"
     return checkpoint.read([name])[name].contiguous()
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise SourceError(f"model.dtype={name}: use bfloat16, float16 or float32.")
-    return dtype
 
 
 class _AllSeen(Exception):

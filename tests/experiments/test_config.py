@@ -77,6 +77,7 @@ def test_an_unknown_choice_lists_the_known_ones() -> None:
         "layer.index=-1",
         "layer.module=''",
         "model.std=0",
+        "model.dtype=int8",
         "cache.shard_mib=0",
         "timing.min_run_s=0",
         "timing.warmup_ms=inf",

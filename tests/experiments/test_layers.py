@@ -22,7 +22,6 @@ from experiments.layers import (
     find_linear,
     load_weight,
     open_checkpoint,
-    torch_dtype,
 )
 from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, WIDTH, configuration, qwen3, text, train_tokenizer
 
@@ -180,11 +179,6 @@ def test_a_broken_checkpoint_says_what_is_missing(sharded: SimpleNamespace, tmp_
         weights.unlink()
     with pytest.raises(SourceError, match=r"neither model.safetensors.index.json nor model.safetensors"):
         open_checkpoint(configuration(folder).model, tmp_path)
-
-
-def test_a_dtype_that_no_model_has() -> None:
-    with pytest.raises(SourceError, match=r"model.dtype=int8: use bfloat16, float16 or float32"):
-        torch_dtype("int8")
 
 
 def test_from_the_hub_only_what_is_needed_is_downloaded(
