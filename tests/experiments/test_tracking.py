@@ -56,7 +56,10 @@ def read_offline_run(path: Path) -> Iterator[Any]:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
-        part += data[position + 7 : position + 7 + length]
+        piece = data[position + 7 : position + 7 + length]
+        if len(piece) < length:
+            return  # still being written
+        part += piece
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last piece of one
             record = wandb_internal_pb2.Record()
