@@ -74,11 +74,19 @@ def offline_files(folder: Path) -> list[Path]:
 
 def complete_run(file: Path) -> list[Any]:
     """The records of an offline run. W&B's own process completes the file shortly after finish() returns."""
+    from google.protobuf.message import DecodeError
+
     deadline = time.monotonic() + 30
     while True:
-        records = list(read_offline_run(file))
-        if any(r.HasField("exit") for r in records) or time.monotonic() > deadline:
-            return records
+        late = time.monotonic() > deadline
+        try:
+            records = list(read_offline_run(file))
+        except DecodeError:  # read while it was written
+            if late:
+                raise
+        else:
+            if late or any(r.HasField("exit") for r in records):
+                return records
         time.sleep(0.05)
 
 
