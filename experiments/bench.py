@@ -213,10 +213,10 @@ def block_hessian_cases(columns: int, dtype: torch.dtype, device: str) -> Iterat
 
 def qwantize_cases(weight: Tensor) -> Iterator[Case]:
     rows, columns = weight.shape
-    tokens = sample_tokens(weight)
     if importlib.util.find_spec("qwantize"):
         import qwantize
 
+        tokens = sample_tokens(weight)
         for block_size in (16, 32):
             blocked = weight.reshape(rows, columns // block_size, block_size)
             for format, method, name in (
@@ -242,10 +242,10 @@ def qwantize_cases(weight: Tensor) -> Iterator[Case]:
 
 
 def modelopt_cases(weight: Tensor) -> Iterator[Case]:
-    tokens = sample_tokens(weight)
     if importlib.util.find_spec("modelopt"):
         from modelopt.torch.kernels.quantization import gemm
 
+        tokens = sample_tokens(weight)
         block_size = 16
         amax = weight.abs().amax().float()
         blocks = tokens.unflatten(1, (-1, block_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -61,6 +62,17 @@ def test_triton_is_refused_for_what_it_has_no_kernel_for(another: str) -> None:
     assert quantize(W, other, 16, "naive").dequantize().isfinite().all()
     assert resolve_backend("auto", "cuda", another) == resolve_backend("auto", "cuda", "sse", 64) == "reference"
     assert resolve_backend("auto", "cuda", "sse", 16) == "triton"
+
+
+@NO_TRITON
+def test_a_method_listed_with_a_kernel_that_nobody_starts_runs_no_other(
+    another: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = replace(registry.METHODS[another], has_kernel=True)
+    monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, another: listed}))
+    weight = W.cuda() if torch.cuda.is_available() else W
+    with pytest.raises(NotImplementedError, match="method 'one_down' has no kernel: list it with has_kernel=False"):
+        quantize(weight, method=another, backend="triton")
 
 
 def test_methods_are_known_by_name() -> None:
