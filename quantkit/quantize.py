@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit import bounds, calibration, kernels, parallel
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
-from quantkit.methods import get_method
+from quantkit.methods import Method, get_method
 from quantkit.reference.common import effective_scale
 from quantkit.tensor import QuantizedTensor, pack_codes
 
@@ -61,10 +61,10 @@ def quantize(
     Raises TypeError for a weight that is no tensor, and ValueError (BackendUnavailableError for a backend that cannot
     run) naming the offending value and the remedy.
     """
-    fmt = get_format(format)
-    rule = _check_options(weight, fmt, block_size, method, scale_rule)
-    use_triton = resolve_backend(backend, weight.device, method, block_size, fmt) == "triton"
-    hessians = _hessians(weight, block_size, method, activations, gram, hessian, use_triton)
+    fmt, chosen = get_format(format), get_method(method)
+    rule = _check_options(weight, fmt, block_size, scale_rule)
+    use_triton = _resolve(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
+    hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
 
     leading = weight.shape[:-1]
     matrix = weight if len(leading) == 1 else weight.reshape(math.prod(leading), weight.shape[-1])
@@ -87,7 +87,7 @@ def quantize(
         assert multiplier is not None
         with parallel.one_torch_thread():
             factors = None if hessians is None else calibration.factorize(hessians)
-        codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, method, multiplier, rule, factors)
+        codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, chosen, multiplier, rule, factors)
 
     if not count_candidates:
         candidates = None
@@ -109,16 +109,27 @@ def resolve_backend(
 
     Raises BackendUnavailableError where triton cannot run there, or has no kernel for them.
     """
+    lacking = _without_kernel(
+        None if method is None else get_method(method), block_size, None if format is None else get_format(format)
+    )
+    return _resolve(backend, torch.device(device).type, lacking)
+
+
+def _without_kernel(method: Method | None, block_size: int | None, fmt: BlockFormat | None) -> str | None:
+    """The first of these that no kernel is there for, in words."""
+    if method is not None and not method.has_kernel:
+        return f"method {method.name!r}"
+    if block_size is not None and block_size not in kernels.BLOCK_SIZES:
+        return f"block size {block_size}"
+    if fmt is not None and not bounds.has_windows(fmt.element):
+        return f"elements {fmt.element.name}"
+    return None
+
+
+def _resolve(backend: str, kind: str, lacking: str | None) -> str:
+    """The backend on a kind of device, where kernels are lacking for something or not; see resolve_backend."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
-    kind = device.type if isinstance(device, torch.device) else torch.device(device).type  # the call takes 0.3 µs
-    lacking = None
-    if method is not None and not get_method(method).has_kernel:
-        lacking = f"method {method!r}"
-    elif block_size is not None and block_size not in kernels.BLOCK_SIZES:
-        lacking = f"block size {block_size}"
-    elif format is not None and not bounds.has_windows(get_format(format).element):
-        lacking = f"elements {get_format(format).element.name}"
     if backend == "auto":
         return "triton" if kind == "cuda" and kernels.available() and lacking is None else "reference"
     if backend == "triton":
@@ -138,9 +149,8 @@ def resolve_backend(
     return backend
 
 
-def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: str, scale_rule: str | None) -> str:
+def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule: str | None) -> str:
     """Raises ValueError for what no backend could do; returns the scale rule."""
-    get_method(method)
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"weight must be a torch.Tensor, got {type(weight).__name__}; pass layer.weight of a layer, "
@@ -168,7 +178,7 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, method: st
 def _hessians(
     weight: Tensor,
     block_size: int,
-    method: str,
+    method: Method,
     activations: Tensor | None,
     gram: Tensor | None,
     hessian: Tensor | None,
@@ -176,19 +186,21 @@ def _hessians(
 ) -> Tensor | None:
     """Block Hessians on the weight's device, from whichever of the three was given."""
     given = (activations is not None) + (gram is not None) + (hessian is not None)
-    needed = get_method(method).needs_hessian
+    needed = method.needs_hessian
     if given != (1 if needed else 0):
         values = {"activations": activations, "gram": gram, "hessian": hessian}
         names = " and ".join(name for name, value in values.items() if value is not None)
         if not needed:
-            raise ValueError(f"method {method!r} does not use {names}; leave it out or use method='hessian'")
-        raise ValueError(f"method {method!r} takes exactly one of activations, gram and hessian; got {names or 'none'}")
+            raise ValueError(f"method {method.name!r} does not use {names}; leave it out or use method='hessian'")
+        raise ValueError(
+            f"method {method.name!r} takes exactly one of activations, gram and hessian; got {names or 'none'}"
+        )
     if not needed:
         return None
     columns = weight.shape[-1]
     if activations is not None:
         if activations.shape[:1] == (0,) and columns > 0:
-            raise ValueError(f"activations {list(activations.shape)} have no token; method {method!r} needs some")
+            raise ValueError(f"activations {list(activations.shape)} have no token; method {method.name!r} needs some")
         if use_triton and activations.is_cuda and activations.dtype != torch.float64:
             result = _hessians_from_activations(activations, columns, block_size)
         else:
@@ -267,7 +279,7 @@ def _quantize_reference(
     matrix: Tensor,
     fmt: BlockFormat,
     block_size: int,
-    method: str,
+    method: Method,
     global_scale: Tensor,
     rule: str,
     factors: calibration.HessianFactors | None,
@@ -286,7 +298,7 @@ def _quantize_reference(
         own = factors
         if factors is not None:
             own = calibration.HessianFactors(factors.factor[which], factors.inverse_diagonal[which])
-        choice = get_method(method).choose_scales(blocks, fmt, global_scale, rule, own)
+        choice = method.choose_scales(blocks, fmt, global_scale, rule, own)
         scaled = blocks / effective_scale(choice.codes, fmt, global_scale).unsqueeze(-1)
         packed_codes[part, which] = pack_codes(fmt.element.encode_signed(scaled))
         scales[part, which] = choice.codes.to(torch.uint8)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -42,6 +43,9 @@ DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
 BLOCK_HESSIANS_WIDTH = 64  # columns, and tokens, a program
 BLOCK_HESSIANS_TOKENS = 2048
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def _ceil_div(a: int, b: int) -> int:
     """As triton.cdiv, a jit function, whose call takes 3 µs."""
@@ -49,51 +53,58 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 class Kernel:
-    """A kernel with its compile-time constants on one device: ``kernel(grid, *arguments)``.
+    """A kernel with its grid and its compile-time constants: ``kernel(stream, *arguments)``.
 
-    Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. Here that is
-    found by numbers and by type and alignment of the tensors that come from elsewhere, an entry a shape; docs/log.md
-    has what that saves.
-
-    fresh: names of the pointers to tensors that are made in this module, always of one type and aligned, or of which
-    the kernel reads nothing, or one number.
+    Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. A Kernel starts
+    what its first call compiled, and is for arguments alike: numbers of one value, tensors of one kind. The functions
+    below find it by these. They leave out tensors that are made in this module, always of one type and aligned, or of
+    which a kernel reads nothing, or one float32. docs/log.md has what that saves.
     """
 
-    def __init__(self, kernel: Any, device: torch.device, fresh: tuple[str, ...] = (), **constants: Any) -> None:
-        self.kernel, self.device, self.constants = kernel, device, constants
+    def __init__(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> None:
+        self.kernel, self.grid, self.constants = kernel, grid, constants
         self.last = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        arguments = [name for name in kernel.arg_names if name not in constants]
-        pointers = [name for name in arguments if name.endswith("_ptr")]
-        assert set(fresh) <= set(pointers), fresh
-        self.numbers = [arguments.index(name) for name in arguments if name not in pointers]
-        self.tensors = [arguments.index(name) for name in pointers if name not in fresh]
-        self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.compiled: Any = None
 
-    def __call__(self, grid: tuple[int, int], *arguments: Any) -> None:
-        if INTERPRETED:
-            self.kernel[grid](*arguments, **self.constants)
-        elif self.device.index != torch.accelerator.current_device_index():
-            with torch.cuda.device(self.device):
-                self(grid, *arguments)
-        else:
-            alike = [arguments[index] for index in self.numbers]
-            for index in self.tensors:
-                tensor = arguments[index]
-                alike += tensor.dtype, tensor.data_ptr() % ALIGNED == 0
-            key = tuple(alike)
-            compiled = self.compiled.get(key)
-            if compiled is None or _is_hooked():
-                self.compiled[key] = self.kernel[grid](*arguments, **self.constants)
-            else:  # as compiled[grid] does; test_launch.py holds Triton to the order of the arguments
-                stream = triton.runtime.driver.active.get_current_stream(self.device.index)
-                start = (*grid, 1, stream, compiled.function, compiled.packed_metadata)
-                compiled.run(*start, None, None, None, *arguments, *self.last)
+    def __call__(self, stream: int | None, *arguments: Any) -> None:
+        compiled = self.compiled
+        if compiled is None or stream is None:
+            self.compiled = self.kernel[self.grid](*arguments, **self.constants)
+        else:  # as compiled[grid] does; test_launch.py holds Triton to the order of the arguments
+            start = (*self.grid, 1, stream, compiled.function, compiled.packed_metadata)
+            compiled.run(*start, None, None, None, *arguments, *self.last)
 
 
-def _is_hooked() -> bool:
-    """Whether a profiler wants to hear of launches."""
+Kind = tuple[torch.dtype, bool]
+
+
+def _kind(tensor: Tensor) -> Kind:
+    """What Triton compiles for, of a tensor: its type, and whether its address divides by what wide loads want."""
+    return tensor.dtype, tensor.data_ptr() % ALIGNED == 0
+
+
+def _stream(device: torch.device) -> int | None:
+    """The device's current stream; None where Triton is to start the kernels itself: to interpret them, or because a
+    profiler wants to hear of launches."""
+    if INTERPRETED:
+        return None
     enter, exit = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(exit, "calls", exit))
+    if getattr(enter, "calls", enter) or getattr(exit, "calls", exit):
+        return None
+    return int(triton.runtime.driver.active.get_current_stream(device.index))
+
+
+def _on_its_device(call: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+    """``call`` with its first argument's device as the current one, where Triton starts kernels."""
+
+    @functools.wraps(call)
+    def on_its_device(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+        if INTERPRETED or tensor.device.index == torch.accelerator.current_device_index():
+            return call(tensor, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return call(tensor, *args, **kwargs)
+
+    return on_its_device
 
 
 @functools.cache
@@ -120,7 +131,7 @@ def _overlap(device: torch.device) -> dict[str, Any]:
     return {"OVERLAP": False}
 
 
-# ---- the kernels on a device, with constants and tiles ---------------------------------------------------------------
+# ---- the kernels with grids, constants and tiles ---------------------------------------------------------------------
 
 
 def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
@@ -129,15 +140,17 @@ def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
-def _naive(fmt: BlockFormat, block_size: int, rule: str, parts: int, device: torch.device) -> Kernel:
+def _naive(
+    fmt: BlockFormat, block_size: int, rule: str, parts: int, num_blocks: int, device: torch.device, *kinds: Kind
+) -> Kernel:
+    per_program = NAIVE_ELEMENTS[block_size] // block_size
     return Kernel(
         naive_kernel,
-        device,
-        ("amax_ptr", "codes_ptr", "scales_ptr", "flag_ptr"),
+        (_ceil_div(num_blocks, per_program), 1),
         FMT=format_constants(fmt, block_size),
         RULE=rule,
         TARGET=target_of(device),
-        BLOCK_N=NAIVE_ELEMENTS[block_size] // block_size,
+        BLOCK_N=per_program,
         num_warps=1,
         **_after_amax(parts, device),
         **_at_most(NAIVE_REGISTERS[block_size], device),
@@ -145,15 +158,17 @@ def _naive(fmt: BlockFormat, block_size: int, rule: str, parts: int, device: tor
 
 
 @functools.cache
-def _sse(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: torch.device) -> Kernel:
+def _sse(
+    fmt: BlockFormat, block_size: int, count: bool, parts: int, num_blocks: int, device: torch.device, *kinds: Kind
+) -> Kernel:
+    per_program = SSE_ELEMENTS // block_size
     return Kernel(
         sse_kernel,
-        device,
-        ("amax_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
+        (_ceil_div(num_blocks, per_program), 1),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
         TARGET=target_of(device),
-        BLOCK_N=SSE_ELEMENTS // block_size,
+        BLOCK_N=per_program,
         num_warps=1,
         **_after_amax(parts, device),
         **_at_most(SSE_REGISTERS[block_size], device),
@@ -161,17 +176,26 @@ def _sse(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: tor
 
 
 @functools.cache
-def _hessian(fmt: BlockFormat, block_size: int, count: bool, parts: int, device: torch.device) -> Kernel:
+def _hessian(
+    fmt: BlockFormat,
+    block_size: int,
+    count: bool,
+    parts: int,
+    rows: int,
+    column_blocks: int,
+    device: torch.device,
+    *kinds: Kind,
+) -> Kernel:
+    tiles = HESSIAN_TILES[fmt.scale.mantissa_bits == 0]
     return Kernel(
         hessian_kernel,
-        device,
-        ("factors_ptr", "amax_ptr", "codes_ptr", "scales_ptr", "candidates_ptr", "flag_ptr"),
+        (column_blocks * _ceil_div(rows, HESSIAN_ROWS * tiles), 1),
         FMT=format_constants(fmt, block_size),
         COUNT=count,
         TARGET=target_of(device),
         SLACK=bounds.SLACK,
         BLOCK_M=HESSIAN_ROWS,
-        TILES=HESSIAN_TILES[fmt.scale.mantissa_bits == 0],
+        TILES=tiles,
         AMAX_PARTS=parts,
         num_warps=1,
         **_overlap(device),
@@ -180,13 +204,12 @@ def _hessian(fmt: BlockFormat, block_size: int, count: bool, parts: int, device:
 
 
 @functools.cache
-def _factorize(block_size: int, device: torch.device) -> Kernel:
+def _factorize(block_size: int, num_blocks: int, device: torch.device, *kinds: Kind) -> Kernel:
     # Without launch_pdl it starts after all that came before, as amax does where it is first. The kernels behind rely
     # on that: what they write, or read of others than the one before them, before they wait is then free, or there.
     return Kernel(
         factorize_kernel,
-        device,
-        ("factors_ptr", "flags_ptr"),
+        (num_blocks, 1),
         QBLOCK=block_size,
         DAMPING=RELATIVE_DAMPING,
         DEAD=DEAD_CHANNEL,
@@ -199,12 +222,12 @@ def _factorize(block_size: int, device: torch.device) -> Kernel:
 
 
 @functools.cache
-def _amax(after: bool, device: torch.device) -> Kernel:
+def _amax(after: bool, size: int, device: torch.device, *kinds: Kind) -> Kernel:
+    """after: may start while the kernel before still runs, and ends after it."""
     overlap = _overlap(device)
     return Kernel(
         amax_kernel,
-        device,
-        ("parts_ptr",),
+        (AMAX_PROGRAMS, 1),
         BLOCK_N=AMAX_ELEMENTS,
         TARGET=target_of(device),
         AFTER=after and overlap["OVERLAP"],
@@ -214,19 +237,28 @@ def _amax(after: bool, device: torch.device) -> Kernel:
 
 
 @functools.cache
-def _dequantize(fmt: BlockFormat, block_size: int, device: torch.device) -> Kernel:
-    return Kernel(dequantize_kernel, device, FMT=format_constants(fmt, block_size), BLOCK_N=DEQUANTIZE_CHUNKS)
+def _dequantize(fmt: BlockFormat, block_size: int, num_chunks: int, device: torch.device, *kinds: Kind) -> Kernel:
+    return Kernel(
+        dequantize_kernel,
+        (_ceil_div(num_chunks, DEQUANTIZE_CHUNKS), 1),
+        FMT=format_constants(fmt, block_size),
+        BLOCK_N=DEQUANTIZE_CHUNKS,
+    )
+
+
+def _splits(tokens: int) -> int:
+    """Into how many parts block_hessians_kernel's tokens go."""
+    return max(1, _ceil_div(tokens, BLOCK_HESSIANS_TOKENS))
 
 
 @functools.cache
-def _block_hessians(block_size: int, step_tokens: int, device: torch.device) -> Kernel:
+def _block_hessians(block_size: int, tokens: int, in_features: int, device: torch.device, activations: Kind) -> Kernel:
     return Kernel(
         block_hessians_kernel,
-        device,
-        ("parts_ptr",),
+        (_ceil_div(in_features, BLOCK_HESSIANS_WIDTH), _splits(tokens)),
         QBLOCK=block_size,
         WIDTH=BLOCK_HESSIANS_WIDTH,
-        BLOCK_T=step_tokens,
+        BLOCK_T=128 if activations[0].itemsize == 2 else 32,
         UPCAST=INTERPRETED,
         num_warps=4,
     )
@@ -255,6 +287,7 @@ class Quantized(NamedTuple):
     flags: Tensor
 
 
+@_on_its_device
 def quantize(
     matrix: Tensor,
     fmt: BlockFormat,
@@ -276,47 +309,38 @@ def quantize(
     column_blocks = columns // block_size
     num_blocks = rows * column_blocks
     device = matrix.device
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
-    candidates = torch.empty_like(scales) if count_candidates else None
+    from_amax = fmt.two_level and global_scale is None
+    parts = AMAX_PROGRAMS if from_amax else 0
+    kind, stream = _kind(matrix), _stream(device)
     flags = torch.zeros(2, dtype=torch.int32, device=device) if check_finite else _unread_flags(device)
-    counted = scales if candidates is None else candidates  # any pointer will do where nothing is counted
+    amax = flags  # any pointer will do where nothing is read
+    # After the first of its kernels, another may start before the one before it has ended.
     if hessians is not None:
         hessians = _as_factorized(hessians)
         factors = _empty_factors(hessians)
-        _factorize(block_size, device)((column_blocks, 1), hessians, factors, flags)
-    # After the first of its kernels, another may start before the one before it has ended.
-    from_amax = fmt.two_level and global_scale is None
-    amax = amax_parts(matrix, after=hessians is not None) if from_amax else flags  # any pointer, again
-    parts = AMAX_PROGRAMS if from_amax else 0
+        _factorize(block_size, column_blocks, device, _kind(hessians))(stream, hessians, factors, flags)
+    if from_amax:
+        amax = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
+        _amax(hessians is not None, rows * columns, device, kind)(stream, matrix, amax, rows * columns)
+
+    # What these do not need is made while they run.
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
+    candidates = torch.empty_like(scales) if count_candidates else None
+    counted = scales if candidates is None else candidates  # any pointer, again
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels
-
     if method == "hessian":
-        kernel = _hessian(fmt, block_size, count_candidates, parts, device)
-        kernel(
-            (column_blocks * _ceil_div(rows, kernel.constants["BLOCK_M"] * kernel.constants["TILES"]), 1),
-            matrix,
-            factors,
-            global_scale,
-            amax,
-            codes,
-            scales,
-            counted,
-            flags,
-            rows,
-            column_blocks,
-        )
+        kernel = _hessian(fmt, block_size, count_candidates, parts, rows, column_blocks, device, kind)
+        kernel(stream, matrix, factors, global_scale, amax, codes, scales, counted, flags, rows, column_blocks)
     elif method == "naive":
-        kernel = _naive(fmt, block_size, rule, parts, device)
-        grid = (_ceil_div(num_blocks, kernel.constants["BLOCK_N"]), 1)
-        kernel(grid, matrix, global_scale, amax, codes, scales, flags, num_blocks)
+        kernel = _naive(fmt, block_size, rule, parts, num_blocks, device, kind)
+        kernel(stream, matrix, global_scale, amax, codes, scales, flags, num_blocks)
         if candidates is not None:
             candidates.fill_(1)
     elif method == "sse":
-        kernel = _sse(fmt, block_size, count_candidates, parts, device)
-        grid = (_ceil_div(num_blocks, kernel.constants["BLOCK_N"]), 1)
-        kernel(grid, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
+        kernel = _sse(fmt, block_size, count_candidates, parts, num_blocks, device, kind)
+        kernel(stream, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
     else:
         raise NotImplementedError(f"method {method!r} has no kernel: list it with has_kernel=False")
     return Quantized(codes, scales, global_scale, candidates, flags)
@@ -324,7 +348,7 @@ def quantize(
 
 def _as_factorized(hessians: Tensor) -> Tensor:
     """As the kernel takes them: float32 or float64, contiguous."""
-    if hessians.dtype != torch.float64:
+    if hessians.dtype not in (torch.float32, torch.float64):
         hessians = hessians.float()
     return hessians.contiguous()
 
@@ -336,6 +360,7 @@ def _empty_factors(hessians: Tensor) -> Tensor:
     return torch.empty(num_blocks, rows, block_size, dtype=torch.float32, device=hessians.device)
 
 
+@_on_its_device
 def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and, in half
     precision and rounded up, √(H⁻¹)_ii, both ``[num_blocks, block_size]``, of ``hessians``: what quantize has made for
@@ -346,19 +371,23 @@ def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hessians = _as_factorized(hessians)
     num_blocks, block_size, _ = hessians.shape
     factors = _empty_factors(hessians)
-    _factorize(block_size, hessians.device)((num_blocks, 1), hessians, factors, flags)
+    device = hessians.device
+    _factorize(block_size, num_blocks, device, _kind(hessians))(_stream(device), hessians, factors, flags)
     inverse_roots = factors[:, block_size + 1].view(torch.float16)[:, :block_size]
     return factors[:, :block_size], factors[:, block_size], inverse_roots
 
 
-def amax_parts(matrix: Tensor, after: bool = False) -> Tensor:
+@_on_its_device
+def amax_parts(matrix: Tensor) -> Tensor:
     """int32 ``[AMAX_PROGRAMS]``: float32 bits of the largest magnitudes of as many parts of ``matrix``, bf16, fp16 or
-    fp32 and contiguous. after: may start while the kernel before still runs, and ends after it."""
-    parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=matrix.device)
-    _amax(after, matrix.device)((AMAX_PROGRAMS, 1), matrix, parts, matrix.numel())
+    fp32 and contiguous: what quantize has made for its kernels, for a look at it."""
+    size, device = matrix.numel(), matrix.device
+    parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
+    _amax(False, size, device, _kind(matrix))(_stream(device), matrix, parts, size)
     return parts
 
 
+@_on_its_device
 def dequantize(
     codes: Tensor, scales: Tensor, global_scale: Tensor, fmt: BlockFormat, block_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -367,21 +396,22 @@ def dequantize(
     weight = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype, device=codes.device)
     num_chunks = weight.numel() // 8
     if num_chunks:
-        kernel = _dequantize(fmt, block_size, codes.device)
-        kernel((_ceil_div(num_chunks, kernel.constants["BLOCK_N"]), 1), codes, scales, global_scale, weight, num_chunks)
+        kinds = (_kind(codes), _kind(scales), _kind(global_scale), _kind(weight))
+        kernel = _dequantize(fmt, block_size, num_chunks, codes.device, *kinds)
+        kernel(_stream(codes.device), codes, scales, global_scale, weight, num_chunks)
     return weight
 
 
+@_on_its_device
 def block_hessians(activations: Tensor, block_size: int) -> Tensor:
     """Float32 ``[K/block_size, block_size, block_size]`` of bf16, fp16 or fp32 activations ``[tokens, K]``."""
     activations = activations.contiguous()
     tokens, in_features = activations.shape
-    num_blocks = in_features // block_size
-    splits = max(1, _ceil_div(tokens, BLOCK_HESSIANS_TOKENS))
-    shape = (splits, num_blocks, block_size, block_size)
-    parts = torch.empty(shape, dtype=torch.float32, device=activations.device)
+    device = activations.device
+    splits = _splits(tokens)
+    shape = (splits, in_features // block_size, block_size, block_size)
+    parts = torch.empty(shape, dtype=torch.float32, device=device)
     if parts.numel():
-        kernel = _block_hessians(block_size, 128 if activations.element_size() == 2 else 32, activations.device)
-        grid = (_ceil_div(in_features, kernel.constants["WIDTH"]), splits)
-        kernel(grid, activations, parts, tokens, in_features, BLOCK_HESSIANS_TOKENS)
+        kernel = _block_hessians(block_size, tokens, in_features, device, _kind(activations))
+        kernel(_stream(device), activations, parts, tokens, in_features, BLOCK_HESSIANS_TOKENS)
     return parts[0] if splits == 1 else parts.sum(0)

@@ -23,13 +23,13 @@ launch.target_of = lambda device: target
 launch._overlap = lambda device: {"OVERLAP": int(capability) >= 90}
 fmt, size, device = FORMATS[format], int(block_size), torch.device("cpu")
 kernels = {
-    "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, device),
-    "sse": lambda: launch._sse(fmt, size, True, 256, device),
-    "hessian": lambda: launch._hessian(fmt, size, True, 0, device),
-    "factorize": lambda: launch._factorize(size, device),
-    "amax": lambda: launch._amax(True, device),
-    "dequantize": lambda: launch._dequantize(fmt, size, device),
-    "block_hessians": lambda: launch._block_hessians(size, 128, device),
+    "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, 64, device),
+    "sse": lambda: launch._sse(fmt, size, True, 256, 64, device),
+    "hessian": lambda: launch._hessian(fmt, size, True, 0, 64, 1, device),
+    "factorize": lambda: launch._factorize(size, 1, device),
+    "amax": lambda: launch._amax(True, 64, device),
+    "dequantize": lambda: launch._dequantize(fmt, size, 64, device),
+    "block_hessians": lambda: launch._block_hessians(size, 64, 64, device, (torch.bfloat16, True)),
 }
 for name in names or kernels:
     kernel = kernels[name]()
