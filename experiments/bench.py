@@ -52,6 +52,8 @@ MAIN = ((2560, 9728),)
 ROWS = tuple((rows, 9728) for rows in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536))
 SETS = {"main": MAIN, "qwen3_4b": QWEN3_4B, "rows": ROWS}
 TOKENS = 65536  # of the activations whose block Hessians are timed
+WEIGHT_STD = 0.02
+LARGEST = 5.3  # what a Gaussian of MAIN's size has by itself
 FLUSH_BYTES = 256 << 20  # larger than any L2
 LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
 SETTLING = 5  # calls at the beginning of a round
@@ -162,6 +164,17 @@ def cases(weight: Tensor, backends: list[str], block_sizes: tuple[int, ...]) -> 
             "triton",
             "amax",
         )
+
+
+def sample_weight(rows: int, columns: int) -> Tensor:
+    """Float32 ``[rows, columns]``, Gaussian; the largest magnitude is LARGEST standard deviations, whatever the size.
+
+    So that all shapes have one global scale: where it puts the block scales in their grid, and how far that reaches
+    beyond them, changes what a search takes by a few percent, and Hessian's by a quarter within a binade.
+    """
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).clamp_(-LARGEST, LARGEST)
+    weight[0, 0] = LARGEST
+    return WEIGHT_STD * weight
 
 
 def sample_tokens(weight: Tensor) -> Tensor:
@@ -352,8 +365,7 @@ def quantiles(times: list[float]) -> tuple[float | None, float | None, float | N
 def cases_of(shape: tuple[int, int], options: argparse.Namespace) -> tuple[list[Case], list[Iterator[Case]]]:
     """Ours, and each peer's, which is imported when the first of its cases is asked for."""
     rows, columns = shape
-    generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(rows, columns, generator=generator) * 0.02).to(options.device, getattr(torch, options.dtype))
+    weight = sample_weight(rows, columns).to(options.device, getattr(torch, options.dtype))
     block_sizes = tuple(int(b) for b in options.block_sizes.split(","))
     ours = list(cases(weight, options.backends.split(","), block_sizes))
     if options.block_hessians and weight.is_cuda:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.tables import BACKENDS, DEFAULTS, FORMATS, METHODS
+from experiments.tables import BACKENDS, DEFAULTS, FORMATS, METHODS, us_per_further_mb
 
 ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
 BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device
@@ -286,17 +286,9 @@ def scaling(sources: Sources) -> pd.DataFrame:
     found = found.drop_duplicates(["operation", "format", "rows"], keep="last").reset_index(drop=True)
     found = found.assign(us_per_mb=found["us_median"] / (found["bytes"].where(found["bytes"] > 0) / 1e6))
     found["us_per_further_mb"] = pd.concat(
-        [_per_further_mb(part) for _, part in found.groupby(["operation", "format"], dropna=False)]
+        [us_per_further_mb(part, "us_median") for _, part in found.groupby(["operation", "format"], dropna=False)]
     )
     return in_order(found, ["format", "operation", "rows"])[columns].reset_index(drop=True)
-
-
-def _per_further_mb(times: pd.DataFrame) -> pd.Series:
-    """See scaling; of one operation and format."""
-    large = times.sort_values("rows")
-    small = pd.merge_asof(large[["rows"]] // 2, large[["rows", "us_median", "bytes"]], on="rows").set_index(large.index)
-    further = large["bytes"] - small["bytes"]
-    return (large["us_median"] - small["us_median"]) / (further.where(further > 0) / 1e6)
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:

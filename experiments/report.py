@@ -9,8 +9,8 @@
     python experiments/report.py --track [GROUP]  log the CSV files and figures of results/ to W&B, offline by default
 
 A generated block of a document stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`; its
-name is that of a file in results/records, `published`, `figure:NAME`, or `bench:NAME` for results/bench/NAME.csv. Text
-outside is left alone.
+name is that of a file in results/records, `published`, `figure:NAME`, or `bench:NAME` or `scaling:NAME` for
+results/bench/NAME.csv. Text outside is left alone.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ PUBLISHED = "published"
 OPTIMALITY = "optimality"  # its table is of what verify found
 FIGURE = "figure:"
 BENCH = "bench:"  # a CSV file of experiments/bench.py
+SCALING = "scaling:"  # likewise, of several numbers of rows
 HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU"
 FIGURES_PAGE = "README.md"  # in the figures' folder
 MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
@@ -274,6 +275,7 @@ def fill(
         make_tables,
         published_tables,
         read_published,
+        scaling_tables,
         speed_tables,
         unfinished,
         verification_tables,
@@ -292,11 +294,12 @@ def fill(
             block = as_markdown(published_tables(published))
         elif name in groups and name == OPTIMALITY:
             block = as_markdown(verification_tables(groups[name]), unfinished(groups[name]))
-        elif name.startswith(BENCH):
-            path = root / "results" / "bench" / f"{name.removeprefix(BENCH)}.csv"
+        elif name.startswith((BENCH, SCALING)):
+            path = root / "results" / "bench" / f"{name.partition(':')[2]}.csv"
             if not path.exists():
                 raise ReportError(f"{document} shows {name}, but there is no {path.relative_to(root)}; {HOW_TO_BENCH}")
-            block = as_markdown(speed_tables(pd.read_csv(path)))
+            of_bench = speed_tables if name.startswith(BENCH) else scaling_tables
+            block = as_markdown(of_bench(pd.read_csv(path)))
         elif name in drawn:
             block = drawn[name].markdown(frames[drawn[name].name], f"{FOLDER.as_posix()}/")
         elif name.startswith(FIGURE):

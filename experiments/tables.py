@@ -252,6 +252,8 @@ OPERATIONS = {
     "block_hessians": "Block Hessians",
 }
 PEERS = {"qwantize": "qwantize", "modelopt": "ModelOpt"}
+SETTINGS = ("operation", "format", "block_size", "backend", "global_scale")  # of a case of the benchmark
+EVEN_BYTES = 16 << 20  # from this size of the weight on, time is to grow evenly with it
 
 
 def speed_tables(bench: pd.DataFrame) -> list[Table]:
@@ -268,25 +270,15 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
         here = here[(here["rows"] == rows) | (here["operation"] == "block_hessians")]
         kernels = here[(here["tool"] == "quantkit") & (here["backend"] == "triton")]
         ours = kernels[(kernels["global_scale"] != "amax") | (kernels["operation"] == "amax")]
-        order = list(OPERATIONS)
-        ours = ours.sort_values(
-            ["block_size", "format", "operation"],
-            key=lambda column: column.map(order.index) if column.name == "operation" else column,
-            ascending=[True, False, True],
-            na_position="last",
-            kind="stable",
-        )
         lines = []
-        for _, line in ours.iterrows():
+        for _, line in _in_order(ours).iterrows():
             same = here[(here["operation"] == line["operation"]) & (here["format"] == line["format"])]
             same = same[same["block_size"] == line["block_size"]]
             reference = same[(same["backend"] == "reference") & (same["global_scale"] != "amax")]
             from_amax = same[same.index.isin(kernels.index) & (same["global_scale"] == "amax")]
             lines.append(
                 {
-                    "Operation": OPERATIONS[line["operation"]],
-                    "Format": FORMATS.get(line["format"], NONE) if isinstance(line["format"], str) else NONE,
-                    "Block": f"{line['block_size']:.0f}" if pd.notna(line["block_size"]) else NONE,
+                    **_what(line),
                     "GPU time, µs": f"{line['gpu_us_median']:,.1f}",
                     "× copy": f"{line['ratio_to_copy']:.2f}",
                     "× copy, with amax": f"{from_amax['ratio_to_copy'].iloc[0]:.2f}" if len(from_amax) else NONE,
@@ -299,10 +291,8 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
         if not lines:
             continue
         copy = copies.iloc[0]
-        known = dict(word.split("=") for word in copy["versions"].split())
-        used = [f"{name} {known[name]}" for name in ("torch", "triton", "qwantize", "nvidia-modelopt") if name in known]
         notes = (
-            f"{device}; {', '.join(used)}; commit {str(copy['commit'])[:10]}",
+            _machine(copy, ("qwantize", "nvidia-modelopt")),
             f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
             f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
             "A global scale, where the format has one, and the block Hessians are given, except in their own lines; "
@@ -313,6 +303,96 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
         )
         tables.append(Table(f"{rows} × {columns}, {dtype}", notes, pd.DataFrame(lines)))
     return tables
+
+
+def scaling_tables(bench: pd.DataFrame) -> list[Table]:
+    """How evenly time grows with the rows of the weight, beyond EVEN_BYTES of it, one table a device and width that
+    was timed with three numbers of rows or more."""
+    tables = []
+    whole = bench[bench["tool"].isin(["quantkit", "torch"]) & bench["operation"].isin([*OPERATIONS, "copy"])]
+    for (_, columns, dtype), here in whole.groupby(["device", "columns", "dtype"], sort=False):
+        copies = here[here["operation"] == "copy"]
+        large = copies.loc[copies["bytes"] > 2 * EVEN_BYTES, "rows"]
+        here = here[here["rows"].isin(large) & (here["operation"] != "block_hessians")]
+        here = here.drop_duplicates([*SETTINGS, "rows"], keep="last")
+        if large.nunique() < 3:
+            continue
+        spread = pd.DataFrame([_spread(times) for _, times in here.groupby(list(SETTINGS), dropna=False)])
+        lines = []
+        for _, line in _in_order(
+            spread[(spread["global_scale"] != "amax") | (spread["operation"] == "amax")]
+        ).iterrows():
+            same = spread[(spread["operation"] == line["operation"]) & (spread["format"] == line["format"])]
+            from_amax = same[(same["block_size"] == line["block_size"]) & (same["global_scale"] == "amax")]
+            lines.append(
+                {
+                    **_what(line),
+                    "Further MB, µs": f"{line['least']:.3f} to {line['most']:.3f}",
+                    "Most / least": f"{line['ratio']:.2f}",
+                    "with amax": f"{from_amax['ratio'].iloc[0]:.2f}" if len(from_amax) else NONE,
+                    "Whole call, most / least": f"{line['whole']:.2f}",
+                }
+            )
+        launch = bench.loc[bench["operation"] == "launch", "gpu_us_median"].median()
+        notes = (
+            _machine(here.iloc[-1]),
+            "Further MB: by how much longer a call takes than on half the rows, over the bytes that it reads and "
+            "writes more, the least and the most of the doublings; with amax: with the pass over the weight",
+            f"Whole call: µs a MB; every call has at least one launch, {launch:.1f} µs, and Hessian the factorization",
+            "PyTorch's copy, in a CUDA graph, slows down where more than 1 GB is read and written",
+        )
+        rows = f"{large.min():,.0f} to {large.max():,.0f} rows"
+        tables.append(Table(f"{rows} × {columns:.0f}, {dtype}", notes, pd.DataFrame(lines)))
+    return tables
+
+
+def _spread(times: pd.DataFrame) -> dict[str, Any]:
+    """The settings of one case, and the least and the most that its further and its whole megabytes take."""
+    further = us_per_further_mb(times).dropna()
+    whole = times["gpu_us_median"] / times["bytes"]
+    return {
+        **times.iloc[0][list(SETTINGS)],
+        "least": further.min(),
+        "most": further.max(),
+        "ratio": further.max() / further.min(),
+        "whole": whole.max() / whole.min(),
+    }
+
+
+def us_per_further_mb(times: pd.DataFrame, column: str = "gpu_us_median") -> pd.Series:
+    """Of one case at several numbers of rows: by how much longer it takes than with half as many or the next fewer,
+    over the bytes that it reads and writes more."""
+    large = times.sort_values("rows")
+    small = pd.merge_asof(large[["rows"]] // 2, large[["rows", column, "bytes"]], on="rows").set_index(large.index)
+    further = large["bytes"] - small["bytes"]
+    return (large[column] - small[column]) / (further.where(further > 0) / 1e6)
+
+
+def _in_order(lines: pd.DataFrame) -> pd.DataFrame:
+    order = [*OPERATIONS, "copy"]
+    return lines.sort_values(
+        ["block_size", "format", "operation"],
+        key=lambda column: column.map(order.index) if column.name == "operation" else column,
+        ascending=[True, False, True],
+        na_position="last",
+        kind="stable",
+    )
+
+
+def _what(line: pd.Series) -> dict[str, str]:
+    """The first columns of a line of the benchmark."""
+    return {
+        "Operation": OPERATIONS.get(line["operation"], str(line["operation"]).capitalize()),
+        "Format": FORMATS.get(line["format"], NONE) if isinstance(line["format"], str) else NONE,
+        "Block": f"{line['block_size']:.0f}" if pd.notna(line["block_size"]) else NONE,
+    }
+
+
+def _machine(line: pd.Series, peers: Sequence[str] = ()) -> str:
+    """What a line of the benchmark was measured with."""
+    known = dict(word.split("=") for word in line["versions"].split())
+    used = [f"{name} {known[name]}" for name in ("torch", "triton", *peers) if name in known]
+    return f"{line['device']}; {', '.join(used)}; commit {str(line['commit'])[:10]}"
 
 
 def _microseconds(rows: pd.DataFrame) -> str:

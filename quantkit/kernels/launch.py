@@ -307,11 +307,9 @@ def quantize(
     matrix = matrix.contiguous()
     rows, columns = matrix.shape
     column_blocks = columns // block_size
-    num_blocks = rows * column_blocks
     device = matrix.device
     from_amax = fmt.two_level and global_scale is None
-    parts = AMAX_PROGRAMS if from_amax else 0
-    kind, stream = _kind(matrix), _stream(device)
+    stream = _stream(device)
     flags = torch.zeros(2, dtype=torch.int32, device=device) if check_finite else _unread_flags(device)
     amax = flags  # any pointer will do where nothing is read
     # After the first of its kernels, another may start before the one before it has ended.
@@ -321,9 +319,13 @@ def quantize(
         _factorize(block_size, column_blocks, device, _kind(hessians))(stream, hessians, factors, flags)
     if from_amax:
         amax = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
-        _amax(hessians is not None, rows * columns, device, kind)(stream, matrix, amax, rows * columns)
+        size = rows * columns
+        _amax(hessians is not None, size, device, _kind(matrix))(stream, matrix, amax, size)
 
-    # What these do not need is made while they run.
+    # What these do not need is found and made while they run.
+    parts = AMAX_PROGRAMS if from_amax else 0
+    num_blocks = rows * column_blocks
+    kind = _kind(matrix)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
     candidates = torch.empty_like(scales) if count_candidates else None

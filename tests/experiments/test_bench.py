@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from experiments import bench
 from experiments.report import ReportError, fill
-from experiments.tables import speed_tables
+from experiments.tables import scaling_tables, speed_tables
 from quantkit import FORMATS, METHODS
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
@@ -127,8 +128,44 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
     assert "a copy of the weight takes 10.0 µs" in " ".join(table.notes)
 
 
-def test_a_missing_benchmark_is_named(tmp_path: Path) -> None:
-    text = "<!-- BEGIN GENERATED: bench:none -->\n<!-- END GENERATED: bench:none -->\n"
+def scaled(us_per_row: dict[int, float], **case: Any) -> list[dict[str, Any]]:
+    """Times of one case, a launch of 4 µs and so much more a row; 1000 columns of float16."""
+    written = 2 if case["operation"] == "copy" else 1.5
+    return [
+        row(rows=rows, columns=1000, gpu_us_median=4 + us * rows, bytes=int(written * 2000 * rows), **case)
+        for rows, us in us_per_row.items()
+    ]
+
+
+def test_the_scaling_table_tells_each_further_megabyte_from_the_whole_call() -> None:
+    even = dict.fromkeys((8, 10_000, 20_000, 40_000), 0.001)
+    copy = scaled(even, kind="copy", tool="torch", operation="copy")
+    ours = {"kind": "kernel", "tool": "quantkit", "operation": "sse", "format": "nvfp4", "block_size": 16,
+            "backend": "triton"}  # fmt: skip
+    given = scaled(even | {8: 1.0, 40_000: 0.00125}, global_scale="given", **ours)
+    amax = scaled(even, global_scale="amax", **ours)
+    launch = row(kind="launch", tool="torch", operation="launch", gpu_us_median=3.5)
+    (table,) = scaling_tables(pd.DataFrame([*given, *copy, *amax, launch]))
+    assert table.title == "10,000 to 40,000 rows × 1000, bfloat16"  # of 8 rows are less than 16 MiB
+    sse, copied = table.frame.to_dict("records")
+    assert (sse["Operation"], sse["Format"], sse["Block"]) == ("SSE", "NVFP4", "16")
+    # 10 µs for 30 MB; then 50 - 20 = 30 for 60
+    assert (sse["Further MB, µs"], sse["Most / least"], sse["with amax"]) == ("0.333 to 0.500", "1.50", "1.00")
+    assert (copied["Operation"], copied["Most / least"], copied["with amax"]) == ("Copy", "1.00", "–")
+    assert copied["Whole call, most / least"] == f"{14 / 11:.2f}"
+    assert "3.5 µs" in " ".join(table.notes)
+    assert scaling_tables(pd.DataFrame([*given[:3], *copy[:3]])) == []
+
+
+def test_every_shape_has_one_global_scale() -> None:
+    small, large = (bench.sample_weight(rows, 1024) for rows in (1, 4096))
+    assert small.abs().max() == large.abs().max() == small[0, 0] == pytest.approx(0.106)
+    assert large.std() == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["bench", "scaling"])
+def test_a_missing_benchmark_is_named(kind: str, tmp_path: Path) -> None:
+    text = f"<!-- BEGIN GENERATED: {kind}:none -->\n<!-- END GENERATED: {kind}:none -->\n"
     with pytest.raises(ReportError, match=r"results/bench/none\.csv"):
         fill(text, "README.md", {}, _no_frames(), tmp_path)
 
