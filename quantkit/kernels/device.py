@@ -537,11 +537,11 @@ PACK_OPERANDS = tl.constexpr("=r,f,f,f,f,f,f,f,f")
 
 
 @triton.jit
-def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr, BY_TWOS: tl.constexpr = False):
+def packed_codes(even, odd, code, unit, BITS: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr):
     """uint8 [tile, block_size / 2] element codes of float32 normalized pairs at int32 scale codes [tile].
 
-    unit: global_scale times the normalizer [tile], not clamped. BY_TWOS: the elements have 11 significant bits at
-    most, and the effective scales are powers of two (FMT.scale_exact_reciprocal).
+    unit: global_scale times the normalizer [tile], not clamped. BITS: of the weight's type; elements of 16 have 11
+    significant ones at most, so where the effective scales are powers of two half precision holds the quotients.
     """
     # Levels for a grid of E4M3's bias.
     SHIFT: tl.constexpr = FMT.element_bias - 7
@@ -549,7 +549,7 @@ def packed_codes(even, odd, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr,
     scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
-    if TO_E2M1 and BY_TWOS:
+    if TO_E2M1 and BITS == 16 and FMT.scale_exact_reciprocal:
         return tl.inline_asm_elementwise(
             PACK_QUOTIENTS, PACK_OPERANDS, [even * reciprocal, odd * reciprocal], dtype=tl.uint8, is_pure=True, pack=4
         )

@@ -643,7 +643,8 @@ def hessian_kernel(
     QBLOCK: tl.constexpr = FMT.block_size
     VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
     # Of 16-bit weights two elements an instruction; residuals, too, where effective scales are powers of two.
-    BOUNDS_BY_TWOS: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
+    BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
+    BOUNDS_BY_TWOS: tl.constexpr = TARGET == "cuda" and BITS == 16
     RESIDUALS_BY_TWOS: tl.constexpr = BOUNDS_BY_TWOS and FMT.scale_exact_reciprocal
     column = tl.program_id(0) % num_blocks
     factor_ptr, row_norms, inverse_roots = factors_of(factors_ptr, column, QBLOCK)
@@ -728,7 +729,7 @@ def hessian_kernel(
         code = decide(kept, upper, search_first, inside, above, aboves, top, outside, x, factor_ptr, unit, FMT, TARGET)
 
         even, odd = pairs(tile.to(tl.float32) * normalize[:, None])
-        packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET, BY_TWOS=RESIDUALS_BY_TWOS)
+        packed = packed_codes(even, odd, code, global_scale * normalize, BITS, FMT, TARGET)
         half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
         tl.store(codes_ptr + half, packed, mask=in_range[:, None])
         tl.store(scales_ptr + block, code.to(tl.uint8), mask=in_range)

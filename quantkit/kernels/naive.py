@@ -78,7 +78,8 @@ def naive_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
-    VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
+    BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = 128 // BITS  # what one load instruction takes
     wait_for_previous(OVERLAP)
     global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
     largest = largest_product(global_scale, FMT, TARGET)  # here, because the kernel then needs fewer registers
@@ -90,7 +91,7 @@ def naive_kernel(
 
     even, odd = pairs(blocks.to(tl.float32))
     even, odd = even * normalize[:, None], odd * normalize[:, None]
-    packed = packed_codes(even, odd, code, global_scale * normalize, FMT, TARGET)
+    packed = packed_codes(even, odd, code, global_scale * normalize, BITS, FMT, TARGET)
     half = block[:, None] * (QBLOCK // 2) + tl.arange(0, QBLOCK // 2)[None, :]
     tl.store(codes_ptr + half, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)

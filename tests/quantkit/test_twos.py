@@ -1,4 +1,4 @@
-"""What MXFP4's Hessian kernel finds two an instruction, in half precision: every element and scale.
+"""What MXFP4's kernels find two an instruction, in half precision: every element and scale.
 
 The instructions are those of ``kernels/hessian.py`` and ``kernels/device.py``, each rounded once, as the GPU rounds
 them.
