@@ -169,8 +169,8 @@ def cases(weight: Tensor, backends: list[str], block_sizes: tuple[int, ...]) -> 
 def sample_weight(rows: int, columns: int) -> Tensor:
     """Float32 ``[rows, columns]``, Gaussian; the largest magnitude is LARGEST standard deviations, whatever the size.
 
-    So that all shapes have one global scale: where it puts the block scales in their grid, and how far that reaches
-    beyond them, changes what a search takes by a few percent, and Hessian's by a quarter within a binade.
+    So that all shapes have one global scale: it decides where block scales lie in their grid, and how many larger ones
+    there are, which changes what SSE takes by 4 %, and Hessian by a quarter within a binade.
     """
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).clamp_(-LARGEST, LARGEST)
     weight[0, 0] = LARGEST

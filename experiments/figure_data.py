@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.tables import BACKENDS, DEFAULTS, FORMATS, METHODS, us_per_further_mb
+from experiments.tables import BACKENDS, DEFAULTS, FORMATS, MATRIX, METHODS, us_per_further_mb
 
 ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
 BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device
@@ -195,7 +195,6 @@ def global_scale(sources: Sources) -> pd.DataFrame:
 
 
 TIMES = ("us_median", "us_20", "us_80")
-MATRIX = ("rows", "columns", "dtype", "device")
 
 
 def speed_up(sources: Sources) -> pd.DataFrame:
@@ -268,8 +267,7 @@ def scaling(sources: Sources) -> pd.DataFrame:
     benchmark's kernels on weights of one width on one device, of those with the most numbers of rows the last, global
     scales given, with the copy's and the launch's lines; block size 16.
 
-    us_per_further_mb: what a call takes longer than on the largest weight of half the rows or fewer, over the bytes
-    that it has more."""
+    us_per_further_mb: what a call takes longer than on half the rows, over the bytes that it has more."""
     columns = ["operation", "format", "rows", "bytes", "us_per_mb", "us_per_further_mb", *TIMES]
     columns += ["columns", "dtype", "device", "commit"]
     bench = sources.bench

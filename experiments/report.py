@@ -44,7 +44,7 @@ OPTIMALITY = "optimality"  # its table is of what verify found
 FIGURE = "figure:"
 BENCH = "bench:"  # a CSV file of experiments/bench.py
 SCALING = "scaling:"  # likewise, of several numbers of rows
-HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU"
+HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling"
 FIGURES_PAGE = "README.md"  # in the figures' folder
 MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 DIFF_LINES = 40  # shown of each file
@@ -298,8 +298,12 @@ def fill(
             path = root / "results" / "bench" / f"{name.partition(':')[2]}.csv"
             if not path.exists():
                 raise ReportError(f"{document} shows {name}, but there is no {path.relative_to(root)}; {HOW_TO_BENCH}")
-            of_bench = speed_tables if name.startswith(BENCH) else scaling_tables
-            block = as_markdown(of_bench(pd.read_csv(path)))
+            found = (speed_tables if name.startswith(BENCH) else scaling_tables)(pd.read_csv(path))
+            if not found:
+                raise ReportError(
+                    f"{document} shows {name}, but {path.relative_to(root)} has no times for it; {HOW_TO_BENCH}"
+                )
+            block = as_markdown(found)
         elif name in drawn:
             block = drawn[name].markdown(frames[drawn[name].name], f"{FOLDER.as_posix()}/")
         elif name.startswith(FIGURE):

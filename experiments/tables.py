@@ -252,7 +252,8 @@ OPERATIONS = {
     "block_hessians": "Block Hessians",
 }
 PEERS = {"qwantize": "qwantize", "modelopt": "ModelOpt"}
-SETTINGS = ("operation", "format", "block_size", "backend", "global_scale")  # of a case of the benchmark
+MATRIX = ("rows", "columns", "dtype", "device")  # of a line of the benchmark
+CASE = ("kind", "tool", "operation", "format", "block_size", "backend", "global_scale")  # likewise
 EVEN_BYTES = 16 << 20  # from this size of the weight on, time is to grow evenly with it
 
 
@@ -292,7 +293,7 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
             continue
         copy = copies.iloc[0]
         notes = (
-            _machine(copy, ("qwantize", "nvidia-modelopt")),
+            _machine(copies, ("qwantize", "nvidia-modelopt")),
             f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
             f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
             "A global scale, where the format has one, and the block Hessians are given, except in their own lines; "
@@ -306,43 +307,43 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
 
 
 def scaling_tables(bench: pd.DataFrame) -> list[Table]:
-    """How evenly time grows with the rows of the weight, beyond EVEN_BYTES of it, one table a device and width that
-    was timed with three numbers of rows or more."""
+    """How evenly the GPU's time grows with the rows of the weight, from EVEN_BYTES on: one table for each device, width
+    and dtype with two doublings of the rows or more."""
     tables = []
-    whole = bench[bench["tool"].isin(["quantkit", "torch"]) & bench["operation"].isin([*OPERATIONS, "copy"])]
-    for (_, columns, dtype), here in whole.groupby(["device", "columns", "dtype"], sort=False):
+    timed = bench.dropna(subset=["gpu_us_median"]).drop_duplicates([*MATRIX, *CASE], keep="last")
+    for same, here in timed.groupby(["device", "columns", "dtype"], sort=False):
         copies = here[here["operation"] == "copy"]
-        large = copies.loc[copies["bytes"] > 2 * EVEN_BYTES, "rows"]
-        here = here[here["rows"].isin(large) & (here["operation"] != "block_hessians")]
-        here = here.drop_duplicates([*SETTINGS, "rows"], keep="last")
-        if large.nunique() < 3:
+        large = copies.loc[copies["bytes"] >= 2 * EVEN_BYTES, "rows"]
+        ours = (here["tool"] == "quantkit") & (here["backend"] == "triton") & (here["operation"] != "block_hessians")
+        cases = here[here["rows"].isin(large) & (ours | here.index.isin(copies.index))]
+        spreads = [_spread(times) for _, times in cases.groupby(list(CASE), dropna=False)]
+        found = pd.DataFrame([spread for spread in spreads if spread["doublings"] > 1])
+        if found.empty:
             continue
-        spread = pd.DataFrame([_spread(times) for _, times in here.groupby(list(SETTINGS), dropna=False)])
         lines = []
-        for _, line in _in_order(
-            spread[(spread["global_scale"] != "amax") | (spread["operation"] == "amax")]
-        ).iterrows():
-            same = spread[(spread["operation"] == line["operation"]) & (spread["format"] == line["format"])]
-            from_amax = same[(same["block_size"] == line["block_size"]) & (same["global_scale"] == "amax")]
+        for _, line in _in_order(found[found["global_scale"].ne("amax") | found["operation"].eq("amax")]).iterrows():
+            case = found[found["operation"].eq(line["operation"]) & found["format"].eq(line["format"])]
+            amax = case.loc[case["block_size"].eq(line["block_size"]) & case["global_scale"].eq("amax"), "further"]
             lines.append(
                 {
                     **_what(line),
-                    "Further MB, µs": f"{line['least']:.3f} to {line['most']:.3f}",
-                    "Most / least": f"{line['ratio']:.2f}",
-                    "with amax": f"{from_amax['ratio'].iloc[0]:.2f}" if len(from_amax) else NONE,
-                    "Whole call, most / least": f"{line['whole']:.2f}",
+                    "Each further MB, µs": f"{line['least']:.3f} to {line['most']:.3f}",
+                    "Most / least": f"{line['further']:.2f}",
+                    "Most / least, with amax": f"{amax.iloc[0]:.2f}" if len(amax) else NONE,
+                    "All MB, most / least": f"{line['whole']:.2f}",
                 }
             )
-        launch = bench.loc[bench["operation"] == "launch", "gpu_us_median"].median()
+        launches = here.loc[here["operation"] == "launch", "gpu_us_median"]
+        least = f"; a launch alone takes {launches.median():.1f} µs" if len(launches) else ""
         notes = (
-            _machine(here.iloc[-1]),
-            "Further MB: by how much longer a call takes than on half the rows, over the bytes that it reads and "
-            "writes more, the least and the most of the doublings; with amax: with the pass over the weight",
-            f"Whole call: µs a MB; every call has at least one launch, {launch:.1f} µs, and Hessian the factorization",
-            "PyTorch's copy, in a CUDA graph, slows down where more than 1 GB is read and written",
+            _machine(cases),
+            "Each further MB: GPU time of a call less that on half the rows, over the bytes that it reads and writes "
+            f"more; the least and the most of the {found['doublings'].max()} doublings",
+            "With amax: with the pass over the weight that finds its largest magnitude",
+            f"All MB: GPU time of a call over all bytes that it reads and writes{least}",
         )
         rows = f"{large.min():,.0f} to {large.max():,.0f} rows"
-        tables.append(Table(f"{rows} × {columns:.0f}, {dtype}", notes, pd.DataFrame(lines)))
+        tables.append(Table(f"{rows} × {same[1]:.0f}, {same[2]}", notes, pd.DataFrame(lines)))
     return tables
 
 
@@ -351,21 +352,21 @@ def _spread(times: pd.DataFrame) -> dict[str, Any]:
     further = us_per_further_mb(times).dropna()
     whole = times["gpu_us_median"] / times["bytes"]
     return {
-        **times.iloc[0][list(SETTINGS)],
+        **times.iloc[0][list(CASE)],
+        "doublings": len(further),
         "least": further.min(),
         "most": further.max(),
-        "ratio": further.max() / further.min(),
+        "further": further.max() / further.min(),
         "whole": whole.max() / whole.min(),
     }
 
 
 def us_per_further_mb(times: pd.DataFrame, column: str = "gpu_us_median") -> pd.Series:
-    """Of one case at several numbers of rows: by how much longer it takes than with half as many or the next fewer,
-    over the bytes that it reads and writes more."""
-    large = times.sort_values("rows")
-    small = pd.merge_asof(large[["rows"]] // 2, large[["rows", column, "bytes"]], on="rows").set_index(large.index)
-    further = large["bytes"] - small["bytes"]
-    return (large[column] - small[column]) / (further.where(further > 0) / 1e6)
+    """Of one case at several numbers of rows: its time less that with half the rows, over the bytes that it reads and
+    writes more. NaN where half the rows were not timed."""
+    halves = times.set_index("rows")[[column, "bytes"]].reindex(times["rows"] / 2).set_index(times.index)
+    further = times["bytes"] - halves["bytes"]
+    return (times[column] - halves[column]) / (further.where(further > 0) / 1e6)
 
 
 def _in_order(lines: pd.DataFrame) -> pd.DataFrame:
@@ -388,11 +389,12 @@ def _what(line: pd.Series) -> dict[str, str]:
     }
 
 
-def _machine(line: pd.Series, peers: Sequence[str] = ()) -> str:
-    """What a line of the benchmark was measured with."""
-    known = dict(word.split("=") for word in line["versions"].split())
+def _machine(lines: pd.DataFrame, peers: Sequence[str] = ()) -> str:
+    """What lines of the benchmark were measured with, on one device."""
+    known = dict(word.split("=") for versions in lines["versions"] for word in versions.split())
     used = [f"{name} {known[name]}" for name in ("torch", "triton", *peers) if name in known]
-    return f"{line['device']}; {', '.join(used)}; commit {str(line['commit'])[:10]}"
+    commits = dict.fromkeys(str(commit)[:10] for commit in lines["commit"])
+    return f"{lines['device'].iloc[0]}; {', '.join(used)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 
 
 def _microseconds(rows: pd.DataFrame) -> str:

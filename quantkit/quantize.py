@@ -126,12 +126,12 @@ def _without_kernel(method: Method | None, block_size: int | None, fmt: BlockFor
     return None
 
 
-def _resolve(backend: str, kind: str, lacking: str | None) -> str:
-    """The backend on a kind of device, where kernels are lacking for something or not; see resolve_backend."""
+def _resolve(backend: str, device_type: str, lacking: str | None) -> str:
+    """The backend, see resolve_backend. lacking: what has no kernel, in words, or None."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "triton" if kind == "cuda" and kernels.available() and lacking is None else "reference"
+        return "triton" if device_type == "cuda" and kernels.available() and lacking is None else "reference"
     if backend == "triton":
         if lacking is not None:
             raise BackendUnavailableError(
@@ -141,7 +141,7 @@ def _resolve(backend: str, kind: str, lacking: str | None) -> str:
             raise BackendUnavailableError(
                 "backend 'triton' needs the package triton: pip install triton, or use backend='reference'"
             )
-        if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnavailableError(
                 "backend 'triton' needs a GPU tensor, the weight is on the CPU: move it to a GPU, "
                 "use backend='reference', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
@@ -221,7 +221,7 @@ def _hessians(
                 f"this weight at block size {block_size} needs {list(expected)}"
             )
         result = hessian
-    return result if result.device == weight.device else result.to(weight.device)  # the call takes 0.2 µs
+    return result.to(weight.device)
 
 
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:

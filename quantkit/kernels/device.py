@@ -13,6 +13,7 @@ find the instructions by itself; "plain", for GPUs that do not know them, comput
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ class FormatConstants(NamedTuple):
     clip_free: float
 
 
+@functools.cache
 def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
     """What the kernels need to know of ``fmt`` at ``block_size``."""
     element, scale = fmt.element, fmt.scale

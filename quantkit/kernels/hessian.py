@@ -641,9 +641,9 @@ def hessian_kernel(
     OVERLAP: tl.constexpr,  # with the kernel before, which factorizes or finds the amax
 ):
     QBLOCK: tl.constexpr = FMT.block_size
-    VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # what one load instruction takes
-    # Of 16-bit weights two elements an instruction; residuals, too, where effective scales are powers of two.
     BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = 128 // BITS  # what one load instruction takes
+    # Of 16-bit weights two elements an instruction; residuals, too, where effective scales are powers of two.
     BOUNDS_BY_TWOS: tl.constexpr = TARGET == "cuda" and BITS == 16
     RESIDUALS_BY_TWOS: tl.constexpr = BOUNDS_BY_TWOS and FMT.scale_exact_reciprocal
     column = tl.program_id(0) % num_blocks

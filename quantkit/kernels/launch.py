@@ -56,9 +56,9 @@ class Kernel:
     """A kernel with its grid and its compile-time constants: ``kernel(stream, *arguments)``.
 
     Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. A Kernel starts
-    what its first call compiled, and is for arguments alike: numbers of one value, tensors of one kind. The functions
-    below find it by these. They leave out tensors that are made in this module, always of one type and aligned, or of
-    which a kernel reads nothing, or one float32. docs/log.md has what that saves.
+    what its first call compiled, so it is for numbers of one value and tensors of one kind. The functions below that
+    make them are cached, and take all of these for a key, but for tensors that are made in this module, always of one
+    type and aligned, or of which a kernel reads nothing, or one float32. docs/log.md has what that saves.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> None:
@@ -79,7 +79,8 @@ Kind = tuple[torch.dtype, bool]
 
 
 def _kind(tensor: Tensor) -> Kind:
-    """What Triton compiles for, of a tensor: its type, and whether its address divides by what wide loads want."""
+    """What Triton compiles for, of a tensor: its type, and whether its address divides by what wide loads want. To the
+    functions below it is part of the key alone."""
     return tensor.dtype, tensor.data_ptr() % ALIGNED == 0
 
 
@@ -98,7 +99,7 @@ def _on_its_device(call: Callable[Concatenate[Tensor, P], T]) -> Callable[Concat
     """``call`` with its first argument's device as the current one, where Triton starts kernels."""
 
     @functools.wraps(call)
-    def on_its_device(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+    def on_its_device(tensor: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if INTERPRETED or tensor.device.index == torch.accelerator.current_device_index():
             return call(tensor, *args, **kwargs)
         with torch.cuda.device(tensor.device):
@@ -141,7 +142,7 @@ def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _naive(
-    fmt: BlockFormat, block_size: int, rule: str, parts: int, num_blocks: int, device: torch.device, *kinds: Kind
+    fmt: BlockFormat, block_size: int, rule: str, parts: int, num_blocks: int, kind: Kind, device: torch.device
 ) -> Kernel:
     per_program = NAIVE_ELEMENTS[block_size] // block_size
     return Kernel(
@@ -159,7 +160,7 @@ def _naive(
 
 @functools.cache
 def _sse(
-    fmt: BlockFormat, block_size: int, count: bool, parts: int, num_blocks: int, device: torch.device, *kinds: Kind
+    fmt: BlockFormat, block_size: int, count: bool, parts: int, num_blocks: int, kind: Kind, device: torch.device
 ) -> Kernel:
     per_program = SSE_ELEMENTS // block_size
     return Kernel(
@@ -183,8 +184,8 @@ def _hessian(
     parts: int,
     rows: int,
     column_blocks: int,
+    kind: Kind,
     device: torch.device,
-    *kinds: Kind,
 ) -> Kernel:
     tiles = HESSIAN_TILES[fmt.scale.mantissa_bits == 0]
     return Kernel(
@@ -204,7 +205,7 @@ def _hessian(
 
 
 @functools.cache
-def _factorize(block_size: int, num_blocks: int, device: torch.device, *kinds: Kind) -> Kernel:
+def _factorize(block_size: int, num_blocks: int, kind: Kind, device: torch.device) -> Kernel:
     # Without launch_pdl it starts after all that came before, as amax does where it is first. The kernels behind rely
     # on that: what they write, or read of others than the one before them, before they wait is then free, or there.
     return Kernel(
@@ -222,7 +223,7 @@ def _factorize(block_size: int, num_blocks: int, device: torch.device, *kinds: K
 
 
 @functools.cache
-def _amax(after: bool, size: int, device: torch.device, *kinds: Kind) -> Kernel:
+def _amax(after: bool, size: int, kind: Kind, device: torch.device) -> Kernel:
     """after: may start while the kernel before still runs, and ends after it."""
     overlap = _overlap(device)
     return Kernel(
@@ -237,7 +238,15 @@ def _amax(after: bool, size: int, device: torch.device, *kinds: Kind) -> Kernel:
 
 
 @functools.cache
-def _dequantize(fmt: BlockFormat, block_size: int, num_chunks: int, device: torch.device, *kinds: Kind) -> Kernel:
+def _dequantize(
+    fmt: BlockFormat,
+    block_size: int,
+    num_chunks: int,
+    codes: Kind,
+    scales: Kind,
+    types: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> Kernel:
     return Kernel(
         dequantize_kernel,
         (_ceil_div(num_chunks, DEQUANTIZE_CHUNKS), 1),
@@ -252,13 +261,13 @@ def _splits(tokens: int) -> int:
 
 
 @functools.cache
-def _block_hessians(block_size: int, tokens: int, in_features: int, device: torch.device, activations: Kind) -> Kernel:
+def _block_hessians(block_size: int, tokens: int, in_features: int, kind: Kind, device: torch.device) -> Kernel:
     return Kernel(
         block_hessians_kernel,
         (_ceil_div(in_features, BLOCK_HESSIANS_WIDTH), _splits(tokens)),
         QBLOCK=block_size,
         WIDTH=BLOCK_HESSIANS_WIDTH,
-        BLOCK_T=128 if activations[0].itemsize == 2 else 32,
+        BLOCK_T=128 if kind[0].itemsize == 2 else 32,
         UPCAST=INTERPRETED,
         num_warps=4,
     )
@@ -290,6 +299,7 @@ class Quantized(NamedTuple):
 @_on_its_device
 def quantize(
     matrix: Tensor,
+    /,
     fmt: BlockFormat,
     block_size: int,
     method: str,
@@ -309,23 +319,22 @@ def quantize(
     column_blocks = columns // block_size
     device = matrix.device
     from_amax = fmt.two_level and global_scale is None
-    stream = _stream(device)
+    kind, stream = _kind(matrix), _stream(device)
     flags = torch.zeros(2, dtype=torch.int32, device=device) if check_finite else _unread_flags(device)
     amax = flags  # any pointer will do where nothing is read
-    # After the first of its kernels, another may start before the one before it has ended.
+    # Of this call's kernels, all but the first may start before the one before them has ended.
     if hessians is not None:
         hessians = _as_factorized(hessians)
         factors = _empty_factors(hessians)
-        _factorize(block_size, column_blocks, device, _kind(hessians))(stream, hessians, factors, flags)
+        _factorize(block_size, column_blocks, _kind(hessians), device)(stream, hessians, factors, flags)
     if from_amax:
         amax = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
         size = rows * columns
-        _amax(hessians is not None, size, device, _kind(matrix))(stream, matrix, amax, size)
+        _amax(hessians is not None, size, kind, device)(stream, matrix, amax, size)
 
-    # What these do not need is found and made while they run.
+    # Allocated after the first kernels have been started, if there are any, so that they do not wait for it.
     parts = AMAX_PROGRAMS if from_amax else 0
     num_blocks = rows * column_blocks
-    kind = _kind(matrix)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
     candidates = torch.empty_like(scales) if count_candidates else None
@@ -333,15 +342,15 @@ def quantize(
     if global_scale is None:
         global_scale = torch.empty((), dtype=torch.float32, device=device)  # written by the kernels
     if method == "hessian":
-        kernel = _hessian(fmt, block_size, count_candidates, parts, rows, column_blocks, device, kind)
+        kernel = _hessian(fmt, block_size, count_candidates, parts, rows, column_blocks, kind, device)
         kernel(stream, matrix, factors, global_scale, amax, codes, scales, counted, flags, rows, column_blocks)
     elif method == "naive":
-        kernel = _naive(fmt, block_size, rule, parts, num_blocks, device, kind)
+        kernel = _naive(fmt, block_size, rule, parts, num_blocks, kind, device)
         kernel(stream, matrix, global_scale, amax, codes, scales, flags, num_blocks)
         if candidates is not None:
             candidates.fill_(1)
     elif method == "sse":
-        kernel = _sse(fmt, block_size, count_candidates, parts, num_blocks, device, kind)
+        kernel = _sse(fmt, block_size, count_candidates, parts, num_blocks, kind, device)
         kernel(stream, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
     else:
         raise NotImplementedError(f"method {method!r} has no kernel: list it with has_kernel=False")
@@ -363,7 +372,7 @@ def _empty_factors(hessians: Tensor) -> Tensor:
 
 
 @_on_its_device
-def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factorize(hessians: Tensor, /, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and, in half
     precision and rounded up, √(H⁻¹)_ii, both ``[num_blocks, block_size]``, of ``hessians``: what quantize has made for
     its kernel, for a look at it.
@@ -374,38 +383,38 @@ def factorize(hessians: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_blocks, block_size, _ = hessians.shape
     factors = _empty_factors(hessians)
     device = hessians.device
-    _factorize(block_size, num_blocks, device, _kind(hessians))(_stream(device), hessians, factors, flags)
+    _factorize(block_size, num_blocks, _kind(hessians), device)(_stream(device), hessians, factors, flags)
     inverse_roots = factors[:, block_size + 1].view(torch.float16)[:, :block_size]
     return factors[:, :block_size], factors[:, block_size], inverse_roots
 
 
 @_on_its_device
-def amax_parts(matrix: Tensor) -> Tensor:
+def amax_parts(matrix: Tensor, /) -> Tensor:
     """int32 ``[AMAX_PROGRAMS]``: float32 bits of the largest magnitudes of as many parts of ``matrix``, bf16, fp16 or
     fp32 and contiguous: what quantize has made for its kernels, for a look at it."""
     size, device = matrix.numel(), matrix.device
     parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
-    _amax(False, size, device, _kind(matrix))(_stream(device), matrix, parts, size)
+    _amax(False, size, _kind(matrix), device)(_stream(device), matrix, parts, size)
     return parts
 
 
 @_on_its_device
 def dequantize(
-    codes: Tensor, scales: Tensor, global_scale: Tensor, fmt: BlockFormat, block_size: int, dtype: torch.dtype
+    codes: Tensor, /, scales: Tensor, global_scale: Tensor, fmt: BlockFormat, block_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight ``[..., K]`` in ``dtype`` (bf16, fp16 or fp32) of packed codes ``[..., K/2]`` and scale bytes."""
     codes, scales = codes.contiguous(), scales.contiguous()
     weight = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype, device=codes.device)
     num_chunks = weight.numel() // 8
     if num_chunks:
-        kinds = (_kind(codes), _kind(scales), _kind(global_scale), _kind(weight))
-        kernel = _dequantize(fmt, block_size, num_chunks, codes.device, *kinds)
+        types = (global_scale.dtype, dtype)
+        kernel = _dequantize(fmt, block_size, num_chunks, _kind(codes), _kind(scales), types, codes.device)
         kernel(_stream(codes.device), codes, scales, global_scale, weight, num_chunks)
     return weight
 
 
 @_on_its_device
-def block_hessians(activations: Tensor, block_size: int) -> Tensor:
+def block_hessians(activations: Tensor, /, block_size: int) -> Tensor:
     """Float32 ``[K/block_size, block_size, block_size]`` of bf16, fp16 or fp32 activations ``[tokens, K]``."""
     activations = activations.contiguous()
     tokens, in_features = activations.shape
@@ -414,6 +423,6 @@ def block_hessians(activations: Tensor, block_size: int) -> Tensor:
     shape = (splits, in_features // block_size, block_size, block_size)
     parts = torch.empty(shape, dtype=torch.float32, device=device)
     if parts.numel():
-        kernel = _block_hessians(block_size, tokens, in_features, device, _kind(activations))
+        kernel = _block_hessians(block_size, tokens, in_features, _kind(activations), device)
         kernel(_stream(device), activations, parts, tokens, in_features, BLOCK_HESSIANS_TOKENS)
     return parts[0] if splits == 1 else parts.sum(0)

@@ -129,7 +129,7 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
 
 
 def scaled(us_per_row: dict[int, float], **case: Any) -> list[dict[str, Any]]:
-    """Times of one case, a launch of 4 µs and so much more a row; 1000 columns of float16."""
+    """Times of one case, a launch of 4 µs and so much more a row, of 1000 columns."""
     written = 2 if case["operation"] == "copy" else 1.5
     return [
         row(rows=rows, columns=1000, gpu_us_median=4 + us * rows, bytes=int(written * 2000 * rows), **case)
@@ -138,23 +138,29 @@ def scaled(us_per_row: dict[int, float], **case: Any) -> list[dict[str, Any]]:
 
 
 def test_the_scaling_table_tells_each_further_megabyte_from_the_whole_call() -> None:
-    even = dict.fromkeys((8, 10_000, 20_000, 40_000), 0.001)
+    even = dict.fromkeys((8, 10_000, 15_000, 20_000, 40_000), 0.001)
     copy = scaled(even, kind="copy", tool="torch", operation="copy")
     ours = {"kind": "kernel", "tool": "quantkit", "operation": "sse", "format": "nvfp4", "block_size": 16,
             "backend": "triton"}  # fmt: skip
     given = scaled(even | {8: 1.0, 40_000: 0.00125}, global_scale="given", **ours)
     amax = scaled(even, global_scale="amax", **ours)
-    launch = row(kind="launch", tool="torch", operation="launch", gpu_us_median=3.5)
-    (table,) = scaling_tables(pd.DataFrame([*given, *copy, *amax, launch]))
+    reference = scaled(even, global_scale="given", **ours | {"backend": "reference"})
+    some = scaled(dict.fromkeys((10_000, 20_000), 0.001), global_scale="given", **ours | {"block_size": 32})
+    launch = row(kind="launch", tool="torch", operation="launch", columns=1000, gpu_us_median=3.5)
+    elsewhere = [{**line, "device": "Another GPU", "gpu_us_median": 99.0} for line in (*copy[:2], launch)]
+    measured = [*given, *copy, *amax, *reference, *some, launch, *elsewhere]
+    (table,) = scaling_tables(pd.DataFrame(measured))
     assert table.title == "10,000 to 40,000 rows × 1000, bfloat16"  # of 8 rows are less than 16 MiB
     sse, copied = table.frame.to_dict("records")
     assert (sse["Operation"], sse["Format"], sse["Block"]) == ("SSE", "NVFP4", "16")
     # 10 µs for 30 MB; then 50 - 20 = 30 for 60
-    assert (sse["Further MB, µs"], sse["Most / least"], sse["with amax"]) == ("0.333 to 0.500", "1.50", "1.00")
-    assert (copied["Operation"], copied["Most / least"], copied["with amax"]) == ("Copy", "1.00", "–")
-    assert copied["Whole call, most / least"] == f"{14 / 11:.2f}"
-    assert "3.5 µs" in " ".join(table.notes)
-    assert scaling_tables(pd.DataFrame([*given[:3], *copy[:3]])) == []
+    assert (sse["Each further MB, µs"], sse["Most / least"]) == ("0.333 to 0.500", "1.50")
+    assert (copied["Operation"], copied["Most / least"]) == ("Copy", "1.00")
+    assert [line["Most / least, with amax"] for line in (sse, copied)] == ["1.00", "–"]
+    assert copied["All MB, most / least"] == f"{14 / 11:.2f}"
+    assert "3.5 µs" in " ".join(table.notes) and "the 2 doublings" in " ".join(table.notes)
+    assert scaling_tables(pd.DataFrame([*given[:4], *copy[:4]])) == []  # one doubling
+    assert scaling_tables(pd.DataFrame(measured).assign(gpu_us_median=float("nan"))) == []
 
 
 def test_every_shape_has_one_global_scale() -> None:
@@ -164,9 +170,14 @@ def test_every_shape_has_one_global_scale() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bench", "scaling"])
-def test_a_missing_benchmark_is_named(kind: str, tmp_path: Path) -> None:
+def test_a_missing_or_empty_benchmark_is_named(kind: str, tmp_path: Path) -> None:
     text = f"<!-- BEGIN GENERATED: {kind}:none -->\n<!-- END GENERATED: {kind}:none -->\n"
-    with pytest.raises(ReportError, match=r"results/bench/none\.csv"):
+    with pytest.raises(ReportError, match=r"no results/bench/none\.csv; run .*bench\.py"):
+        fill(text, "README.md", {}, _no_frames(), tmp_path)
+    path = tmp_path / "results" / "bench" / "none.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(bench.to_csv([]))
+    with pytest.raises(ReportError, match=r"results/bench/none\.csv has no times for it; run .*bench\.py"):
         fill(text, "README.md", {}, _no_frames(), tmp_path)
 
 

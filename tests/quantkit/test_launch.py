@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,12 +47,11 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
-    active = SimpleNamespace(get_current_stream=lambda index: STREAM)
+    active = SimpleNamespace(get_current_stream=lambda index: STREAM + index)
     runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
     fake = SimpleNamespace(runtime=runtime, knobs=SimpleNamespace(runtime=hooks))
     monkeypatch.setattr(launch, "triton", fake)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: None)
     return Recorder()
 
 
@@ -64,88 +64,130 @@ def test_what_was_compiled_is_started(recorder: Recorder) -> None:
     assert recorder.started == [(5, 1, 1, STREAM, FUNCTION, METADATA, None, None, None, x, 64, 32)]
 
 
-def test_a_profiler_hears_of_every_launch(recorder: Recorder) -> None:
-    kernel = launch.Kernel(recorder, (5, 1), BLOCK=32)
-    assert launch._stream(torch.device("cpu")) == STREAM
-    launch.triton.knobs.runtime.launch_exit_hook.calls.append(print)
-    assert launch._stream(torch.device("cpu")) is None
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_hears_of_every_launch(hook: str, recorder: Recorder) -> None:
+    kernel, device = launch.Kernel(recorder, (5, 1), BLOCK=32), torch.device("cuda", 3)
+    assert launch._stream(device) == STREAM + 3
+    setattr(launch.triton.knobs.runtime, hook, SimpleNamespace(calls=[print]))
     for _ in range(2):
-        kernel(launch._stream(torch.device("cpu")), torch.zeros(64), 64)
+        kernel(launch._stream(device), torch.zeros(64), 64)
     assert len(recorder.compiled) == 2 and not recorder.started
 
 
-class Started:
-    """Stands for Kernel."""
+def test_a_kernel_starts_on_its_tensor_s_device(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not the current one becomes so, for the call."""
+    current = [0]
 
-    def __init__(self, kernel: Any) -> None:
-        self.name, self.calls = kernel.__name__, 0
+    @contextlib.contextmanager
+    def switch(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
 
-    def __call__(self, stream: int | None, *arguments: Any) -> None:
-        self.calls += 1
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    call = launch._on_its_device(lambda tensor: current[0])
+    assert [call(SimpleNamespace(device=torch.device("cuda", index))) for index in (0, 3)] == [0, 3]  # type: ignore[arg-type]
+    assert current == [0]
+
+
+class Kernels:
+    """What is made and started in the place of kernels: nothing runs."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.started: list[str] = []
+
+    def make(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> Callable[..., None]:
+        name = kernel.__name__.removesuffix("_kernel") + ("_after" if constants.get("AFTER") else "")
+        self.made.append(name)
+        return lambda stream, *arguments: self.started.append(name)
+
+    def __call__(self, call: Callable[[], object]) -> tuple[list[str], list[str]]:
+        """(made, started) by a call. Called again, it makes nothing, and starts the same."""
+        self.made, self.started = [], []
+        call()
+        made, started = self.made, self.started
+        self.made, self.started = [], []
+        call()
+        assert (self.made, self.started) == ([], started)
+        return made, started
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Started]:
-    """The kernels that are made, none of which runs."""
-    made: list[Started] = []
-
-    def make(kernel: Any, grid: tuple[int, int], **constants: Any) -> Started:
-        made.append(Started(kernel))
-        return made[-1]
-
-    monkeypatch.setattr(launch, "Kernel", make)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    kernels = Kernels()
+    monkeypatch.setattr(launch, "Kernel", kernels.make)
+    monkeypatch.setattr(launch, "_overlap", lambda device: {"OVERLAP": True})
     for name in ("_naive", "_sse", "_hessian", "_factorize", "_amax", "_dequantize", "_block_hessians"):
         monkeypatch.setattr(launch, name, functools.cache(getattr(launch, name).__wrapped__))
-    return made
+    return kernels
 
 
-def names_of(call: Callable[[], object], made: list[Started]) -> list[str]:
-    """What a call makes anew; called twice, it makes nothing more, and starts all of it again."""
-    before = len(made)
-    call()
-    new = made[before:]
-    call()
-    assert made[before:] == new and all(kernel.calls == 2 for kernel in new)
-    return [kernel.name for kernel in new]
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same at an address that no wide load may have."""
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
 
 
-def test_a_kernel_is_for_arguments_alike(started: list[Started]) -> None:
+def test_a_kernel_is_for_arguments_alike(kernels: Kernels) -> None:
     w, hessian = torch.randn(8, 32, device=DEVICE), torch.eye(16, device=DEVICE).repeat(2, 1, 1)
-    unaligned = torch.randn(257, device=DEVICE)[1:].view(8, 32)
 
     def run(weight: Tensor, hessian: Tensor = hessian, scale: float | None = None) -> Callable[[], object]:
         return lambda: quantize(
             weight, method="hessian", hessian=hessian, global_scale=scale, backend="triton", check_finite=False
         )
 
-    kernels = ["factorize_kernel", "amax_kernel", "hessian_kernel"]
-    assert names_of(run(w), started) == kernels
-    assert names_of(run(w, hessian.half()), started) == []  # made float32 before
-    assert names_of(run(w, hessian.double()), started) == kernels[:1]
-    assert names_of(run(w.half()), started) == kernels[1:]
-    assert names_of(run(unaligned), started) == kernels[1:]
-    assert names_of(run(torch.randn(9, 32, device=DEVICE)), started) == kernels[1:]
-    assert names_of(run(w, scale=1.0), started) == kernels[2:]
+    all_of_them = ["factorize", "amax_after", "hessian"]
+    assert kernels(run(w)) == (all_of_them, all_of_them)
+    assert kernels(run(w, hessian.half())) == ([], all_of_them)  # made float32 before
+    assert kernels(run(w, hessian.double())) == (["factorize"], all_of_them)
+    assert kernels(run(w, unaligned(hessian))) == (["factorize"], all_of_them)
+    for weight in (w.half(), unaligned(w), torch.randn(9, 32, device=DEVICE)):
+        assert kernels(run(weight)) == (["amax_after", "hessian"], all_of_them)
+    assert kernels(run(w, scale=1.0)) == (["hessian"], ["factorize", "hessian"])
 
 
 @pytest.mark.parametrize("method", ["naive", "sse"])
-def test_so_are_those_of_the_other_methods(method: str, started: list[Started]) -> None:
+def test_so_are_those_of_the_other_methods(method: str, kernels: Kernels) -> None:
     def run(weight: Tensor) -> Callable[[], object]:
         return lambda: quantize(weight, method=method, backend="triton", check_finite=False)
 
-    w, unaligned = torch.randn(8, 32, device=DEVICE), torch.randn(257, device=DEVICE)[1:].view(8, 32)
-    for weight in (w, w.bfloat16(), torch.randn(8, 48, device=DEVICE), unaligned):
-        assert names_of(run(weight), started) == ["amax_kernel", f"{method}_kernel"]
+    w = torch.randn(8, 32, device=DEVICE)
+    for weight in (w, w.bfloat16(), torch.randn(8, 48, device=DEVICE), unaligned(w)):
+        assert kernels(run(weight)) == (["amax", method], ["amax", method])
 
 
-def test_so_are_those_without_a_method(started: list[Started]) -> None:
+def test_so_are_those_without_a_method(kernels: Kernels) -> None:
     q = quantize(torch.randn(8, 32, device=DEVICE), backend="reference")
-    given = (q.codes, q.scales, q.global_scale, q.format, 16)
-    assert names_of(lambda: launch.dequantize(*given, torch.float32), started) == ["dequantize_kernel"]
-    assert names_of(lambda: launch.dequantize(*given, torch.float16), started) == ["dequantize_kernel"]
+    codes, scales, one = q.codes, q.scales, q.global_scale
+
+    def values(codes: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+        return lambda: launch.dequantize(codes, scales, global_scale, q.format, 16, dtype)
+
+    for call in (
+        values(codes, scales, one, torch.float32),
+        values(codes, scales, one, torch.float16),
+        values(unaligned(codes), scales, one, torch.float32),
+        values(codes, unaligned(scales), one, torch.float32),
+        values(codes, scales, one.double(), torch.float32),
+        values(codes.repeat(2, 1), scales.repeat(2, 1), one, torch.float32),
+    ):
+        assert kernels(call) == (["dequantize"], ["dequantize"])
     x = torch.randn(9, 32, device=DEVICE)
-    for activations in (x, x[1:], x.half()):
-        assert names_of(functools.partial(launch.block_hessians, activations, 16), started) == ["block_hessians_kernel"]
+    for call in (
+        lambda: launch.block_hessians(x, 16),
+        lambda: launch.block_hessians(unaligned(x), 16),
+        lambda: launch.block_hessians(x.half(), 16),
+        lambda: launch.block_hessians(x[:8], 16),
+        lambda: launch.block_hessians(x, 32),
+    ):
+        assert kernels(call) == (["block_hessians"], ["block_hessians"])
+    for weight in (x, unaligned(x), x.half()):
+        assert kernels(functools.partial(launch.amax_parts, weight)) == (["amax"], ["amax"])
+    hessian, flags = torch.eye(16, device=DEVICE).repeat(2, 1, 1), torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    for given in (hessian, unaligned(hessian), hessian.double(), hessian[:1]):
+        assert kernels(functools.partial(launch.factorize, given, flags)) == (["factorize"], ["factorize"])
 
 
 @pytest.mark.parametrize(
