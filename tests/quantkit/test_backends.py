@@ -122,7 +122,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target_of", lambda device: "plain")
     for name in ("_overlap", "_naive", "_sse", "_hessian", "_factorize", "_amax"):
         monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
-    assert launch._amax(False, 64, torch.device("cuda")).constants["TARGET"] == "plain"
+    assert launch._amax(False, 64, (torch.float32, True), torch.device("cuda")).constants["TARGET"] == "plain"
 
 
 @pytest.mark.gpu

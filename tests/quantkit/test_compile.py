@@ -21,15 +21,15 @@ from quantkit.kernels import launch
 target, capability, format, block_size, dtype, *names = sys.argv[1:]
 launch.target_of = lambda device: target
 launch._overlap = lambda device: {"OVERLAP": int(capability) >= 90}
-fmt, size, device = FORMATS[format], int(block_size), torch.device("cpu")
+fmt, size, any_kind = FORMATS[format], int(block_size), ((torch.float32, True), torch.device("cpu"))
 kernels = {
-    "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, 64, device),
-    "sse": lambda: launch._sse(fmt, size, True, 256, 64, device),
-    "hessian": lambda: launch._hessian(fmt, size, True, 0, 64, 1, device),
-    "factorize": lambda: launch._factorize(size, 1, device),
-    "amax": lambda: launch._amax(True, 64, device),
-    "dequantize": lambda: launch._dequantize(fmt, size, 64, device),
-    "block_hessians": lambda: launch._block_hessians(size, 64, 64, device, (torch.bfloat16, True)),
+    "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, 64, *any_kind),
+    "sse": lambda: launch._sse(fmt, size, True, 256, 64, *any_kind),
+    "hessian": lambda: launch._hessian(fmt, size, True, 0, 64, 1, *any_kind),
+    "factorize": lambda: launch._factorize(size, 1, *any_kind),
+    "amax": lambda: launch._amax(True, 64, *any_kind),
+    "dequantize": lambda: launch._dequantize(fmt, size, 64, None, None, None, any_kind[1]),
+    "block_hessians": lambda: launch._block_hessians(size, 64, 64, (torch.bfloat16, True), any_kind[1]),
 }
 for name in names or kernels:
     kernel = kernels[name]()
