@@ -39,7 +39,7 @@ def check_activations(activations: Tensor, in_features: int | None = None) -> No
         )
     if in_features is not None and activations.shape[1] != in_features:
         raise ValueError(
-            f"activations have {activations.shape[1]} features, the weight has {in_features} columns; "
+            f"activations have {activations.shape[1]} features, the layer has {in_features} (columns of its weight); "
             "pass the inputs of this very layer"
         )
     check_finite(activations, "activations")
@@ -52,9 +52,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
         return
     count = int((~finite).sum())
     first = tuple(int(i) for i in (~finite).nonzero()[0])
-    raise ValueError(
-        f"{name} holds {count} NaN or Inf value{'s' * (count > 1)}, the first at index {first}; nothing was quantized"
-    )
+    raise ValueError(f"{name} holds {count} NaN or Inf value{'s' * (count > 1)}, the first at index {first}")
 
 
 class GramAccumulator:
@@ -131,16 +129,16 @@ class HessianFactors:
     inverse_diagonal: Tensor
 
 
-def factorize(hessians: Tensor) -> HessianFactors:
+def factorize(hessians: Tensor, name: str = "hessian") -> HessianFactors:
     """Factors of positive semi-definite ``hessians`` ``[num_blocks, block_size, block_size]``.
 
     Each H_ii is raised by RELATIVE_DAMPING of itself, and where it is zero set to DEAD_CHANNEL times the mean diagonal
     (1 for an all-zero Hessian), so what H cannot tell apart is told apart by squared error. A block whose Cholesky
     factorization fails all the same, because rounding made it indefinite, is replaced by the nearest positive definite
-    matrix. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite.
+    matrix. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite. name: what errors call them.
     """
-    check_finite(hessians, "hessian")
-    hessians = hessians.double()
+    check_finite(hessians, name)
+    hessians = hessians.detach().double()
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(-1, keepdim=True)
     relative = torch.where(mean > 0, diagonal / mean, 1.0)
@@ -158,7 +156,7 @@ def factorize(hessians: Tensor) -> HessianFactors:
         if bool(bad.any()):
             block = int(which[bad.nonzero()[0]])
             raise ValueError(
-                f"hessian block {block} is not positive semi-definite: its eigenvalues, relative to its diagonal, "
+                f"{name} block {block} is not positive semi-definite: its eigenvalues, relative to its diagonal, "
                 f"run from {eigenvalues[bad][0, 0]:.3g} to {eigenvalues[bad][0, -1]:.3g}; "
                 "accumulate it as XᵀX in float32 or better"
             )
@@ -170,7 +168,7 @@ def factorize(hessians: Tensor) -> HessianFactors:
 def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     """Rows of ``activations`` in ``dtype`` on ``device``, CHUNK_ELEMENTS elements or fewer at a time."""
     rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
-    for batch in activations.split(rows):
+    for batch in activations.detach().split(rows):
         yield batch.to(device=device, dtype=dtype)
 
 

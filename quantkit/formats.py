@@ -253,6 +253,6 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
     """The format called ``name``. Raises ValueError with the known names."""
     if isinstance(name, BlockFormat):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; known formats: {', '.join(FORMATS)}")
     return FORMATS[name]

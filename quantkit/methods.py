@@ -67,6 +67,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 def get_method(name: str) -> Method:
     """The method called ``name``. Raises ValueError with the known names."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
     return METHODS[name]

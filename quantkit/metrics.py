@@ -20,10 +20,10 @@ __all__ = ["compute_metrics", "output_error", "output_error_from_gram", "weight_
 CHUNK_ROWS = 4096
 
 
+@torch.no_grad()
 def weight_error(weight: Tensor, quantized: Tensor) -> float:
     """``‖W_q − W‖ / ‖W‖`` of two tensors of one shape."""
-    _check_shapes(weight, quantized)
-    weight, quantized = weight.reshape(-1, weight.shape[-1]), quantized.reshape(-1, weight.shape[-1])
+    weight, quantized = _matrices(weight, quantized)
     error = norm = 0.0
     for w, q in zip(weight.split(CHUNK_ROWS), quantized.split(CHUNK_ROWS), strict=True):
         error += float((q.double() - w.double()).square().sum())
@@ -31,30 +31,39 @@ def weight_error(weight: Tensor, quantized: Tensor) -> float:
     return _ratio(error, norm)
 
 
+@torch.no_grad()
 def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantized: Tensor) -> float:
-    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[out_features, K]``; activations ``[tokens, K]`` or batches of it."""
-    _check_shapes(weight, quantized)
+    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[..., K]``; activations ``[tokens, K]`` or batches of it, one token or
+    more."""
+    weight, quantized = _matrices(weight, quantized)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     reference = weight.to(dtype)
     difference = quantized.to(dtype) - reference
     batches = (activations,) if isinstance(activations, Tensor) else activations
     error = norm = 0.0
+    tokens = 0
     for batch in batches:
         if batch.ndim != 2 or batch.shape[1] != weight.shape[-1]:
             raise ValueError(
                 f"activations of shape {list(batch.shape)} do not fit a weight with {weight.shape[-1]} columns; "
                 "expected [tokens, in_features]"
             )
+        tokens += len(batch)
         for chunk in batch.split(CHUNK_ROWS):
             x = chunk.to(device=weight.device, dtype=dtype)
             error += float((x @ difference.T).square_().sum(dtype=torch.float64))
             norm += float((x @ reference.T).square_().sum(dtype=torch.float64))
+    if not tokens:
+        raise ValueError(
+            "activations hold no token; a generator gives its batches only once: make a new one, or a list"
+        )
     return _ratio(error, norm)
 
 
+@torch.no_grad()
 def output_error_from_gram(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
-    """The output error of weights ``[out_features, in_features]`` on the tokens whose Gram matrix is ``gram``."""
-    _check_shapes(weight, quantized)
+    """The output error of weights ``[..., in_features]`` on the tokens whose Gram matrix is ``gram``."""
+    weight, quantized = _matrices(weight, quantized)
     if gram.shape != (weight.shape[-1], weight.shape[-1]):
         raise ValueError(f"gram of shape {list(gram.shape)} does not fit a weight with {weight.shape[-1]} columns")
     dtype = torch.promote_types(gram.dtype, torch.float32)
@@ -84,6 +93,13 @@ def _ratio(error: float, norm: float) -> float:
     return math.sqrt(error / norm)
 
 
-def _check_shapes(weight: Tensor, quantized: Tensor) -> None:
+def _matrices(weight: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as ``[rows, K]``, of one shape."""
+    for name, value in (("weight", weight), ("quantized", quantized)):
+        if not isinstance(value, Tensor):
+            remedy = "pass its .dequantize()" if hasattr(value, "dequantize") else "pass a tensor"
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
     if weight.shape != quantized.shape:
         raise ValueError(f"weight {list(weight.shape)} and its quantized form {list(quantized.shape)} differ in shape")
+    rows = math.prod(weight.shape[:-1])
+    return weight.reshape(rows, weight.shape[-1]), quantized.reshape(rows, weight.shape[-1])

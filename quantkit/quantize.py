@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from quantkit.tensor import QuantizedTensor, pack_codes
 __all__ = ["BACKENDS", "BackendUnavailableError", "quantize", "resolve_backend"]
 
 BACKENDS = ("auto", "reference", "triton")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Weights that the reference holds in float64 at a time: on a CPU, a few arrays of them fit a core's cache.
 REFERENCE_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
@@ -41,7 +43,7 @@ def quantize(
     check_finite: bool = True,
     count_candidates: bool = False,
 ) -> QuantizedTensor:
-    """Quantizes ``weight [..., K]`` of any float dtype along its last dimension.
+    """Quantizes ``weight [..., K]``, float16, bfloat16, float32 or float64, along its last dimension.
 
     format: a name in FORMATS, or a BlockFormat.
     method: "naive" (scale from amax), "sse" (least squared error), "hessian" (least r H rᵀ).
@@ -58,20 +60,22 @@ def quantize(
     count_candidates: also return, for each block, how many scales were evaluated.
 
     Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
-    Raises TypeError for a weight that is no tensor, and ValueError (BackendUnavailableError for a backend that cannot
-    run) naming the offending value and the remedy.
+    Raises TypeError for what should be a tensor and is none, and ValueError (BackendUnavailableError for a backend that
+    cannot run) naming the offending value and the remedy.
     """
     fmt, chosen = get_format(format), get_method(method)
     rule = _check_options(weight, fmt, block_size, scale_rule)
     use_triton = _resolve(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
 
+    source = "hessian" if gram is None else "gram, in its diagonal blocks,"
     leading = weight.shape[:-1]
-    matrix = weight if len(leading) == 1 else weight.reshape(math.prod(leading), weight.shape[-1])
+    matrix = weight.detach() if weight.requires_grad else weight
+    matrix = matrix if len(leading) == 1 else matrix.reshape(math.prod(leading), weight.shape[-1])
     if matrix.dtype == torch.float64:
         matrix = matrix.float()
     if check_finite and not use_triton:
-        calibration.check_finite(weight, "weight")
+        _check_finite(weight, matrix)
     use_kernels = use_triton and matrix.numel() > 0
     multiplier = _global_scale(matrix, fmt, global_scale, use_kernels)
 
@@ -80,13 +84,13 @@ def quantize(
             matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates, check_finite
         )
         if check_finite and any(flags.tolist()):
-            calibration.check_finite(weight, "weight")
+            _check_finite(weight, matrix)
             if hessians is not None:
-                calibration.factorize(hessians)  # raises, and says why
+                calibration.factorize(hessians, source)  # raises, and says why
     else:
         assert multiplier is not None
         with parallel.one_torch_thread():
-            factors = None if hessians is None else calibration.factorize(hessians)
+            factors = None if hessians is None else calibration.factorize(hessians, source)
         codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, chosen, multiplier, rule, factors)
 
     if not count_candidates:
@@ -161,9 +165,11 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
         raise ValueError(f"{fmt.name} has no block size {block_size!r}; it offers {offered}")
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
         raise ValueError(f"{fmt.name} has no scale rule {scale_rule!r}; it offers {', '.join(fmt.scale_rules)}")
-    if not weight.is_floating_point():
+    if weight.dtype not in WEIGHT_DTYPES or weight.layout != torch.strided:
+        sparse = f", {weight.layout}" if weight.layout != torch.strided else ""
         raise ValueError(
-            f"weight must be floating point, got {weight.dtype}; convert it, for example with weight.float()"
+            "weight must be dense float16, bfloat16, float32 or float64, got "
+            f"{str(weight.dtype).removeprefix('torch.')}{sparse}; convert it with weight.float() or weight.to_dense()"
         )
     if weight.ndim == 0:
         raise ValueError("weight must have at least one dimension, got a scalar")
@@ -173,6 +179,23 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
             "pad it with zeros or choose another block size"
         )
     return scale_rule or fmt.scale_rules[0]
+
+
+def _check_finite(weight: Tensor, matrix: Tensor) -> None:
+    """Raises ValueError for NaN and Inf, and for a float64 weight beyond float32, to which matrix was converted."""
+    calibration.check_finite(weight, "weight")
+    if weight.dtype == torch.float64 and not bool(matrix.isfinite().all()):
+        largest = float(weight.abs().max())
+        raise ValueError(f"weight holds {largest:.3g}, beyond float32, in which it is quantized; scale it down")
+
+
+def _check_tensor(value: object, name: str) -> None:
+    """Raises TypeError for an argument that is no tensor, ValueError for one of no float dtype."""
+    if not isinstance(value, Tensor):
+        remedy = "pass its .gram" if isinstance(value, calibration.GramAccumulator) else "pass one tensor"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be floating-point, got {value.dtype}; convert it with {name}.float()")
 
 
 def _hessians(
@@ -199,6 +222,7 @@ def _hessians(
         return None
     columns = weight.shape[-1]
     if activations is not None:
+        _check_tensor(activations, "activations")
         if activations.shape[:1] == (0,) and columns > 0:
             raise ValueError(f"activations {list(activations.shape)} have no token; method {method.name!r} needs some")
         if use_triton and activations.is_cuda and activations.dtype != torch.float64:
@@ -206,7 +230,9 @@ def _hessians(
         else:
             calibration.check_activations(activations, columns)
             result = calibration.hessians_from_activations(activations, block_size)
+            _check_squares(result)
     elif gram is not None:
+        _check_tensor(gram, "gram")
         if gram.shape != (columns, columns):
             raise ValueError(
                 f"gram has shape {list(gram.shape)}, a weight with {columns} columns needs [{columns}, {columns}]"
@@ -214,6 +240,7 @@ def _hessians(
         result = calibration.block_hessians(gram, block_size)
     else:
         assert hessian is not None
+        _check_tensor(hessian, "hessian")
         expected = (columns // block_size, block_size, block_size)
         if hessian.shape != expected:
             raise ValueError(
@@ -221,7 +248,7 @@ def _hessians(
                 f"this weight at block size {block_size} needs {list(expected)}"
             )
         result = hessian
-    return result.to(weight.device)
+    return result.detach().to(weight.device)
 
 
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
@@ -230,8 +257,15 @@ def _hessians_from_activations(activations: Tensor, in_features: int, block_size
     result = kernels.launcher().block_hessians(activations, block_size)
     if not bool(result.isfinite().all()):
         calibration.check_finite(activations, "activations")
-        raise ValueError("activations are too large: their squares exceed float32; scale them down")
+    _check_squares(result)
     return result
+
+
+def _check_squares(hessians: Tensor) -> None:
+    """Raises ValueError where block Hessians of finite activations are not finite."""
+    if not bool(hessians.isfinite().all()):
+        limit = str(hessians.dtype).removeprefix("torch.")
+        raise ValueError(f"activations are too large: their squares exceed {limit}; scale them down")
 
 
 def _global_scale(
@@ -250,7 +284,11 @@ def _global_scale(
                 f"a global_scale tensor must be one float32 on {matrix.device}, got "
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
-        return requested if requested.ndim == 0 else requested.reshape(())
+        if requested.device.type == "cpu" and not _is_multiplier(
+            float(requested), fmt
+        ):  # a GPU would have to be waited for
+            raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
+        return requested.detach() if requested.ndim == 0 else requested.detach().reshape(())
     if use_kernels and requested == ("amax" if fmt.two_level else "none"):
         return None
     if requested == "none":
@@ -264,15 +302,17 @@ def _global_scale(
         # Zero weights have no scale; below float32's normal range a multiplier would lose the precision that it is
         # there to give.
         return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)
-    if isinstance(requested, str | bool):
+    if isinstance(requested, bool) or not isinstance(requested, SupportsFloat):
         raise ValueError(f"unknown global_scale {requested!r}; use 'amax', 'none' or a positive number")
     value = float(requested)
-    if not (
-        math.isfinite(value)
-        and FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value
-    ):
+    if not _is_multiplier(value, fmt):
         raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
     return torch.full((), value, dtype=torch.float32, device=matrix.device)  # no copy from the host to wait for
+
+
+def _is_multiplier(value: float, fmt: BlockFormat) -> bool:
+    """Whether the format's scales times value are within float32's normal range, as far as the largest goes."""
+    return FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value
 
 
 def _quantize_reference(
@@ -299,9 +339,10 @@ def _quantize_reference(
         if factors is not None:
             own = calibration.HessianFactors(factors.factor[which], factors.inverse_diagonal[which])
         choice = method.choose_scales(blocks, fmt, global_scale, rule, own)
-        scaled = blocks / effective_scale(choice.codes, fmt, global_scale).unsqueeze(-1)
+        chosen = choice.codes.clamp(fmt.scale.min_code, fmt.scale.max_code)  # of a NaN that nobody looked for, too
+        scaled = blocks / effective_scale(chosen, fmt, global_scale).unsqueeze(-1)
         packed_codes[part, which] = pack_codes(fmt.element.encode_signed(scaled))
-        scales[part, which] = choice.codes.to(torch.uint8)
+        scales[part, which] = chosen.to(torch.uint8)
         candidates[part, which] = choice.candidates.to(torch.uint8)
 
     parallel.for_each(quantize_chunk, list(_chunks(rows, num_blocks, block_size, matrix.device)), matrix.device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit import kernels
-from quantkit.formats import FORMATS, BlockFormat
+from quantkit.formats import FORMATS, BlockFormat, get_format
 
 __all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
 
@@ -128,28 +128,35 @@ class QuantizedTensor:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: torch.device | str = "cpu", format: BlockFormat | None = None
+        cls, path: str | Path, device: torch.device | str = "cpu", format: str | BlockFormat | None = None
     ) -> QuantizedTensor:
         """Reads what :meth:`save` wrote. format: for one of your own, which quantkit does not know by name.
 
-        Raises ValueError where the file is not of that kind, or of another format.
+        Raises FileNotFoundError, and ValueError where the file is damaged, not of that kind, or of another format.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = (file.metadata() or {}).get("quantkit")
-            if header is None:
-                raise ValueError(
-                    f"{path} is not a quantkit file: its metadata has no 'quantkit' entry; write it with save()"
-                )
-            metadata = json.loads(header)
-            if metadata["version"] != FILE_FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}"
-                )
-            tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
-        name = metadata["format"]
-        format = FORMATS.get(name) if format is None else format
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = (file.metadata() or {}).get("quantkit")
+                if header is None:
+                    raise ValueError(
+                        f"{path} is not a quantkit file: its metadata has no 'quantkit' entry; write it with save()"
+                    )
+                metadata = json.loads(header)
+                if metadata["version"] != FILE_FORMAT_VERSION:
+                    raise ValueError(
+                        f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}"
+                    )
+                tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
+            name, block_size = metadata["format"], int(metadata["block_size"])
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged, or not a quantkit file ({error}); write it again with save()"
+            ) from error
+        format = FORMATS.get(name) if format is None else get_format(format)
         if format is None:
             raise ValueError(
                 f"{path} holds format {name!r}, which quantkit does not know; "
@@ -160,6 +167,6 @@ class QuantizedTensor:
         return cls(
             **tensors,
             format=format,
-            block_size=int(metadata["block_size"]),
+            block_size=block_size,
             method=metadata.get("method"),
         )

@@ -63,6 +63,10 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
     shapes do not belong together or the weight holds NaN or Inf; warns where ``q`` was made by Hessians and none are
     given, since least squared error is then not to be expected.
     """
+    if not isinstance(q, QuantizedTensor) or not isinstance(weight, Tensor):
+        raise TypeError(
+            f"verify takes a QuantizedTensor and its weight, got {type(q).__name__} and {type(weight).__name__}"
+        )
     if q.shape != weight.shape:
         raise ValueError(f"the quantized tensor has shape {list(q.shape)}, the weight {list(weight.shape)}")
     block_size, num_blocks = q.block_size, q.scales.shape[-1]
@@ -114,8 +118,8 @@ class _Judge:
     def __init__(self, fmt: BlockFormat, global_scale: Tensor, hessian: Tensor | None, device: torch.device) -> None:
         self.fmt = fmt
         self.codes = torch.arange(fmt.scale.min_code, fmt.scale.max_code + 1, device=device)
-        self.global_scale = global_scale
-        self.hessian = None if hessian is None else hessian.to(device, torch.float64)
+        self.global_scale = global_scale.detach()
+        self.hessian = None if hessian is None else hessian.detach().to(device, torch.float64)
         if self.hessian is not None:
             check_finite(self.hessian, "hessian")
             self.resolution = HESSIAN_SLACK * torch.linalg.eigvalsh(self.hessian)[:, -1:]

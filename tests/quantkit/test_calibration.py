@@ -28,6 +28,8 @@ def test_streamed_batches_give_the_gram_matrix(dtype: torch.dtype) -> None:
         accumulator.update(batch)
     want = x.double().T @ x.double()
     assert accumulator.tokens == 700
+    accumulator.update(torch.zeros(1, 64).requires_grad_() * 2)
+    assert not accumulator.gram.requires_grad
     torch.testing.assert_close(accumulator.gram.double(), want, rtol=1e-5, atol=float(want.diagonal().max()) * 1e-6)
     torch.testing.assert_close(gram_matrix(x).double(), want, rtol=1e-5, atol=float(want.diagonal().max()) * 1e-6)
 
@@ -65,7 +67,7 @@ def test_huge_and_tiny_hessians_have_the_same_factors() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="32 features, the weight has 64 columns"):
+    with pytest.raises(ValueError, match="32 features, the layer has 64"):
         GramAccumulator(64).update(torch.zeros(3, 32))
     with pytest.raises(ValueError, match=r"activations holds 1 NaN or Inf value, the first at index \(1, 2\)"):
         x = torch.zeros(3, 64)

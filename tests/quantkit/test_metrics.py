@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from quantkit import quantize
 from quantkit.metrics import compute_metrics, output_error, output_error_from_gram, weight_error
 
 
@@ -38,8 +39,27 @@ def test_zero_and_bf16_weights() -> None:
     assert weight_error(b, b.float() * 1.01) == pytest.approx(0.01, rel=1e-5)
 
 
+def test_leading_dimensions_are_rows() -> None:
+    w, q, x = sample()
+    w3, q3 = w.view(2, 12, 32), q.view(2, 12, 32)
+    assert compute_metrics(w3, q3, x) == compute_metrics(w, q, x)
+    assert output_error_from_gram(w3, q3, x.T @ x) == output_error_from_gram(w, q, x.T @ x)
+    assert weight_error(torch.zeros(3, 0), torch.zeros(3, 0)) == 0
+
+
+def test_no_token_is_no_perfect_score() -> None:
+    w, q, x = sample()
+    batches = (batch for batch in x.split(17))
+    assert output_error(batches, w, q) > 0
+    for none in (batches, [], x[:0]):
+        with pytest.raises(ValueError, match="activations hold no token"):
+            output_error(none, w, q)
+
+
 def test_errors() -> None:
     w, q, x = sample()
+    with pytest.raises(TypeError, match=r"quantized must be a torch\.Tensor, got QuantizedTensor; pass its \.dequant"):
+        compute_metrics(w, quantize(w))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="differ in shape"):
         weight_error(w, q[1:])
     with pytest.raises(ValueError, match="do not fit a weight with 32 columns"):

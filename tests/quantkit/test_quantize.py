@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import FORMATS, METHODS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend
+from quantkit import FORMATS, METHODS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend, verify
+from quantkit.calibration import GramAccumulator, block_hessians, gram_matrix
 from tests.oracle import MAGNITUDES, nearest_code
 
 
@@ -197,6 +198,45 @@ def test_case_nan_and_inf_are_counted_and_located(
         run(w, format, block_size, method, backend, device)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_beyond_float32_is_no_inf_to_work_with(method: str, backend: str, device: str) -> None:
+    w = 1e40 * weight().double()
+    given = {"hessian": torch.eye(16).repeat(4, 1, 1).to(device)} if method == "hessian" else {}
+    with pytest.raises(ValueError, match=r"weight holds \d\.\d+e\+38, beyond float32, .* scale it down"):
+        run(w, "nvfp4", 16, method, backend, device, **given)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_without_the_check_a_bad_value_harms_no_other_block(
+    format: str, method: str, value: float, backend: str, device: str
+) -> None:
+    w = weight()
+    given = {"hessian": torch.eye(16).repeat(4, 1, 1).to(device)} if method == "hessian" else {}
+    want = run(w, format, 16, method, backend, device, global_scale="none", **given)
+    w[2, 7] = value
+    got = run(w, format, 16, method, backend, device, global_scale="none", check_finite=False, **given)
+    others = torch.ones(want.scales.shape, dtype=torch.bool)
+    others[2, 0] = False
+    assert torch.equal(got.scales.cpu()[others], want.scales.cpu()[others])
+    codes, expected = (q.codes.cpu().unflatten(-1, (-1, 8))[others] for q in (got, want))
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_nothing_keeps_a_graph(format: str, method: str, backend: str, device: str) -> None:
+    """Of parameters, as layer.weight is one, and of activations that came through layers."""
+    w = torch.nn.Parameter(weight())
+    x = torch.randn(200, 64, generator=generator(2)).requires_grad_()
+    given = {"activations": 2 * x.to(device)} if method == "hessian" else {}
+    q = run(w, format, 16, method, backend, device, **given)
+    assert not any(t.requires_grad for t in (q.codes, q.scales, q.global_scale, q.dequantize()))
+    hessian = block_hessians(gram_matrix(2 * x), 16)
+    assert verify(q.to("cpu"), w, hessian if method == "hessian" else None).wrong_codes == 0
+
+
 @every
 def test_quantizing_twice_changes_nothing(format: str, block_size: int, method: str, backend: str, device: str) -> None:
     once = run(weight(), format, block_size, method, backend, device).dequantize()
@@ -260,9 +300,17 @@ def test_methods_are_ordered_as_their_objectives_say(backend: str, device: str) 
         ({"activations": torch.ones(4, 64)}, "method 'naive' does not use activations"),
         ({"method": "hessian"}, "exactly one of activations, gram and hessian; got none"),
         ({"method": "hessian", "gram": torch.eye(64), "activations": torch.ones(4, 64)}, "got activations and gram"),
-        ({"method": "hessian", "activations": torch.ones(4, 32)}, "activations have 32 features, the weight has 64"),
+        ({"method": "hessian", "activations": torch.ones(4, 32)}, "activations have 32 features, the layer has 64"),
         ({"method": "hessian", "activations": torch.full((4, 64), torch.nan)}, "activations holds 256 NaN"),
         ({"method": "hessian", "activations": torch.ones(4, 64).int()}, "floating-point"),
+        ({"method": "hessian", "activations": torch.full((4, 64), 1e30)}, "squares exceed float32; scale them down"),
+        ({"method": "hessian", "gram": torch.full((64, 64), torch.nan)}, "gram, in its diagonal blocks, holds 1024"),
+        ({"method": "hessian", "hessian": torch.ones(4, 16, 16).bool()}, "hessian must be floating-point, got"),
+        ({"format": ["nvfp4"]}, r"unknown format \['nvfp4'\]; known"),
+        ({"method": ["sse"]}, r"unknown method \['sse'\]; known"),
+        ({"global_scale": [1.0]}, r"unknown global_scale \[1\.0\]; use"),
+        ({"global_scale": torch.tensor(-0.1)}, r"positive number .*, got tensor\(-0\.1000\)"),
+        ({"global_scale": torch.tensor(torch.nan)}, "positive number"),
         ({"method": "hessian", "gram": torch.eye(32)}, r"gram has shape \[32, 32\]"),
         ({"method": "hessian", "hessian": torch.eye(16)[None]}, r"hessian has shape \[1, 16, 16\].*\[4, 16, 16\]"),
         ({"method": "hessian", "hessian": -torch.eye(16).expand(4, 16, 16)}, "block 0 is not positive semi-definite"),
@@ -289,7 +337,9 @@ def test_hessians_that_are_none(hessian: Tensor, message: str, backend: str, dev
     ("bad", "message"),
     [
         (torch.ones(2, 65), "K = 65, is not divisible by block size 16"),
-        (torch.ones(2, 64).int(), "weight must be floating point, got torch.int32"),
+        (torch.ones(2, 64).int(), "weight must be dense float16, .* or float64, got int32; convert it with weight"),
+        (torch.ones(2, 64).to(torch.float8_e4m3fn), "got float8_e4m3fn"),
+        (torch.eye(64).to_sparse(), r"got float32, torch\.sparse_coo; .*to_dense"),
         (torch.tensor(1.0), "at least one dimension"),
     ],
 )
@@ -371,3 +421,16 @@ def test_global_scale_as_a_tensor_is_taken_as_it_is(backend: str, device: str) -
 def test_global_scale_tensor_that_does_not_fit(format: str, scale: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(weight(rows=2), format, 16, global_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("activations", np.ones((4, 64)), "activations must be a torch.Tensor, got ndarray; pass one tensor"),
+        ("activations", [torch.ones(4, 64)], "got list"),
+        ("gram", GramAccumulator(64), "got GramAccumulator; pass its .gram"),
+    ],
+)
+def test_what_is_no_tensor(name: str, value: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        quantize(weight(), method="hessian", **{name: value})  # type: ignore[arg-type]

@@ -42,6 +42,7 @@ def test_safetensors_round_trip(tmp_path: Path, format: str) -> None:
         assert torch.equal(getattr(back, name), getattr(q, name))
     assert torch.equal(back.dequantize(), q.dequantize())
     assert back.method == "sse"
+    assert QuantizedTensor.load(tmp_path / "w.safetensors", format=format).format is q.format
 
 
 def test_a_format_of_one_s_own_is_passed_to_load(tmp_path: Path) -> None:
@@ -67,6 +68,18 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"codes": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a quantkit file"):
         QuantizedTensor.load(tmp_path / "other.safetensors")
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, q: QuantizedTensor) -> None:
+    path = tmp_path / "w.safetensors"
+    q.save(path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"junk" * 10, whole[:-10], whole.replace(b"global_scale", b"global_xcale")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"w\.safetensors is damaged, or not a quantkit file"):
+            QuantizedTensor.load(path)
+    with pytest.raises(FileNotFoundError, match="other: no such file"):
+        QuantizedTensor.load(tmp_path / "other")
 
 
 def test_to_moves_every_part() -> None:

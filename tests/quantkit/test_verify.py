@@ -73,6 +73,8 @@ def test_empty_and_errors() -> None:
     empty = torch.zeros(0, 32)
     assert verify(quantize(empty), empty).ok
     weight = torch.randn(2, 32)
+    with pytest.raises(TypeError, match="a QuantizedTensor and its weight, got Tensor and QuantizedTensor"):
+        verify(weight, quantize(weight))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the weight"):
         verify(quantize(weight), weight[:1])
     with pytest.raises(ValueError, match="hessian has shape"):
