@@ -201,7 +201,10 @@ def _open(folder: Path, config: Config) -> LayerInputs | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     wants_shards = config.cache.activations
-    problem = _problem(folder, manifest, wants_shards)
+    try:
+        problem = _problem(folder, manifest, wants_shards)
+    except (KeyError, TypeError, AttributeError):
+        problem = f"{MANIFEST_NAME} is damaged"
     if problem:
         log.warning("%s: %s; capturing it again", folder, problem)
         return None
@@ -572,6 +575,11 @@ def _token_sequences(
         info = {"data": text.name, "data_hash": text.sha256, "data_split": text.split}
     elif data.heldout_split:
         other = load_text(data, cache, data.heldout_split)
+        if other.sha256 == text.sha256:
+            raise SourceError(
+                f"data.heldout_split={data.heldout_split}: that is the text of calibration ({text.name}, "
+                f"split {text.split}). Name another split, or leave it out to hold out sequences of this one."
+            )
         elsewhere = _cut(tokenize(other.read()), config, other.split)
         share = max(1, round(data.samples * data.heldout))
         held = _shuffled(len(elsewhere), config.seed)[:share]

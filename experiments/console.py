@@ -71,6 +71,8 @@ class Console:
         if record.status == "ok":
             self.counts["done"] += 1
             self._line(record, f"{record.duration_s:.1f} s")
+            if record.verified_blocks is not None:
+                print(f"    {_verified(record)}", flush=True)
             return
         self.counts[record.status] += 1
         text = f"{_label(record)} {record.status}: "
@@ -79,6 +81,9 @@ class Console:
         else:
             print(text + ("as above" if record.reason == self.unsupported else str(record.reason)), flush=True)
             self.unsupported = record.reason
+
+    def kept(self) -> None:
+        print("    The record of an earlier run that ended well is kept.", flush=True)
 
     def refused(self, error: Exception) -> None:
         """A configuration that never became a run."""
@@ -114,6 +119,16 @@ class Console:
 def _in_every_line(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
     return key in NOT_IN_HEADING or key.partition(".")[0] in ("cache", "record", "timing", "tracking")
+
+
+def _verified(record: RunRecord) -> str:
+    """What verify found, in words."""
+    excess = f"worst excess {record.verified_worst_excess:.1g}" if record.verified_worst_excess else "no excess"
+    wrong = f", {record.verified_wrong_codes:,} wrong codes" if record.verified_wrong_codes else ""
+    return (
+        f"verified: {record.verified_violations:,} of {record.verified_blocks:,} blocks have a better scale "
+        f"({excess}){wrong}"
+    )
 
 
 def _label(record: RunRecord) -> str:

@@ -69,6 +69,10 @@ def resolve_device(requested: str) -> str:
         device = torch.device(requested)
     except RuntimeError:
         raise ValueError(f"device={requested}: unknown; use auto, cpu, cuda or cuda:1.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device={requested}: this pipeline runs on cpu and cuda alone; use auto, cpu, cuda or cuda:1."
+        )
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device={requested}: torch sees {torch.cuda.device_count()} GPUs; use device=cpu or auto.")
     return requested

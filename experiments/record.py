@@ -19,7 +19,12 @@ from typing import Any
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
 BLOCKS_NAME = "blocks.parquet"
-LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts")  # records from before them have none
+LATER_FIELDS = (
+    "weight_std",
+    "scale_shifts",
+    "candidate_counts",
+    "verified_wrong_codes",
+)  # records from before them have none
 STATUSES = ("ok", "unsupported", "failed")
 
 
@@ -86,6 +91,7 @@ class RunRecord:
     verified_blocks: int | None = None  # with verify=true; by the method's own objective, squared error for naive
     verified_violations: int | None = None
     verified_worst_excess: float | None = None
+    verified_wrong_codes: int | None = None
 
     commit: str | None = None
     dirty: bool | None = None

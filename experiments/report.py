@@ -144,12 +144,12 @@ def check(root: Path) -> int:
 
 def report_runs(folder: Path, root: Path) -> int:
     """Print the tables of the runs in `folder`, and write them beside the runs."""
-    from experiments.tables import make_rows, make_tables, read_published, row_frame, unfinished
+    from experiments.tables import make_rows, make_tables, read_published, row_frame, unfinished, verification_tables
 
     records = read_records(folder)
     if not records:
         raise ReportError(f"{folder} has no runs; run `make run` or `python experiments/run.py` first")
-    tables = make_tables(records, read_published(root / "results" / PUBLISHED))
+    tables = make_tables(records, read_published(root / "results" / PUBLISHED)) + verification_tables(records)
     missing = unfinished(records)
     for table in tables:
         print(f"\n{table.terminal()}", end="")
@@ -173,6 +173,10 @@ def collect(name: str, source: Path, root: Path) -> int:
         raise ReportError(f"{source} has no runs; run `make run` or `python experiments/run.py` first")
     path = root / RECORDS / f"{name}.jsonl"
     known = {(r.run_id, r.device_name): r for r in read_lines(path)}
+    kept = [
+        r for r in found if r.status != "ok" and (old := known.get((r.run_id, r.device_name))) and old.status == "ok"
+    ]
+    found = [r for r in found if r not in kept]
     replaced = sum((r.run_id, r.device_name) in known for r in found)
     known |= {(r.run_id, r.device_name): r for r in found}
     records = sorted(known.values(), key=record_order)
@@ -180,6 +184,7 @@ def collect(name: str, source: Path, root: Path) -> int:
     print(f"{path.relative_to(root)}: {len(records)} records, {len(found) - replaced} new, {replaced} replaced")
     for count, what in (
         (sum(r.status != "ok" for r in found), "without a result"),
+        (len(kept), "without a result, which earlier records have: these stay"),
         (sum(bool(r.dirty) for r in found), "from uncommitted code"),
     ):
         if count:

@@ -53,8 +53,16 @@ def main(composed: DictConfig) -> None:
 def run(composed: DictConfig, console: Console) -> None:
     """One run, from the composed configuration to its record.
 
-    Every error ends here, in the record and on the console: Hydra would show a sweep's first error only.
+    Every error ends here, in the record and on the console: Hydra would show a sweep's first error only. What the
+    library could never do, and what cannot be written, leaves no record.
     """
+    try:
+        _run(composed, console)
+    except OSError as error:
+        console.refused(error)
+
+
+def _run(composed: DictConfig, console: Console) -> None:
     try:
         config = to_config(composed)
         device = provenance.resolve_device(config.device)
@@ -73,6 +81,10 @@ def run(composed: DictConfig, console: Console) -> None:
     previous = finished_record(run_dir, None if source_error else digest, blocks=config.record.blocks)
     if previous is not None and not config.force:
         console.skipped(previous)
+        return
+
+    if source_error is None and (invalid := invalid_options(config)) is not None:
+        console.refused(invalid)
         return
 
     started = time.perf_counter()
@@ -94,10 +106,25 @@ def run(composed: DictConfig, console: Console) -> None:
             if full_errors():
                 traceback.print_exc()
         record = RunRecord(**fields, duration_s=time.perf_counter() - started)
-        record.write(run_dir)
+        kept = record.status != "ok" and finished_record(run_dir, None) is not None
+        if not kept:
+            record.write(run_dir)
         settings = result_config(config, device, backend)
         tracking.track(record, settings, config.tracking, Path(config.output_dir), histograms)
     console.ran(record, run_dir / LOG_NAME)
+    if kept:
+        console.kept()
+
+
+def invalid_options(config: Config) -> Exception | None:
+    """Why no run of this configuration can ever end well, if that is so."""
+    from experiments.stages import check_options
+
+    try:
+        check_options(config)
+    except Exception as error:
+        return error
+    return None
 
 
 def resolve(config: Config) -> tuple[Config, Any, Exception | None]:

@@ -96,6 +96,7 @@ def resolve_sources(config: Config) -> Config:
     (`offline=never`), or is never asked for (`offline=always`). Overridden sequence length, samples and held-out share
     carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
     """
+    _refuse_idle_paths(config)
     if config.model.source == ModelSource.bundle:
         return _resolve_bundle(config)
     if config.model.source == ModelSource.synthetic:
@@ -123,6 +124,16 @@ def resolve_sources(config: Config) -> Config:
     # Not a field: a run that was switched to the twins is the same run as one that named them.
     resolved.__dict__["substituted"] = True
     return resolved
+
+
+def _refuse_idle_paths(config: Config) -> None:
+    """Raises SourceError for a path that the chosen source does not read."""
+    for role, part, sources in (
+        ("model", config.model, (ModelSource.hub, ModelSource.pypi_gguf, ModelSource.bundle)),
+        ("data", config.data, (DataSource.hub,)),
+    ):
+        if part.path is not None and part.source not in sources:
+            raise SourceError(f"{role}.path={part.path}: {role}={part.name} reads no folder. Leave one of the two out.")
 
 
 def was_substituted(config: Config) -> bool:
@@ -173,9 +184,12 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
             f"model.path={folder}: not a layer bundle, {MANIFEST_NAME} is missing ({found}). Copy a whole folder of "
             "<cache>/layers."
         )
-    manifest = json.loads(path.read_text())
-    if manifest.get("capture_version") != CAPTURE_VERSION:
+    try:
+        manifest = json.loads(path.read_text())
         found = manifest.get("capture_version")
+    except (ValueError, AttributeError):
+        raise SourceError(f"{path} is damaged. Copy the bundle again.") from None
+    if found != CAPTURE_VERSION:
         raise SourceError(
             f"{path}: capture version {found}, this code reads {CAPTURE_VERSION}. Capture the layer again."
         )

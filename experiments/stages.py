@@ -23,7 +23,7 @@ from experiments.blocks import block_columns, counts, histograms, write_blocks
 from experiments.config import Config, LayerConfig
 from experiments.record import BLOCKS_NAME
 from experiments.tracking import Histograms
-from quantkit import QuantizedTensor, get_method, quantize, resolve_backend, verify
+from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
 
@@ -56,12 +56,11 @@ class Outcome:
 
 
 def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Sequence[LayerConfig] = ()) -> Outcome:
-    """Run all stages on `device`. What the library cannot do raises ValueError before anything is loaded.
+    """Run all stages on `device`. A backend that cannot run there raises ValueError before anything is loaded.
 
     ahead: layers that later runs of the sweep want of the same model and text.
     """
     resolve_backend(backend, device, config.method.name, config.block_size, config.format.name)
-    check_options(config)
     inputs = load_layer_inputs(config, ahead)
     if config.data.calibration_tokens is not None:
         inputs = limit_calibration(inputs, config.data.calibration_tokens, config.data.seq_len, config.seed)
@@ -79,7 +78,10 @@ def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Seq
 
 
 def check_options(config: Config) -> None:
-    """Let the library judge format, block size, method and scale on a weight of no rows: a capture may take minutes."""
+    """Let the library judge format, block size, method, scale and the backend's name on a weight of no rows: a capture
+    may take minutes. Raises its ValueError."""
+    if config.backend.name not in BACKENDS:
+        resolve_backend(config.backend.name, "cpu")
     size = config.block_size
     hessian = torch.eye(size).unsqueeze(0) if get_method(config.method.name).needs_hessian else None
     quantize(torch.empty(0, size), method=config.method.name, hessian=hessian, backend="reference", **options(config))
@@ -174,6 +176,7 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
         "verified_blocks": found.blocks,
         "verified_violations": found.violations,
         "verified_worst_excess": found.worst_excess,
+        "verified_wrong_codes": found.wrong_codes,
     }
 
 

@@ -185,13 +185,13 @@ def _choose_split(splits: dict[str, Any], wanted: str, exact: bool, path: Path) 
     if canonical not in SPLIT_ALIASES:
         raise SourceError(f"data.split={wanted}: {path} has the splits {', '.join(splits)}.")
     chosen = next((name for name in SPLIT_ALIASES if name in splits), next(iter(splits)))
-    _say_once(f"{path} has no split {wanted}; calibrating on {chosen}")
+    _say_once(f"data.split={wanted}: {path} has only {', '.join(splits)}; calibrating on {chosen}")
     return chosen
 
 
 @lru_cache
 def _say_once(message: str) -> None:
-    log.info(message)
+    log.warning(message)
 
 
 def _local_splits(path: Path, subset: str | None) -> dict[str, tuple[str, list[Path]]]:

@@ -160,6 +160,8 @@ def test_a_heldout_split_of_its_own(tiny: SimpleNamespace, tmp_path: Path) -> No
     assert own.provenance.data_hash != shared.provenance.data_hash
     assert own.tokens_heldout == shared.tokens_heldout == 4 * 32
     assert own.gram_heldout is not None and not torch.equal(own.gram_heldout, shared.gram_heldout)
+    with pytest.raises(SourceError, match=r"data\.heldout_split=validation: that is the text of calibration"):
+        load_layer_inputs(config_for(tiny, **data, data__heldout_split="validation"))
 
 
 def test_less_text_than_asked_for_is_all_taken(

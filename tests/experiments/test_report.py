@@ -125,6 +125,25 @@ def test_collect_merges_replaces_and_keeps_one_order(root: Path, capsys: pytest.
     assert len(read_records(path.parent)) == 4
 
 
+def test_collect_keeps_a_result_that_a_later_run_lacks(root: Path, capsys: pytest.CaptureFixture[str]):
+    path = root / "results" / "records" / "main.jsonl"
+    before = path.read_bytes()
+    more = write_runs(root / "more", make("naive", status="failed", reason="the model is gone"))
+    capsys.readouterr()
+    assert report.main(["--collect", "main", "--from", str(more)], root) == 0
+    assert path.read_bytes() == before
+    assert "1 of the runs are without a result, which earlier records have: these stay" in capsys.readouterr().out
+
+
+def test_runs_shows_what_verify_found(root: Path, capsys: pytest.CaptureFixture[str]):
+    verified = make("sse", verified_blocks=1000, verified_violations=0, verified_worst_excess=0.0)
+    runs = write_runs(root / "verified", verified)
+    capsys.readouterr()
+    assert report.main(["--runs", str(runs)], root) == 0
+    out = capsys.readouterr().out
+    assert "every scale against all representable ones" in out and "In all 1,000 blocks of the searches, 0" in out
+
+
 def test_collect_says_what_is_not_fit_to_show(root: Path, capsys: pytest.CaptureFixture[str]):
     runs = write_runs(root / "more", make("hessian", status="failed", reason="broken", dirty=True))
     capsys.readouterr()

@@ -276,16 +276,26 @@ def test_a_folder_of_text_files(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert (held.split, held.read()[:12]) == ("test", f"text of {names[2]}"[:12])
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [("model=synthetic", "model.path=/some/folder"), ("data=python_docs", "data.path=/some/folder"),
+     ("model=synthetic", "data=synthetic", "data.path=/some/folder")],
+)  # fmt: skip
+def test_a_path_that_nobody_would_read_is_refused(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(SourceError, match=r"(model|data)\.path=/some/folder: .* reads no folder"):
+        resolve_sources(compose(overrides))
+
+
 def test_a_folder_without_the_split_calibrates_on_the_first_that_is_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)
     for name in ("test.txt", "valid.txt"):
         (tmp_path / name).write_text(name)
     for _ in range(2):
         assert load_text(local(tmp_path), tmp_path).split == "validation"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path} has no split train; calibrating on validation"
+        f"data.split=train: {tmp_path} has only validation, test; calibrating on validation"
     ]
     with pytest.raises(SourceError, match=r"data.heldout_split=train: .* has the splits validation, test"):
         load_text(local(tmp_path), tmp_path, "train")
