@@ -31,6 +31,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -518,8 +519,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for backend in options.backends.split(","):
             resolve_backend(backend, options.device)
         options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
+        if options.out:  # known before anything is measured for it
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.out.parent):
+                pass
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be written: {error.strerror}")
     return options
 
 
@@ -542,17 +549,27 @@ def main(arguments: list[str] | None = None) -> int:
     clock = Clock(options.device)
     bandwidth = clock.bandwidth()
     lines: list[BenchRow] = []
-    for shape in dict.fromkeys(options.shapes):
-        lines += run_shape(shape, clock, bandwidth, options)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.out, to_csv(lines))
+    try:
+        for shape in dict.fromkeys(options.shapes):
+            found = run_shape(shape, clock, bandwidth, options)
+            show(found)
+            lines += found
+            if options.out:
+                write_atomically(options.out, to_csv(lines))
+    except KeyboardInterrupt:
+        print("\nInterrupted; the shapes above are measured.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def show(lines: list[BenchRow]) -> None:
     for line in lines:
         times = f"{line.gpu_us_median or line.call_us_median:10.1f} µs"
         ratio = f"{line.ratio_to_copy:7.2f} × copy" if line.ratio_to_copy else ""
         what = f"{line.tool} {line.operation} {line.format} {line.block_size or ''} {line.global_scale} {line.backend}"
-        print(f"{line.rows:6d}x{line.columns:<5d} {what:55s} {times} {ratio}  call {line.call_us_median:.1f}")
-    return 0
+        print(
+            f"{line.rows:6d}x{line.columns:<5d} {what:55s} {times} {ratio}  call {line.call_us_median:.1f}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from experiments.config import LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError, one_line
-from experiments.models import checkpoint_files, fetch_gguf, model_identity, tokenizer_folder
+from experiments.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_identity, tokenizer_folder
 
 Tokenize = Callable[[str], list[int]]
 
@@ -66,20 +66,16 @@ class SafetensorsCheckpoint(Checkpoint):
         index = self.fetch("model.safetensors.index.json")
         if index is not None:
             return dict(json.loads(index.read_text())["weight_map"])
-        from safetensors import safe_open
-
         single = self.fetch("model.safetensors")
         if single is None:
             raise SourceError(
                 f"{self.name} has neither model.safetensors.index.json nor model.safetensors. Convert the checkpoint "
                 "to safetensors (transformers' save_pretrained does)."
             )
-        with safe_open(single, framework="pt") as file:
+        with _opened(single) as file:
             return dict.fromkeys(file.keys(), single.name)
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        from safetensors import safe_open
-
         by_shard: dict[str, list[tuple[str, str]]] = {}
         for name in names:
             # A checkpoint saved with its lm_head has the decoder under a prefix.
@@ -92,7 +88,7 @@ class SafetensorsCheckpoint(Checkpoint):
             path = self.fetch(shard)
             if path is None:
                 raise SourceError(f"{self.name}: the shard {shard} is missing. Download the checkpoint again.")
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for name, stored in members:
                     tensors[name] = file.get_tensor(stored)
         return tensors
@@ -100,11 +96,24 @@ class SafetensorsCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenize:
         from transformers import AutoTokenizer
 
+        folder = tokenizer_folder(self.model)
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+            raise SourceError(f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in {folder}.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(self.model), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
         return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file. Raises SourceError for one that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
 
 
 # GGUF's names of a Llama decoder's tensors.

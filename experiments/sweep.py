@@ -12,6 +12,8 @@ Imports no torch.
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -34,12 +36,23 @@ _plan: list[list[str]] = []  # the overrides of each run of this process's sweep
 class SweepPlan(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _plan.clear()
+        _check_writable(Path(config.output_dir))
         sweeper = config.hydra.sweeper
         if not str(sweeper.get("_target_", "")).endswith(f".{BasicSweeper.__name__}"):
             return  # a sweeper that chooses its runs as it goes
         overrides = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*overrides, *config.hydra.overrides.task])
         _plan.extend(BasicSweeper.split_arguments(parsed, None)[0])
+
+
+def _check_writable(folder: Path) -> None:
+    """Ends the program where a sweep could write nothing; Hydra's own error would be a page, for its multirun.yaml."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(f"error: output_dir={folder} cannot be written ({error.strerror}); choose another") from None
 
 
 def layers_ahead(config: Config) -> list[LayerConfig]:

@@ -13,7 +13,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,21 +155,31 @@ class Table:
 
 
 def make_rows(records: Iterable[RunRecord]) -> list[Row]:
-    """The rows of the runs that ended well, in the order of the tables."""
+    """The rows of the runs that ended well, in the order of the tables: of each, the newest run.
+
+    One that was not timed (timing=none) has the time of the last one that was, if their errors are the same.
+    """
     newest: dict[tuple[Subject, str, str | float | None, str | None, str], dict[str, RunRecord]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record.started_at or ""):
         if record.status != "ok":
             continue
         key = (Subject.of(record), record.format, record.global_scale, record.scale_rule, record.method)
         runs = newest.setdefault(key, {})
-        known = runs.get(record.backend)
-        if known is None or (record.started_at or "") >= (known.started_at or ""):
-            runs[record.backend] = record
+        runs[record.backend] = _timed_as(record, runs.get(record.backend))
     rows = [
         Row(*key, tuple(sorted(runs.values(), key=lambda run: _rank(BACKENDS, run.backend))))
         for key, runs in newest.items()
     ]
     return sorted(rows, key=_row_order)
+
+
+def _timed_as(record: RunRecord, before: RunRecord | None) -> RunRecord:
+    if before is None or record.time_timer is not None:
+        return record
+    errors = [(run.weight_error, run.output_error, run.output_error_heldout) for run in (record, before)]
+    if errors[0] != errors[1]:
+        return record
+    return replace(record, **{name: getattr(before, name) for name in FIELDS if name.startswith("time_")})
 
 
 def row_frame(rows: Iterable[Row]) -> pd.DataFrame:

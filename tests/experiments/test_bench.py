@@ -36,6 +36,33 @@ def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: 
     assert "quantkit hessian mxfp4 32" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(bench, "run_shape", lambda *_: pytest.fail("timed for nothing"))
+    with pytest.raises(SystemExit):
+        bench.main(["--shapes", "8x64", "--device", "cpu", "--out", str(tmp_path / "file" / "x.csv")])
+    assert "x.csv cannot be written" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_interruption_is_shown_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = bench.run_shape, tmp_path / "x.csv"
+
+    def interrupted(shape: tuple[int, int], *rest: Any) -> Any:
+        if shape[0] > 8:
+            raise KeyboardInterrupt
+        return whole(shape, *rest)
+
+    monkeypatch.setattr(bench, "run_shape", interrupted)
+    arguments = ["--shapes", "8x64,16x64", "--backends", "reference", "--rounds", "1", "--device", "cpu"]
+    assert bench.main([*arguments, "--out", str(out)]) == 130
+    assert "8x64    quantkit naive nvfp4 16" in capsys.readouterr().out
+    assert pd.read_csv(out)["rows"].eq(8).all()
+
+
 def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processes together; none of them measures or writes."""
     called: list[str] = []

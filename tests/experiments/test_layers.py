@@ -175,6 +175,16 @@ def test_a_broken_checkpoint_says_what_is_missing(sharded: SimpleNamespace, tmp_
     with pytest.raises(SourceError, match=r"no tensor layers\.1\.mlp\.up_proj\.weight"):
         build_decoder(checkpoint, [LayerConfig(1)], "float32")
 
+    shard = folder / "model-00001-of-00006.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(SourceError, match=rf"{shard.name} is damaged .*Download the checkpoint again"):
+        build_decoder(checkpoint, [LayerConfig(0)], "float32")
+
+    for part in folder.glob("*token*"):
+        part.unlink()
+    with pytest.raises(SourceError, match=r"has no tokenizer: none of tokenizer\.json"):
+        checkpoint.tokenizer()
+
     for weights in folder.glob("model*"):
         weights.unlink()
     with pytest.raises(SourceError, match=r"neither model.safetensors.index.json nor model.safetensors"):

@@ -328,6 +328,15 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
+def test_a_sweep_into_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    done = command("experiments/run.py", "-m", "method=naive,sse", *SMALL, f"output_dir={tmp_path / 'runs'}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: output_dir={tmp_path / 'runs'} cannot be written")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
     output = tmp_path / "runs"
     sweep = ["-m", "format=nvfp4,mxfp4", "method=naive,hessian", "block_size=16,48", *SMALL, f"output_dir={output}"]
