@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.record import RecordError, RunRecord, read_records, write_atomically
+from experiments.record import FIELDS, RecordError, RunRecord, read_records, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +106,7 @@ def rebuild(root: Path) -> int:
             write_atomically(path, data)
             print(f"wrote {path.relative_to(root)}")
             changed = True
-    for path in unexpected_figures(root, frames):
+    for path in unexpected_files(root, groups, frames):
         path.unlink()
         print(f"removed {path.relative_to(root)}: it follows from no record")
         changed = True
@@ -118,7 +118,7 @@ def rebuild(root: Path) -> int:
 def check(root: Path) -> int:
     groups = read_groups(root)
     frames = figure_frames(root, groups)
-    wrong = [f"{path.relative_to(root)} follows from no record" for path in unexpected_figures(root, frames)]
+    wrong = [f"{path.relative_to(root)} follows from no record" for path in unexpected_files(root, groups, frames)]
     wrong += [f"{path.relative_to(root)} is not there" for path in pictures(root, frames) if not path.exists()]
     differing = len(wrong)
     print("".join(f"{line}\n" for line in wrong), end="")
@@ -257,16 +257,16 @@ def pictures(root: Path, frames: dict[str, pd.DataFrame]) -> list[Path]:
     return [root / FOLDER / f"{name}.{kind}" for name, frame in frames.items() if len(frame) for kind in PICTURES]
 
 
-def unexpected_figures(root: Path, frames: dict[str, pd.DataFrame]) -> list[Path]:
-    """Pictures and data of figures that have lost their records."""
+def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> list[Path]:
+    """CSV files of records, and pictures and data of figures, that have lost their records."""
     from experiments.figures import FOLDER, PICTURES
 
-    return [
-        path
-        for name, frame in frames.items()
-        for kind in ("csv", *PICTURES)
-        if not len(frame) and (path := root / FOLDER / f"{name}.{kind}").exists()
+    first = FIELDS[0] + ","
+    tables = [path for path in sorted((root / "results").glob("*.csv")) if read(path).startswith(first)]
+    figures = [
+        root / FOLDER / f"{name}.{kind}" for name in frames if not len(frames[name]) for kind in ("csv", *PICTURES)
     ]
+    return [*(path for path in tables if path.stem not in groups), *(path for path in figures if path.exists())]
 
 
 def fill(

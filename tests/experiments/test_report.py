@@ -144,6 +144,18 @@ def test_runs_shows_what_verify_found(root: Path, capsys: pytest.CaptureFixture[
     assert "every scale against all representable ones" in out and "In all 1,000 blocks of the searches, 0" in out
 
 
+def test_a_table_without_records_goes(root: Path, capsys: pytest.CaptureFixture[str]):
+    results = root / "results"
+    assert report.main([], root) == 0
+    (results / "mine.csv").write_text((results / "main.csv").read_text())
+    (results / "notes.csv").write_text("of,another,kind\n")
+    capsys.readouterr()
+    assert report.main(["--check"], root) == 1
+    assert "results/mine.csv follows from no record" in capsys.readouterr().out
+    assert report.main([], root) == report.main(["--check"], root) == 0
+    assert not (results / "mine.csv").exists() and (results / "notes.csv").exists()
+
+
 def test_collect_says_what_is_not_fit_to_show(root: Path, capsys: pytest.CaptureFixture[str]):
     runs = write_runs(root / "more", make("hessian", status="failed", reason="broken", dirty=True))
     capsys.readouterr()
