@@ -4,13 +4,14 @@
     python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
 
 What is timed. `gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global
-scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock, after
-three that brought its code to the host's caches. On a CPU there is only the call. Before each measurement a buffer
-larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the clocks meets all of them. The
-reference and the peers come last in a round, because what comes just after their long calls takes longer, and before
-the first of the next round the device and the host settle on it, untimed. The calls of the kernels are timed in rounds
-of their own, before the reference is run and the peers are imported: every call after these costs the host more (so
-it does for the second of several shapes; `--no-peers --backends triton` spares it that).
+scale given), between two events. `call_us`: the call from Python until the GPU is done, by the host's clock. Three
+calls on a few rows of the weight come just before, which bring its code to the host's caches; calls on all of it would
+make the host wait, by a millisecond where a kernel is long, and lose it again. On a CPU there is only the call. Before
+each measurement a buffer larger than the L2 cache is overwritten, and the cases take turns, so that a drift of the
+clocks meets all of them. The reference and the peers come last in a round, because what comes just after their long
+calls takes longer, and before the first of the next round the device and the host settle on it, untimed. The calls of
+the kernels are timed in rounds of their own, before the reference is run and the peers are imported: every call after
+these costs the host more (so it does for the second of several shapes; `--no-peers --backends triton` spares it that).
 `floor_us` is what the bytes alone need, each read or written once, at the rate of a large copy in the same process;
 `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number to another: the least
 that any kernel takes.
@@ -59,6 +60,7 @@ FLUSH_BYTES = 256 << 20  # larger than any L2
 LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
 SETTLING = 5  # calls at the beginning of a round
 WARM_CALLS = 3  # before a call is timed; of what is captured in a graph, so takes less than SLOW_S
+WARM_ROWS = 32  # of the weight
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
 
@@ -106,6 +108,7 @@ class Case:
     block_size: int | None = None
     backend: str = ""
     global_scale: str = ""
+    warm_up: Callable[[], object] | None = None  # the same on a weight of a few rows; None: the call itself
     gpu_us: list[float] = field(default_factory=list)
     call_us: list[float] = field(default_factory=list)
     graph: Any = None
@@ -148,6 +151,7 @@ def cases(weight: Tensor, backends: list[str], block_sizes: tuple[int, ...]) -> 
                             block_size,
                             backend,
                             label,
+                            quantizer(weight[:WARM_ROWS], name, block_size, method, backend, given),
                         )
             if "triton" in backends and weight.is_cuda:
                 yield dequantizer(weight, name, block_size)
@@ -164,6 +168,7 @@ def cases(weight: Tensor, backends: list[str], block_sizes: tuple[int, ...]) -> 
             None,
             "triton",
             "amax",
+            lambda: launch.amax_parts(weight[:WARM_ROWS]),
         )
 
 
@@ -194,7 +199,7 @@ def quantizer(
 
 
 def dequantizer(weight: Tensor, format: str, block_size: int) -> Case:
-    q = quantize(weight, format, block_size)
+    q, few = quantize(weight, format, block_size), quantize(weight[:WARM_ROWS], format, block_size)
     return Case(
         "kernel",
         "quantkit",
@@ -205,6 +210,7 @@ def dequantizer(weight: Tensor, format: str, block_size: int) -> Case:
         block_size,
         "triton",
         "given",
+        lambda: few.dequantize(weight.dtype),
     )
 
 
@@ -222,6 +228,7 @@ def block_hessian_cases(columns: int, dtype: torch.dtype, device: str) -> Iterat
             "",
             block_size,
             "triton",
+            warm_up=lambda b=block_size: launch.block_hessians(activations[:WARM_ROWS], b),  # type: ignore[misc]
         )
 
 
@@ -288,6 +295,8 @@ class Clock:
     def prepare(self, case: Case) -> None:
         """Compile, warm up, and capture the call in a graph where it can be."""
         case.call()
+        if case.warm_up is not None:
+            case.warm_up()
         start = time.perf_counter()
         case.call()
         self.wait()
@@ -330,7 +339,7 @@ class Clock:
             return
         if self.cuda:
             for _ in range(1 if case.graph is None else WARM_CALLS):
-                case.call()
+                (case.warm_up or case.call)()
             self.flush.zero_()
         self.wait()
         start = time.perf_counter()
@@ -390,6 +399,8 @@ def compile_share(options: argparse.Namespace) -> None:
     for case in [case for case in (*ours, *available(peers)) if case.backend == "triton"][job::jobs]:
         try:
             case.call()
+            if case.warm_up is not None:
+                case.warm_up()
         except Exception:
             if case.kind != "peer":  # a peer that cannot run is reported by the measurement
                 raise
