@@ -624,10 +624,10 @@ def hessian_kernel(
     weight_ptr,  # [rows, num_blocks, block_size] bf16, fp16 or fp32
     factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
     global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
-    amax_ptr,  # [AMAX_PARTS] int32; unused without them
+    amax_ptr,  # [AMAX_PARTS] int32; None without them
     codes_ptr,  # [rows, num_blocks, block_size / 2] uint8
     scales_ptr,  # [rows, num_blocks] uint8
-    candidates_ptr,  # [rows, num_blocks] uint8; unused unless COUNT
+    candidates_ptr,  # [rows, num_blocks] uint8; None unless COUNT
     flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf
     rows,
     num_blocks,

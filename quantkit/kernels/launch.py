@@ -64,15 +64,15 @@ class Kernel:
     def __init__(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, constants
         self.last = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        self.compiled: Any = None
+        self.run: Any = None
+        self.function: tuple[Any, ...] = ()
 
     def __call__(self, stream: int | None, *arguments: Any) -> None:
-        compiled = self.compiled
-        if compiled is None or stream is None:
-            self.compiled = self.kernel[self.grid](*arguments, **self.constants)
-        else:  # as compiled[grid] does; test_launch.py holds Triton to the order of the arguments
-            start = (*self.grid, 1, stream, compiled.function, compiled.packed_metadata)
-            compiled.run(*start, None, None, None, *arguments, *self.last)
+        if stream is not None and self.run is not None:
+            # As compiled[grid] does; test_launch.py holds Triton to the order of the arguments.
+            self.run(*self.grid, 1, stream, *self.function, *arguments, *self.last)
+        elif (compiled := self.kernel[self.grid](*arguments, **self.constants)) is not None:
+            self.run, self.function = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
 
 Kind = tuple[torch.dtype, bool]
@@ -327,7 +327,7 @@ def quantize(
     from_amax = fmt.two_level and global_scale is None
     kind, stream = _kind(matrix), _stream(device)
     flags = torch.zeros(2, dtype=torch.int32, device=device) if check_finite else _unread_flags(device)
-    amax = flags  # any pointer will do where nothing is read
+    amax = None
     # Of this call's kernels, all but the first may start before the one before them has ended.
     if hessians is not None:
         hessians = _as_factorized(hessians)
@@ -344,12 +344,11 @@ def quantize(
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
     candidates = torch.empty_like(scales) if count_candidates else None
-    counted = scales if candidates is None else candidates  # any pointer, again
     if global_scale is None:
         global_scale = torch.empty_like(_some_scalar(device))  # written by the kernels
     if method == "hessian":
         kernel = _hessian(fmt, block_size, count_candidates, parts, rows, column_blocks, kind, device)
-        kernel(stream, matrix, factors, global_scale, amax, codes, scales, counted, flags, rows, column_blocks)
+        kernel(stream, matrix, factors, global_scale, amax, codes, scales, candidates, flags, rows, column_blocks)
     elif method == "naive":
         kernel = _naive(fmt, block_size, rule, parts, num_blocks, kind, device)
         kernel(stream, matrix, global_scale, amax, codes, scales, flags, num_blocks)
@@ -357,7 +356,7 @@ def quantize(
             candidates.fill_(1)
     elif method == "sse":
         kernel = _sse(fmt, block_size, count_candidates, parts, num_blocks, kind, device)
-        kernel(stream, matrix, global_scale, amax, codes, scales, counted, flags, num_blocks)
+        kernel(stream, matrix, global_scale, amax, codes, scales, candidates, flags, num_blocks)
     else:
         raise NotImplementedError(f"method {method!r} has no kernel: list it with has_kernel=False")
     return Quantized(codes, scales, global_scale, candidates, flags)

@@ -61,7 +61,7 @@ def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl
 def naive_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
     global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
-    amax_ptr,  # [AMAX_PARTS] int32; unused without them
+    amax_ptr,  # [AMAX_PARTS] int32; None without them
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
     flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf

@@ -121,10 +121,10 @@ def best_scale(first, last, ratio, even, odd, unit, FMT: tl.constexpr, TARGET: t
 def sse_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
     global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
-    amax_ptr,  # [AMAX_PARTS] int32; unused without them
+    amax_ptr,  # [AMAX_PARTS] int32; None without them
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
-    candidates_ptr,  # [num_blocks] uint8; unused unless COUNT
+    candidates_ptr,  # [num_blocks] uint8; None unless COUNT
     flag_ptr,  # [1] int32, set to 1 where the weight holds NaN or Inf
     num_blocks,
     FMT: tl.constexpr,
