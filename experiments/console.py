@@ -48,7 +48,7 @@ class Console:
     started: float = field(default_factory=time.perf_counter)
     output_dir: str = ""
     shown: str = ""  # the heading
-    unsupported: str | None = None  # the reason shown last
+    reason: str | None = None  # why a run did not end well, as shown last
 
     def heading(self, config: Config) -> None:
         self.output_dir = config.output_dir
@@ -75,12 +75,12 @@ class Console:
                 print(f"    {_verified(record)}", flush=True)
             return
         self.counts[record.status] += 1
-        text = f"{_label(record)} {record.status}: "
+        text = f"{_label(record)} {record.status}: {'as above' if record.reason == self.reason else record.reason}"
+        self.reason = record.reason
         if record.status == "failed":
-            print(f"{text}{record.reason} (traceback: {log_file})", file=sys.stderr, flush=True)
+            print(f"{text} (traceback: {log_file})", file=sys.stderr, flush=True)
         else:
-            print(text + ("as above" if record.reason == self.unsupported else str(record.reason)), flush=True)
-            self.unsupported = record.reason
+            print(text, flush=True)
 
     def kept(self) -> None:
         print("    The record of an earlier run that ended well is kept.", flush=True)

@@ -229,6 +229,18 @@ def test_what_the_library_lacks_is_refused_before_loading(
     assert console.close() == 1
 
 
+def test_one_reason_is_told_once(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("no hub: take the twins")))
+    console = Console()
+    for method in ("naive", "sse"):
+        run(output, f"method={method}", console=console)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "naive" in first and "failed: no hub: take the twins (traceback: " in first
+    assert "sse" in second and "failed: as above (traceback: " in second
+
+
 def test_a_failure_leaves_the_record_of_a_run_that_ended_well(
     output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
