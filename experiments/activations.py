@@ -37,6 +37,7 @@ from experiments.models import model_identity
 from experiments.record import write_atomically
 from experiments.sources import (
     CAPTURE_VERSION,
+    MANIFEST_FIELDS,
     MANIFEST_NAME,
     layer_folder,
     layer_identity,
@@ -198,7 +199,7 @@ def _open(folder: Path, config: Config) -> LayerInputs | None:
     """The cached layer, or None when it is not there, incomplete or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
     wants_shards = config.cache.activations
     try:
@@ -230,6 +231,8 @@ def _problem(folder: Path, manifest: dict[str, Any], shards: bool) -> str | None
     """What is wrong with a cached layer. Weight and Gram matrices are read through; shards are when they are used."""
     if manifest.get("capture_version") != CAPTURE_VERSION:
         return f"capture version {manifest.get('capture_version')} is not {CAPTURE_VERSION}"
+    if missing := MANIFEST_FIELDS - manifest.keys():
+        return f"{MANIFEST_NAME} has no {min(missing)}"
     for name, entry in manifest["files"].items():
         if not _intact(folder / name, entry):
             return f"{name} is missing or damaged"
@@ -462,7 +465,7 @@ class _Writer:
         for name in (JOURNAL_NAME, MANIFEST_NAME):
             try:
                 return dict(json.loads((self.folder / name).read_text())["shards"])
-            except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
                 continue
         return {}
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -532,6 +533,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
         if options.out:  # known before anything is measured for it
             options.out.parent.mkdir(parents=True, exist_ok=True)
+            if options.out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder; name a file in it")
             with tempfile.TemporaryFile(dir=options.out.parent):
                 pass
     except ValueError as error:
@@ -563,12 +566,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for shape in dict.fromkeys(options.shapes):
             found = run_shape(shape, clock, bandwidth, options)
-            show(found)
             lines += found
             if options.out:
                 write_atomically(options.out, to_csv(lines))
+            show(found)
     except KeyboardInterrupt:
-        print("\nInterrupted; the shapes above are measured.", file=sys.stderr)
+        print(f"\nInterrupted; {len(lines)} lines were measured.", file=sys.stderr)
         return 130
     return 0
 

@@ -85,10 +85,11 @@ class Console:
     def kept(self) -> None:
         print("    The record of an earlier run that ended well is kept.", flush=True)
 
-    def refused(self, error: Exception) -> None:
-        """A configuration that never became a run."""
+    def refused(self, error: Exception, config: Config | None = None) -> None:
+        """A configuration that never became a run; config: as far as it is known."""
         self.counts["failed"] += 1
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        which = "" if config is None else f"{_label_of(config)} "
+        print(f"{which}error: {one_line(error)}", file=sys.stderr, flush=True)
         if full_errors():
             traceback.print_exception(error)
 
@@ -133,6 +134,10 @@ def _verified(record: RunRecord) -> str:
 
 def _label(record: RunRecord) -> str:
     return f"  {record.format:<7}{record.block_size:>5}  {record.method:<8} {record.backend:<10}"
+
+
+def _label_of(config: Config) -> str:
+    return f"  {config.format.name:<7}{config.block_size:>5}  {config.method.name:<8} {config.backend.name:<10}"
 
 
 def _percent(share: float | None) -> str:

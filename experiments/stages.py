@@ -69,11 +69,11 @@ def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Seq
     fields = describe(config, inputs, work) | measure_errors(config, inputs, work)
     log.info("errors: %s", {name: value for name, value in fields.items() if "error" in name})
     blocks = cache(partial(block_columns, work.weight, work.result, work.naive, inputs.gram_calibration))
-    if config.record.blocks:
-        fields |= keep_blocks(blocks(), run_dir)
     if config.verify:
         fields |= verify_scales(config, work)
     fields |= measure_time(config, work, device, backend)
+    if config.record.blocks:  # last, like the record that they belong to
+        fields |= keep_blocks(blocks(), run_dir)
     return Outcome(fields, lambda: histograms(blocks()))
 
 
@@ -169,8 +169,8 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
     log.info("verified: %s", found)
     if not found.ok and get_method(config.method.name).is_optimal:
         log.warning(
-            "%d of %d blocks break the optimality contract, worst excess %g.",
-            found.violations, found.blocks, found.worst_excess,
+            "%d of %d blocks break the optimality contract, worst excess %g; %d codes are not the nearest.",
+            found.violations, found.blocks, found.worst_excess, found.wrong_codes,
         )  # fmt: skip
     return {
         "verified_blocks": found.blocks,

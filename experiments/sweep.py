@@ -34,6 +34,9 @@ _plan: list[list[str]] = []  # the overrides of each run of this process's sweep
 
 
 class SweepPlan(Callback):
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _check_writable(Path(config.output_dir))
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _plan.clear()
         _check_writable(Path(config.output_dir))

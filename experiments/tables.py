@@ -157,7 +157,7 @@ class Table:
 def make_rows(records: Iterable[RunRecord]) -> list[Row]:
     """The rows of the runs that ended well, in the order of the tables: of each, the newest run.
 
-    One that was not timed (timing=none) has the time of the last one that was, if their errors are the same.
+    One that was not timed (timing=none) has the time of the one before it, of the same code and with the same errors.
     """
     newest: dict[tuple[Subject, str, str | float | None, str | None, str], dict[str, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at or ""):
@@ -176,8 +176,8 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
 def _timed_as(record: RunRecord, before: RunRecord | None) -> RunRecord:
     if before is None or record.time_timer is not None:
         return record
-    errors = [(run.weight_error, run.output_error, run.output_error_heldout) for run in (record, before)]
-    if errors[0] != errors[1]:
+    same = ("commit", "dirty", "versions", "weight_error", "output_error", "output_error_heldout")
+    if any(getattr(record, name) != getattr(before, name) for name in same):
         return record
     return replace(record, **{name: getattr(before, name) for name in FIELDS if name.startswith("time_")})
 
@@ -229,6 +229,8 @@ def _verification_table(title: str, records: list[RunRecord]) -> Table:
     searches = [r for r in records if r.method in OPTIMAL]
     total, broken = sum(r.verified_blocks or 0 for r in searches), sum(r.verified_violations or 0 for r in searches)
     notes.append(f"In all {total:,} blocks of the searches, {broken:,} violations of the contract of docs/theory.md")
+    if wrong := sum(r.verified_wrong_codes or 0 for r in records):
+        notes.append(f"{wrong:,} codes are not the nearest at their scale")
     lines: dict[tuple[Any, ...], list[RunRecord]] = {}
     for r in records:
         lines.setdefault((r.format, r.method, r.backend, r.block_size, r.global_scale), []).append(r)

@@ -29,7 +29,7 @@ Histograms = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # name → (co
 MEASURED = (
     *("status", "reason", "weight_error", "output_error", "output_error_heldout", "bits_per_weight", "scales_moved"),
     *("candidates_mean", "candidates_max", "time_ms_median", "time_ms_p20", "time_ms_p80", "time_iterations"),
-    *("verified_blocks", "verified_violations", "verified_worst_excess", "duration_s"),
+    *("verified_blocks", "verified_violations", "verified_worst_excess", "verified_wrong_codes", "duration_s"),
 )
 AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
 HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # text, also where all digits are decimal

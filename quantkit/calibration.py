@@ -95,7 +95,7 @@ def block_hessians(gram: Tensor, block_size: int) -> Tensor:
         raise ValueError(f"gram must be a square [in_features, in_features] matrix, got {_describe(gram)}")
     if gram.shape[0] % block_size:
         raise ValueError(f"gram has {gram.shape[0]} columns, which block size {block_size} does not divide")
-    blocks = gram.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size))
+    blocks = gram.detach().unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size))
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 

@@ -19,7 +19,7 @@ from quantkit.tensor import QuantizedTensor, pack_codes
 __all__ = ["BACKENDS", "BackendUnavailableError", "quantize", "resolve_backend"]
 
 BACKENDS = ("auto", "reference", "triton")
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Weights that the reference holds in float64 at a time: on a CPU, a few arrays of them fit a core's cache.
 REFERENCE_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
@@ -165,7 +165,7 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
         raise ValueError(f"{fmt.name} has no block size {block_size!r}; it offers {offered}")
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
         raise ValueError(f"{fmt.name} has no scale rule {scale_rule!r}; it offers {', '.join(fmt.scale_rules)}")
-    if weight.dtype not in WEIGHT_DTYPES or weight.layout != torch.strided:
+    if weight.dtype not in FLOAT_DTYPES or weight.layout != torch.strided:
         sparse = f", {weight.layout}" if weight.layout != torch.strided else ""
         raise ValueError(
             "weight must be dense float16, bfloat16, float32 or float64, got "
@@ -185,7 +185,7 @@ def _check_finite(weight: Tensor, matrix: Tensor) -> None:
     """Raises ValueError for NaN and Inf, and for a float64 weight beyond float32, to which matrix was converted."""
     calibration.check_finite(weight, "weight")
     if weight.dtype == torch.float64 and not bool(matrix.isfinite().all()):
-        largest = float(weight.abs().max())
+        largest = float(weight.detach().abs().max())
         raise ValueError(f"weight holds {largest:.3g}, beyond float32, in which it is quantized; scale it down")
 
 
@@ -196,10 +196,16 @@ def _detached(tensor: Tensor) -> Tensor:
 def _check_tensor(value: object, name: str) -> None:
     """Raises TypeError for an argument that is no tensor, ValueError for one of no float dtype."""
     if not isinstance(value, Tensor):
-        remedy = "pass its .gram" if isinstance(value, calibration.GramAccumulator) else "pass one tensor"
+        if isinstance(value, calibration.GramAccumulator):
+            remedy = "pass gram=accumulator.gram in its place"
+        else:
+            remedy = "pass one tensor, torch.from_numpy(array) of an array"
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
-    if not value.is_floating_point():
-        raise ValueError(f"{name} must be floating-point, got {value.dtype}; convert it with {name}.float()")
+    if value.dtype not in FLOAT_DTYPES or value.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be dense and floating-point, got {value.dtype}, {value.layout}; convert with "
+            f"{name}.float() or {name}.to_dense()"
+        )
 
 
 def _hessians(
@@ -261,7 +267,7 @@ def _hessians_from_activations(activations: Tensor, in_features: int, block_size
     result = kernels.launcher().block_hessians(activations, block_size)
     if not bool(result.isfinite().all()):
         calibration.check_finite(activations, "activations")
-    _check_squares(result)
+        _check_squares(result)
     return result
 
 
@@ -288,11 +294,10 @@ def _global_scale(
                 f"a global_scale tensor must be one float32 on {matrix.device}, got "
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
-        if requested.device.type == "cpu" and not _is_multiplier(
-            float(requested), fmt
-        ):  # a GPU would have to be waited for
+        requested = _detached(requested if requested.ndim == 0 else requested.reshape(()))
+        if requested.device.type == "cpu" and not _is_multiplier(float(requested), fmt):  # one would wait for a GPU
             raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
-        return _detached(requested if requested.ndim == 0 else requested.reshape(()))
+        return requested
     if use_kernels and requested == ("amax" if fmt.two_level else "none"):
         return None
     if requested == "none":
@@ -335,7 +340,7 @@ def _quantize_reference(
     scales = torch.empty(rows, num_blocks, dtype=torch.uint8, device=matrix.device)
     candidates = torch.empty_like(scales)
     packed_codes = codes.unflatten(-1, (num_blocks, block_size // 2))
-    matrix = matrix.detach().unflatten(-1, (num_blocks, block_size))
+    matrix = matrix.unflatten(-1, (num_blocks, block_size))
 
     def quantize_chunk(part: slice, which: slice) -> None:
         blocks = matrix[part, which].float()

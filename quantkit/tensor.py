@@ -136,6 +136,7 @@ class QuantizedTensor:
         """
         from safetensors import SafetensorError, safe_open
 
+        torch.device(device)  # an error there is not the file's
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
@@ -151,7 +152,11 @@ class QuantizedTensor:
                         f"{path} has file version {metadata['version']}, this release reads {FILE_FORMAT_VERSION}"
                     )
                 tensors = {name: file.get_tensor(name) for name in ("codes", "scales", "global_scale")}
-            name, block_size = metadata["format"], int(metadata["block_size"])
+            name, block_size = str(metadata["format"]), int(metadata["block_size"])
+            codes, scales = tensors["codes"], tensors["scales"]
+            expected = (*scales.shape[:-1], scales.shape[-1] * block_size // 2)
+            if codes.shape != expected or not codes.dtype == scales.dtype == torch.uint8:
+                raise KeyError(f"codes {list(codes.shape)} for scales {list(scales.shape)} of {block_size} weights")
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged, or not a quantkit file ({error}); write it again with save()"

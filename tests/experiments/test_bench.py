@@ -44,6 +44,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
     with pytest.raises(SystemExit):
         bench.main(["--shapes", "8x64", "--device", "cpu", "--out", str(tmp_path / "file" / "x.csv")])
     assert "x.csv cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--shapes", "8x64", "--device", "cpu", "--out", str(tmp_path)])
+    assert "cannot be written: a folder; name a file in it" in capsys.readouterr().err
 
 
 def test_what_was_measured_before_an_interruption_is_shown_and_kept(

@@ -133,6 +133,11 @@ def test_collect_keeps_a_result_that_a_later_run_lacks(root: Path, capsys: pytes
     assert report.main(["--collect", "main", "--from", str(more)], root) == 0
     assert path.read_bytes() == before
     assert "1 of the runs are without a result, which earlier records have: these stay" in capsys.readouterr().out
+    both = write_runs(root / "both", make("hessian"))
+    failed = make("hessian", status="failed", reason="the model is gone")
+    (both / "z.jsonl").write_text(f"{failed.to_json()}\n")
+    assert report.main(["--collect", "main", "--from", str(both)], root) == 0
+    assert [r.status for r in read_records(path.parent)] == ["ok"] * 3
 
 
 def test_runs_shows_what_verify_found(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -148,7 +153,7 @@ def test_a_table_without_records_goes(root: Path, capsys: pytest.CaptureFixture[
     results = root / "results"
     assert report.main([], root) == 0
     (results / "mine.csv").write_text((results / "main.csv").read_text())
-    (results / "notes.csv").write_text("of,another,kind\n")
+    (results / "notes.csv").write_bytes("run_id,of,another,kind,ä\n".encode("latin-1"))
     capsys.readouterr()
     assert report.main(["--check"], root) == 1
     assert "results/mine.csv follows from no record" in capsys.readouterr().out

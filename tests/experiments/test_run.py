@@ -225,7 +225,8 @@ def test_what_the_library_lacks_is_refused_before_loading(
     console = Console()
     assert run(output, f"method={method}", override, console=console) == [] and not output.exists()
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and known in error and error.count("\n") == 1
+    assert f" {method if 'method' not in override else 'magic'} " in error
+    assert " error: " in error and known in error and error.count("\n") == 1
     assert console.close() == 1
 
 
@@ -244,13 +245,38 @@ def test_one_reason_is_told_once(
 def test_a_failure_leaves_the_record_of_a_run_that_ended_well(
     output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (finished,) = run(output)
-    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("the model is gone")))
+    """And its log and blocks; W&B hears nothing either."""
+    (finished,) = run(output, "record.blocks=true")
+    (folder,) = output.iterdir()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tracked: list[RunRecord] = []
+    monkeypatch.setattr(entry.tracking, "track", lambda record, *_: tracked.append(record))
+    measure_time = stages.measure_time
+
+    def gone(*_: object) -> None:
+        raise ValueError("the device is gone")
+
+    monkeypatch.setattr(stages, "measure_time", gone)
     console = Console()
-    assert run(output, "force=true", console=console) == [finished]
+    assert run(output, "force=true", "record.blocks=true", console=console) == [finished]
     shown = capsys.readouterr()
-    assert "failed: the model is gone" in shown.err and "earlier run that ended well is kept" in shown.out
+    assert "failed: the device is gone (traceback: " in shown.err and "again.log" in shown.err
+    assert "earlier run that ended well is kept" in shown.out and tracked == []
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() - before.keys() == {"again.log"} and all(after[name] == before[name] for name in before)
     assert console.close() == 1
+
+    monkeypatch.setattr(stages, "measure_time", measure_time)
+    (again,) = run(output, "force=true", "record.blocks=true")
+    assert again != finished and tracked == [again] and not (folder / "again.log").exists()
+
+
+def test_the_record_of_other_sources_is_no_result_to_keep(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(output)
+    monkeypatch.setattr("experiments.sources.layer_identity", lambda config: {"text": "1"})
+    monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("the model is gone")))
+    (record,) = run(output)
+    assert record.status == "failed"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,9 +366,10 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-def test_a_sweep_into_a_file_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sweep", [(), ("-m", "method=naive,sse")])
+def test_a_command_that_could_write_nothing_says_so_in_one_line(sweep: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    done = command("experiments/run.py", "-m", "method=naive,sse", *SMALL, f"output_dir={tmp_path / 'runs'}")
+    done = command("experiments/run.py", *sweep, *SMALL, f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: output_dir={tmp_path / 'runs'} cannot be written")
     assert "Traceback" not in done.stderr
@@ -351,7 +378,9 @@ def test_a_sweep_into_a_file_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
     output = tmp_path / "runs"
-    sweep = ["-m", "format=nvfp4,mxfp4", "method=naive,hessian", "block_size=16,48", *SMALL, f"output_dir={output}"]
+    sweep = ["-m", "format=nvfp4,mxfp4", "method=naive,hessian", "model.in_features=64,40", *SMALL]
+    sweep += [f"output_dir={output}"]
+    sweep.remove("model.in_features=64")
     done = command("experiments/run.py", *sweep)
     assert done.returncode == 1, done.stderr
     assert (
@@ -360,15 +389,15 @@ def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
         and f"experiments/report.py --runs {output}" in done.stdout
     )
     records = read_records(output)
-    assert [r.status for r in records] == ["ok"] * 4
+    assert sorted(r.status for r in records) == ["failed"] * 4 + ["ok"] * 4
     assert len({r.sweep for r in records}) == 1
-    errors = [line for line in done.stderr.splitlines() if "has no block size 48; it offers" in line]
+    errors = [line for line in done.stderr.splitlines() if "failed" in line and "(traceback: " in line]
     assert len(errors) == 4 and "Traceback" not in done.stderr
     text = "".join(path.read_text() for path in output.rglob("record.json"))
     assert socket.gethostname() not in text and str(REPO_ROOT) not in text
 
     # The second time nothing is left to do, and nothing heavy is imported for it.
-    sweep[3] = "block_size=16"
+    sweep[3] = "model.in_features=64"
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['experiments/run.py', *{sweep!r}]\n"

@@ -23,7 +23,7 @@ import pytest
 
 from experiments import models, sources, texts
 from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline, compose
-from experiments.sources import SourceError, load_text, resolve_sources, was_substituted
+from experiments.sources import SourceError, load_text, refuse_idle_paths, resolve_sources, was_substituted
 from tests.experiments.tiny_models import change, configuration
 
 HUB_DATA = DataConfig(
@@ -279,11 +279,17 @@ def test_a_folder_of_text_files(tmp_path: Path, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [("model=synthetic", "model.path=/some/folder"), ("data=python_docs", "data.path=/some/folder"),
-     ("model=synthetic", "data=synthetic", "data.path=/some/folder")],
+     ("model=synthetic", "data.path=/some/folder"),
+     ("model=bundle", "model.path=/a/bundle", "data.path=/some/folder")],
 )  # fmt: skip
 def test_a_path_that_nobody_would_read_is_refused(overrides: tuple[str, ...]) -> None:
-    with pytest.raises(SourceError, match=r"(model|data)\.path=/some/folder: .* reads no folder"):
-        resolve_sources(compose(overrides))
+    with pytest.raises(SourceError, match=r"(model|data)\.path=/some/folder: .* reads no (text )?folder"):
+        refuse_idle_paths(compose(overrides))
+
+
+def test_a_path_that_is_read_is_none_to_refuse() -> None:
+    for overrides in (("model.path=/a", "data.path=/b"), ("model=smollm2_135m", "model.path=/a"), ("model=bundle",)):
+        refuse_idle_paths(compose(overrides))
 
 
 def test_a_folder_without_the_split_calibrates_on_the_first_that_is_there(

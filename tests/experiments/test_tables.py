@@ -109,11 +109,12 @@ def test_rows_stand_in_the_order_of_formats_and_methods():
 def test_a_run_that_was_not_timed_has_the_time_of_the_one_before():
     timed = [make(backend=backend, time_ms_median=ms) for backend, ms in (("reference", 20.0), ("triton", 2.0))]
     untimed = {"time_ms_median": None, "time_timer": None, "time_device": None}
-    later = make(backend="triton", started_at="2026-01-02", commit="f" * 40, **untimed)
+    later = make(backend="triton", started_at="2026-01-02", **untimed)
     (row,) = tables.make_rows([later, *timed])
-    assert row.speedup == 10 and row.runs[1].commit == "f" * 40
-    (row,) = tables.make_rows([*timed, replace(later, weight_error=0.5)])  # of other code: its time may be another, too
-    assert row.speedup is None
+    assert row.speedup == 10 and row.runs[1].started_at == "2026-01-02"
+    for changed in ({"weight_error": 0.5}, {"commit": "f" * 40}, {"dirty": True}):
+        (row,) = tables.make_rows([*timed, replace(later, **changed)])  # of other code: its time may be another, too
+        assert row.speedup is None
 
 
 def test_models_and_block_sizes_and_devices_never_share_a_table():

@@ -47,6 +47,14 @@ def test_leading_dimensions_are_rows() -> None:
     assert weight_error(torch.zeros(3, 0), torch.zeros(3, 0)) == 0
 
 
+def test_metrics_of_what_has_a_graph_make_none() -> None:
+    w, q, x = sample()
+    want, gram = compute_metrics(w, q, x), x.T @ x
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("kept for a graph"), lambda t: t):
+        assert compute_metrics(w.requires_grad_(), q.requires_grad_(), x.requires_grad_()) == want
+        assert output_error_from_gram(w, q, gram.requires_grad_()) > 0
+
+
 def test_no_token_is_no_perfect_score() -> None:
     w, q, x = sample()
     batches = (batch for batch in x.split(17))

@@ -74,12 +74,21 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, q: QuantizedTe
     path = tmp_path / "w.safetensors"
     q.save(path)
     whole = path.read_bytes()
-    for damaged in (b"", b"junk" * 10, whole[:-10], whole.replace(b"global_scale", b"global_xcale")):
+    for damaged in (
+        b"",
+        b"junk" * 10,
+        whole[:-10],
+        whole.replace(b"global_scale", b"global_xcale"),
+        whole.replace(rb"\"block_size\": \"16\"", rb"\"block_size\": \"32\""),
+    ):
+        assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"w\.safetensors is damaged, or not a quantkit file"):
             QuantizedTensor.load(path)
     with pytest.raises(FileNotFoundError, match="other: no such file"):
         QuantizedTensor.load(tmp_path / "other")
+    with pytest.raises(RuntimeError, match="nope"):  # torch's own, about devices
+        QuantizedTensor.load(path, device="nope")
 
 
 def test_to_moves_every_part() -> None:
