@@ -33,7 +33,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from experiments.files import check_writable
 from experiments.provenance import device_name, git_state, resolve_device, versions
 from experiments.record import write_atomically
 from quantkit import FORMATS, METHODS, quantize, resolve_backend
@@ -532,11 +532,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             resolve_backend(backend, options.device)
         options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
         if options.out:  # known before anything is measured for it
-            options.out.parent.mkdir(parents=True, exist_ok=True)
             if options.out.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "a folder; name a file in it")
-            with tempfile.TemporaryFile(dir=options.out.parent):
-                pass
+            check_writable(options.out.parent)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -88,7 +88,9 @@ class Console:
     def refused(self, error: Exception, config: Config | None = None) -> None:
         """A configuration that never became a run; config: as far as it is known."""
         self.counts["failed"] += 1
-        which = "" if config is None else f"{_label_of(config)} "
+        which = ""
+        if config is not None:
+            which = _columns(config.format.name, config.block_size, config.method.name, config.backend.name) + " "
         print(f"{which}error: {one_line(error)}", file=sys.stderr, flush=True)
         if full_errors():
             traceback.print_exception(error)
@@ -133,11 +135,12 @@ def _verified(record: RunRecord) -> str:
 
 
 def _label(record: RunRecord) -> str:
-    return f"  {record.format:<7}{record.block_size:>5}  {record.method:<8} {record.backend:<10}"
+    return _columns(record.format, record.block_size, record.method, record.backend)
 
 
-def _label_of(config: Config) -> str:
-    return f"  {config.format.name:<7}{config.block_size:>5}  {config.method.name:<8} {config.backend.name:<10}"
+def _columns(format: str, block_size: int, method: str, backend: str) -> str:
+    """The first columns of a line."""
+    return f"  {format:<7}{block_size:>5}  {method:<8} {backend:<10}"
 
 
 def _percent(share: float | None) -> str:

@@ -1,9 +1,10 @@
-"""Small file helpers of the sources and the cache, and their error."""
+"""Small file helpers, and the error of the sources and the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,10 @@ def one_line(error: BaseException) -> str:
 def listing(folder: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "nothing"
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder where it is missing. Raises OSError where no file can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

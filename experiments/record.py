@@ -19,12 +19,8 @@ from typing import Any
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
 BLOCKS_NAME = "blocks.parquet"
-LATER_FIELDS = (
-    "weight_std",
-    "scale_shifts",
-    "candidate_counts",
-    "verified_wrong_codes",
-)  # records from before them have none
+# Records from before these have none.
+LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
 STATUSES = ("ok", "unsupported", "failed")
 
 

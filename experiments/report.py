@@ -173,7 +173,7 @@ def collect(name: str, source: Path, root: Path) -> int:
         raise ReportError(f"{source} has no runs; run `make run` or `python experiments/run.py` first")
     path = root / RECORDS / f"{name}.jsonl"
     known = {(r.run_id, r.device_name): r for r in read_lines(path)}
-    before, kept = set(known), 0
+    before, kept = dict(known), 0
     for record in found:
         old = known.get(key := (record.run_id, record.device_name))
         if old is not None and old.status == "ok" != record.status:
@@ -181,10 +181,10 @@ def collect(name: str, source: Path, root: Path) -> int:
         else:
             known[key] = record
     found = [known[key] for key in dict.fromkeys((r.run_id, r.device_name) for r in found)]
-    new = len(known) - len(before)
+    replaced = sum(known[key] is not record for key, record in before.items())
     records = sorted(known.values(), key=record_order)
     write_atomically(path, "".join(f"{record.to_json()}\n" for record in records))
-    print(f"{path.relative_to(root)}: {len(records)} records, {new} new, {len(found) - new - kept} replaced")
+    print(f"{path.relative_to(root)}: {len(records)} records, {len(known) - len(before)} new, {replaced} replaced")
     for count, what in (
         (sum(r.status != "ok" for r in found), "without a result"),
         (kept, "without a result, which earlier records have: these stay"),

@@ -12,7 +12,6 @@ Imports no torch.
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.config import Config, LayerConfig, to_config
+from experiments.files import check_writable
 
 # Overrides that change nothing about what a forward pass captures. One that is missing here costs a pass, no more.
 NOT_CAPTURED = (
@@ -51,9 +51,7 @@ class SweepPlan(Callback):
 def _check_writable(folder: Path) -> None:
     """Ends the program where a sweep could write nothing; Hydra's own error would be a page, for its multirun.yaml."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(folder)
     except OSError as error:
         raise SystemExit(f"error: output_dir={folder} cannot be written ({error.strerror}); choose another") from None
 

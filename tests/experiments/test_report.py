@@ -136,7 +136,9 @@ def test_collect_keeps_a_result_that_a_later_run_lacks(root: Path, capsys: pytes
     both = write_runs(root / "both", make("hessian"))
     failed = make("hessian", status="failed", reason="the model is gone")
     (both / "z.jsonl").write_text(f"{failed.to_json()}\n")
+    capsys.readouterr()
     assert report.main(["--collect", "main", "--from", str(both)], root) == 0
+    assert "3 records, 1 new, 0 replaced" in capsys.readouterr().out
     assert [r.status for r in read_records(path.parent)] == ["ok"] * 3
 
 
