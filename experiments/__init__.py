@@ -1,1 +1,1 @@
-"""The pipeline around quantkit: one stage a module, run as scripts (`python experiments/run.py`)."""
+"""The pipeline around quantkit: scripts (`python experiments/run.py`) at the top, their parts in the packages below."""

@@ -45,9 +45,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from experiments.files import check_writable
+from experiments.files import check_writable, write_atomically
 from experiments.provenance import device_name, git_state, resolve_device, versions
-from experiments.record import write_atomically
 from quantkit import FORMATS, METHODS, quantize, resolve_backend
 
 QWEN3_4B = ((4096, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (2560, 9728))  # q, k and v, o, gate and up, down

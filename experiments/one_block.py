@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from experiments.record import write_atomically
+from experiments.files import write_atomically
 from quantkit import QuantizedTensor, bounds, quantize
 from quantkit.calibration import block_hessians, factorize
 
@@ -33,9 +33,9 @@ DEFAULTS = ("model=smollm2_135m", "data=python_docs", "format=nvfp4", "block_siz
 
 def main(overrides: list[str], output: Path = OUTPUT) -> None:
     from experiments import provenance
-    from experiments.activations import load_layer_inputs
+    from experiments.capture.activations import load_layer_inputs
     from experiments.config import compose
-    from experiments.sources import resolve_sources
+    from experiments.sources.resolve import resolve_sources
 
     config = resolve_sources(compose([*DEFAULTS, *overrides]))
     inputs = load_layer_inputs(config)

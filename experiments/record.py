@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from experiments.files import write_atomically
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
@@ -22,6 +23,9 @@ BLOCKS_NAME = "blocks.parquet"
 # Records from before these have none.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
 STATUSES = ("ok", "unsupported", "failed")
+
+# Distributions over a run's blocks: name → (counts, edges), with one more edge than counts.
+Histograms = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
 class RecordError(ValueError):
@@ -144,23 +148,6 @@ class RunRecord:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunRecord))
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the whole new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a record is as readable as any other file.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_record(path: Path | str) -> RunRecord:

@@ -28,12 +28,13 @@ if __name__ == "__main__":
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.record import FIELDS, RecordError, RunRecord, read_records, write_atomically
+from experiments.files import write_atomically
+from experiments.record import FIELDS, RecordError, RunRecord, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.tables import Table
+    from experiments.reporting.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path("results/records")
@@ -89,7 +90,7 @@ def parse(argv: list[str] | None, root: Path) -> argparse.Namespace:
 
 
 def rebuild(root: Path) -> int:
-    from experiments.figures import FIGURES, FOLDER
+    from experiments.reporting.figures import FIGURES, FOLDER
 
     groups = read_groups(root)
     frames = figure_frames(root, groups)
@@ -144,7 +145,14 @@ def check(root: Path) -> int:
 
 def report_runs(folder: Path, root: Path) -> int:
     """Print the tables of the runs in `folder`, and write them beside the runs."""
-    from experiments.tables import make_rows, make_tables, read_published, row_frame, unfinished, verification_tables
+    from experiments.reporting.tables import (
+        make_rows,
+        make_tables,
+        read_published,
+        row_frame,
+        unfinished,
+        verification_tables,
+    )
 
     records = read_records(folder)
     if not records:
@@ -164,7 +172,7 @@ def report_runs(folder: Path, root: Path) -> int:
 
 def collect(name: str, source: Path, root: Path) -> int:
     """Merge the runs in `source` into the committed records `name`; a run that is known is replaced."""
-    from experiments.tables import record_order
+    from experiments.reporting.tables import record_order
 
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == PUBLISHED:
         raise ReportError(f"--collect {name}: use small letters, digits, - and _, and not the word {PUBLISHED}")
@@ -234,15 +242,15 @@ def read_groups(root: Path) -> dict[str, list[RunRecord]]:
 
 def figure_frames(root: Path, groups: dict[str, list[RunRecord]]) -> dict[str, pd.DataFrame]:
     """Name → data of every figure; empty where its records are absent."""
-    from experiments.figures import Sources, make_frames
+    from experiments.reporting.figures import Sources, make_frames
 
     return make_frames(Sources.read(root, groups))
 
 
 def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> dict[Path, str]:
     """Path → the text that follows from the records. The CSV files come first."""
-    from experiments.figures import FOLDER, figures_page, frame_csv
-    from experiments.tables import records_csv
+    from experiments.reporting.figures import FOLDER, figures_page, frame_csv
+    from experiments.reporting.tables import records_csv
 
     drawn = {name: frame for name, frame in frames.items() if len(frame)}
     files = {root / "results" / f"{name}.csv": records_csv(records) for name, records in groups.items()}
@@ -255,14 +263,14 @@ def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[
 
 
 def pictures(root: Path, frames: dict[str, pd.DataFrame]) -> list[Path]:
-    from experiments.figures import FOLDER, PICTURES
+    from experiments.reporting.figures import FOLDER, PICTURES
 
     return [root / FOLDER / f"{name}.{kind}" for name, frame in frames.items() if len(frame) for kind in PICTURES]
 
 
 def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> list[Path]:
     """CSV files of records, and pictures and data of figures, that have lost their records."""
-    from experiments.figures import FOLDER, PICTURES
+    from experiments.reporting.figures import FOLDER, PICTURES
 
     header = f"{','.join(FIELDS)}\n".encode()
     tables = [path for path in sorted((root / "results").glob("*.csv")) if path.read_bytes().startswith(header)]
@@ -278,8 +286,8 @@ def fill(
     """`text` with every generated block written anew."""
     import pandas as pd
 
-    from experiments.figures import FIGURES, FOLDER
-    from experiments.tables import (
+    from experiments.reporting.figures import FIGURES, FOLDER
+    from experiments.reporting.tables import (
         make_tables,
         published_tables,
         read_published,
@@ -316,7 +324,7 @@ def fill(
             block = drawn[name].markdown(frames[drawn[name].name], f"{FOLDER.as_posix()}/")
         elif name.startswith(FIGURE):
             raise ReportError(
-                f"{document} shows {name}, which no figure with data is called; see experiments/figures.py"
+                f"{document} shows {name}, which no figure with data is called; see experiments/reporting/figures.py"
             )
         elif name in groups:
             block = as_markdown(make_tables(groups[name], published), unfinished(groups[name]))

@@ -64,7 +64,7 @@ def run(composed: DictConfig, console: Console) -> None:
 
 
 def _run(composed: DictConfig, console: Console) -> None:
-    from experiments.sources import refuse_idle_paths
+    from experiments.sources.resolve import refuse_idle_paths
 
     try:
         config = to_config(composed)
@@ -102,7 +102,7 @@ def _run(composed: DictConfig, console: Console) -> None:
         try:
             if source_error is not None:
                 raise source_error
-            from experiments.stages import execute
+            from experiments.measure.stages import execute
 
             outcome = execute(config, device, backend, run_dir, layers_ahead(config))
             fields |= outcome.fields | {"status": "ok", "reason": None}
@@ -126,7 +126,7 @@ def _run(composed: DictConfig, console: Console) -> None:
 
 def invalid_options(config: Config) -> Exception | None:
     """Why no run of this configuration can ever end well, if that is so."""
-    from experiments.stages import check_options
+    from experiments.measure.stages import check_options
 
     try:
         check_options(config)
@@ -137,7 +137,7 @@ def invalid_options(config: Config) -> Exception | None:
 
 def resolve(config: Config) -> tuple[Config, Any, Exception | None]:
     """(configuration after the twin switch, what identifies the bytes behind it, the error that stopped either)."""
-    from experiments.sources import layer_identity, read_bundle_manifest, resolve_sources
+    from experiments.sources.resolve import layer_identity, read_bundle_manifest, resolve_sources
 
     try:
         config = resolve_sources(config)

@@ -96,8 +96,8 @@ def all_layers(*, _root_: DictConfig) -> str:
     Takes the model of the command line, not one that is itself swept. Where the model cannot be had, one index is
     left, so that its run says why.
     """
-    from experiments.models import count_layers
-    from experiments.sources import SourceError, resolve_sources
+    from experiments.sources.models import count_layers
+    from experiments.sources.resolve import SourceError, resolve_sources
 
     composed = copy.deepcopy(_root_)
     with open_dict(composed):

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config import TrackingConfig
-from experiments.record import RunRecord
+from experiments.record import Histograms, RunRecord
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = ("offline", "online", "disabled")
-
-Histograms = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # name → (counts, edges), one more edge than counts
 
 # The fields of a record that a run's summary shows; the others go to its configuration, where runs are filtered.
 MEASURED = (

@@ -12,7 +12,7 @@ import torch
 
 from experiments import bench
 from experiments.report import ReportError, fill
-from experiments.tables import scaling_tables, speed_tables
+from experiments.reporting.tables import scaling_tables, speed_tables
 from quantkit import FORMATS, METHODS
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
@@ -212,6 +212,6 @@ def test_a_missing_or_empty_benchmark_is_named(kind: str, tmp_path: Path) -> Non
 
 
 def _no_frames() -> dict[str, pd.DataFrame]:
-    from experiments.figures import FIGURES
+    from experiments.reporting.figures import FIGURES
 
     return {plot.name: pd.DataFrame() for plot in FIGURES}

@@ -18,9 +18,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments import run as entry
-from experiments import stages
 from experiments.config import CONF_DIR, REPO_ROOT, Config, LayerConfig
 from experiments.console import Console, _milliseconds
+from experiments.measure import stages
 from experiments.record import BLOCKS_NAME, RunRecord, read_record, read_records
 from quantkit import quantize
 from quantkit.metrics import output_error, weight_error
@@ -62,8 +62,8 @@ def layer_inputs(config: Config, ahead: Sequence[LayerConfig] = ()) -> SimpleNam
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the runs. Sources and inputs are stand-ins: these tests are about what happens around them."""
-    monkeypatch.setattr("experiments.sources.resolve_sources", lambda config: config)
-    monkeypatch.setattr("experiments.sources.layer_identity", lambda config: {"text": "0"})
+    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", lambda config: config)
+    monkeypatch.setattr("experiments.sources.resolve.layer_identity", lambda config: {"text": "0"})
     monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
     return tmp_path / "runs"
 
@@ -156,7 +156,7 @@ def test_a_finished_run_is_skipped_unless_forced(output: Path, monkeypatch: pyte
 
 def test_a_run_whose_sources_changed_is_not_finished(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = run(output)
-    monkeypatch.setattr("experiments.sources.layer_identity", lambda config: {"text": "1"})
+    monkeypatch.setattr("experiments.sources.resolve.layer_identity", lambda config: {"text": "1"})
     (second,) = run(output)
     assert second.run_id == first.run_id and second.config_hash != first.config_hash
     assert run(output) == [second]
@@ -273,7 +273,7 @@ def test_a_failure_leaves_the_record_of_a_run_that_ended_well(
 
 def test_the_record_of_other_sources_is_no_result_to_keep(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(output)
-    monkeypatch.setattr("experiments.sources.layer_identity", lambda config: {"text": "1"})
+    monkeypatch.setattr("experiments.sources.resolve.layer_identity", lambda config: {"text": "1"})
     monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("the model is gone")))
     (record,) = run(output)
     assert record.status == "failed"
@@ -292,13 +292,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 def test_sources_that_cannot_be_had(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run fails, in a record too; a record that is finished stays."""
-    monkeypatch.setattr("experiments.sources.resolve_sources", fail_with(ValueError("no hub: take the twins")))
+    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", fail_with(ValueError("no hub: take the twins")))
     (record,) = run(output)
     assert (record.status, record.reason) == ("failed", "no hub: take the twins")
 
-    monkeypatch.setattr("experiments.sources.resolve_sources", lambda config: config)
+    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", lambda config: config)
     (finished,) = run(output)
-    monkeypatch.setattr("experiments.sources.resolve_sources", fail_with(ValueError("no hub: take the twins")))
+    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", fail_with(ValueError("no hub: take the twins")))
     assert run(output) == [finished]
 
 
@@ -473,7 +473,7 @@ def test_a_sweep_captures_its_layers_in_one_pass(tmp_path: Path) -> None:
     # Counted in the process: a pass over the text is one call of _one_pass.
     code = (
         "import runpy, sys\n"
-        "from experiments import activations\n"
+        "from experiments.capture import activations\n"
         "passes, one = [], activations._Capture._one_pass\n"
         "activations._Capture._one_pass = lambda self, layers: (passes.append(len(layers)), one(self, layers))[1]\n"
         "sys.argv = ['experiments/run.py', *sys.argv[1:]]\n"

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from experiments import report
-from experiments.blocks import histograms
 from experiments.config import TrackingConfig, TrackingMode
+from experiments.measure.blocks import histograms
 from experiments.record import FIELDS, RunRecord
-from experiments.tables import records_csv
+from experiments.reporting.tables import records_csv
 from experiments.tracking import AS_HISTOGRAMS, MEASURED, track, track_report
 
 RECORD = RunRecord(

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import activations, layers
-from experiments.activations import LayerInputs, limit_calibration, load_layer_inputs, prefetch_layer_inputs
+from experiments.capture import activations
+from experiments.capture.activations import LayerInputs, limit_calibration, load_layer_inputs, prefetch_layer_inputs
 from experiments.config import CONF_DIR, Config, LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
-from experiments.sources import layer_folder, resolve_sources
+from experiments.sources import layers
+from experiments.sources.resolve import layer_folder, resolve_sources
 from tests.experiments.tiny_models import INNER, SEVEN, change, configuration, qwen3, text, write_text
 
 
@@ -207,7 +208,7 @@ def test_a_warm_cache_does_not_import_transformers(tiny: SimpleNamespace) -> Non
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "from tests.experiments.tiny_models import configuration\n"
-        "from experiments.activations import load_layer_inputs\n"
+        "from experiments.capture.activations import load_layer_inputs\n"
         f"assert load_layer_inputs(configuration({str(tiny.folder)!r}, {str(tiny.texts)!r})).provenance.from_cache\n"
         "assert not {'datasets', 'accelerate', 'tokenizers', 'gguf'} & set(sys.modules)"
     )

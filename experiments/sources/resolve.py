@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from experiments.config import CONF_DIR, Config, DataConfig, DataSource, LayerConfig, ModelConfig, ModelSource, Offline
 from experiments.files import SourceError, listing, one_line, sha256_json
-from experiments.models import in_hub_cache, model_identity, shards_below
-from experiments.texts import is_kept, load_text
+from experiments.sources.models import in_hub_cache, model_identity, shards_below
+from experiments.sources.texts import is_kept, load_text
 
 __all__ = [
     "SourceError",

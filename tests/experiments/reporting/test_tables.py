@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import tables
 from experiments.record import FIELDS, RunRecord
+from experiments.reporting import tables
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 BASE = RunRecord(
     run_id="nvfp4-b16-sse-reference",
@@ -265,7 +265,7 @@ def test_verification_table_counts_the_runs_that_were_verified() -> None:
 
 
 def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
-    """experiments/tables.py imports neither torch nor the library, so it lists them again."""
+    """experiments/reporting/tables.py imports neither torch nor the library, so it lists them again."""
     import quantkit
 
     assert list(tables.FORMATS) == list(quantkit.FORMATS)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import provenance, timing
-from experiments.activations import LayerInputs, limit_calibration, load_layer_inputs
-from experiments.blocks import block_columns, counts, histograms, write_blocks
+from experiments import provenance
+from experiments.capture.activations import LayerInputs, limit_calibration, load_layer_inputs
 from experiments.config import Config, LayerConfig
-from experiments.record import BLOCKS_NAME
-from experiments.tracking import Histograms
+from experiments.measure import timing
+from experiments.measure.blocks import block_columns, counts, histograms, write_blocks
+from experiments.record import BLOCKS_NAME, Histograms
 from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error

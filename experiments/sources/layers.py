@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from experiments.config import LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError, one_line
-from experiments.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_identity, tokenizer_folder
+from experiments.sources.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_identity, tokenizer_folder
 
 Tokenize = Callable[[str], list[int]]
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import DataConfig, DataSource
-from experiments.files import SourceError, listing, one_line, sha256_file, sha256_json
-from experiments.record import write_atomically
+from experiments.files import SourceError, listing, one_line, sha256_file, sha256_json, write_atomically
 
 log = logging.getLogger(__name__)
 

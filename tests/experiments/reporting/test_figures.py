@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments import figure_data, figures, report
-from experiments.figure_data import Sources
+from experiments import report
 from experiments.record import RunRecord
+from experiments.reporting import figure_data, figures
+from experiments.reporting.figure_data import Sources
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLOTS = {plot.name: plot for plot in figures.FIGURES}
 ERRORS = {"naive": 0.06, "sse": 0.05, "hessian": 0.04}
 REFERENCE_US = {"naive": 40.0, "sse": 200.0, "hessian": 2000.0}

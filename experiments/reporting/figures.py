@@ -33,9 +33,9 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from experiments import figure_data
-from experiments.figure_data import Sources
-from experiments.tables import FORMATS, METHODS
+from experiments.reporting import figure_data
+from experiments.reporting.figure_data import Sources
+from experiments.reporting.tables import FORMATS, METHODS
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 FOLDER = Path("results/figures")

@@ -21,9 +21,9 @@ import huggingface_hub.constants
 import huggingface_hub.errors
 import pytest
 
-from experiments import models, sources, texts
 from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline, compose
-from experiments.sources import SourceError, load_text, refuse_idle_paths, resolve_sources, was_substituted
+from experiments.sources import models, resolve, texts
+from experiments.sources.resolve import SourceError, load_text, refuse_idle_paths, resolve_sources, was_substituted
 from tests.experiments.tiny_models import change, configuration
 
 HUB_DATA = DataConfig(
@@ -34,8 +34,8 @@ HUB_DATA = DataConfig(
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test decides anew, and may switch the hub libraries to offline for itself alone."""
-    monkeypatch.setattr(sources, "_probed", {})
-    monkeypatch.setattr(sources, "_announced", set())
+    monkeypatch.setattr(resolve, "_probed", {})
+    monkeypatch.setattr(resolve, "_announced", set())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     texts._say_once.cache_clear()
@@ -203,7 +203,7 @@ def test_a_cached_text_is_used_without_asking(hub: SimpleNamespace) -> None:
 def test_a_captured_layer_needs_no_hub(hub: SimpleNamespace) -> None:
     unreachable(hub)
     config = default(data=DataConfig("python_docs", DataSource.python_docs))
-    folder = sources.layer_folder(config)
+    folder = resolve.layer_folder(config)
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
     assert resolve_sources(config).model.name == "qwen3_4b"
@@ -215,8 +215,8 @@ def test_a_network_that_swallows_packets_is_given_up_in_time(monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    assert sources.PROBE_SECONDS <= 8
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 1.5)
+    assert resolve.PROBE_SECONDS <= 8
+    monkeypatch.setattr(resolve, "PROBE_SECONDS", 1.5)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -232,7 +232,7 @@ def test_a_request_that_hangs_beyond_its_own_timeout_is_left_behind(
     hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a look-up of the name does."""
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(resolve, "PROBE_SECONDS", 0.3)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: time.sleep(3))
     started = time.monotonic()
     with pytest.raises(SourceError, match=r"no answer from .* within 0 s"):
@@ -474,7 +474,7 @@ def test_a_local_checkpoint_is_known_by_its_bytes(tmp_path: Path) -> None:
 
 def test_deciding_the_sources_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from experiments.config import compose; from experiments.sources import resolve_sources;"
+        "import sys; from experiments.config import compose; from experiments.sources.resolve import resolve_sources;"
         "resolve_sources(compose(['model=smollm2_135m', 'data=python_docs']));"
         "resolve_sources(compose(['model=synthetic']));"
         "sys.exit(bool({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"

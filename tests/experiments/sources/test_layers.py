@@ -15,7 +15,7 @@ import torch
 
 from experiments.config import LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
-from experiments.layers import (
+from experiments.sources.layers import (
     GGUF_LLAMA,
     InputTap,
     build_decoder,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.config import TimingConfig
-from experiments.timing import Timing, measure
+from experiments.measure.timing import Timing, measure
 
 QUICK = TimingConfig(min_run_s=0.05)
 

@@ -32,10 +32,9 @@ import torch
 from torch import Tensor
 
 from experiments.config import Config, LayerConfig, ModelSource
-from experiments.files import SourceError, sha256_file, sha256_json
-from experiments.models import model_identity
-from experiments.record import write_atomically
-from experiments.sources import (
+from experiments.files import SourceError, sha256_file, sha256_json, write_atomically
+from experiments.sources.models import model_identity
+from experiments.sources.resolve import (
     CAPTURE_VERSION,
     MANIFEST_FIELDS,
     MANIFEST_NAME,
@@ -321,7 +320,7 @@ class _Capture:
     """One capture of some layers of one model on one text."""
 
     def __init__(self, config: Config, layers: Sequence[LayerConfig], folders: dict[tuple[int, str], Path]) -> None:
-        from experiments.layers import build_decoder, check_layers, open_checkpoint
+        from experiments.sources.layers import build_decoder, check_layers, open_checkpoint
 
         self.config, self.layers, self.folders = config, layers, folders
         self.checkpoint = open_checkpoint(config.model, config.cache.folder)
@@ -341,7 +340,7 @@ class _Capture:
 
     def _passes(self) -> Iterator[list[LayerConfig]]:
         """The layers, in order, as many at a time as PASS_BYTES allows."""
-        from experiments.layers import find_linear
+        from experiments.sources.layers import find_linear
 
         chosen: list[LayerConfig] = []
         held = 0
@@ -358,7 +357,7 @@ class _Capture:
     def _one_pass(self, layers: list[LayerConfig]) -> None:
         from tqdm import tqdm
 
-        from experiments.layers import InputTap
+        from experiments.sources.layers import InputTap
 
         seq_len = self.config.data.seq_len
         tap = InputTap(self.model, layers, self.checkpoint.name)
@@ -396,7 +395,7 @@ class _Capture:
             self._finish(group, writer, str(tap.dtype).removeprefix("torch."))
 
     def _finish(self, group: list[LayerConfig], writer: _Writer, dtype: str) -> None:
-        from experiments.layers import load_weight
+        from experiments.sources.layers import load_weight
 
         model = model_identity(self.config.model)
         source = {

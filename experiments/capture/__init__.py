@@ -1,0 +1,1 @@
+"""A layer's inputs and Gram matrices: captured once, kept on the disk."""

@@ -1,0 +1,1 @@
+"""What a run measures: errors, times, statistics of the blocks."""
