@@ -14,7 +14,6 @@ find the instructions by itself; "plain", for GPUs that do not know them, comput
 from __future__ import annotations
 
 import functools
-import struct
 from typing import NamedTuple
 
 import triton
@@ -22,7 +21,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit import bounds
-from quantkit.formats import E2M1, FLOAT32_SMALLEST_NORMAL, BlockFormat, ElementGrid
+from quantkit.formats import E2M1, FLOAT32_SMALLEST_NORMAL, BlockFormat
+from quantkit.kernels import ptx
 
 __all__ = ["FormatConstants", "format_constants"]
 
@@ -216,16 +216,14 @@ def block_amax(blocks, flag_ptr, TARGET: tl.constexpr):
     return amax
 
 
+MAX_MAGNITUDE_X2 = tl.constexpr({tl.bfloat16: ptx.max_magnitude_x2("bf16"), tl.float16: ptx.max_magnitude_x2("f16")})
+
+
 @triton.jit
 def larger_by_twos(a, b):
     """Of bf16 or fp16 tiles, on "cuda": the larger magnitude with either sign, or NaN, two elements an instruction."""
     return tl.inline_asm_elementwise(
-        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;" if a.dtype == tl.bfloat16 else "max.NaN.xorsign.abs.f16x2 $0, $1, $2;",
-        "=r,r,r",
-        [a, b],
-        dtype=a.dtype,
-        is_pure=True,
-        pack=2,
+        MAX_MAGNITUDE_X2[a.dtype].text, MAX_MAGNITUDE_X2[a.dtype].constraints, [a, b], a.dtype, is_pure=True, pack=2
     )
 
 
@@ -341,6 +339,9 @@ def search_unit(global_scale, normalize, FMT: tl.constexpr):
     return tl.minimum(tl.maximum(global_scale * normalize, FMT.unit_min), FMT.unit_max)
 
 
+RECIPROCAL = tl.constexpr({tl.float32: ptx.reciprocal("f32"), tl.float64: ptx.reciprocal("f64")})
+
+
 @triton.jit
 def reciprocal_near(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
     """Float32 1/scale within an ulp, exact for powers of two; scale and its reciprocal are normal numbers."""
@@ -348,7 +349,7 @@ def reciprocal_near(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
         return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     elif TARGET == "cuda":  # a division would first see whether it may be done so
         return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], tl.float32, is_pure=True, pack=1
+            RECIPROCAL[scale.dtype].text, RECIPROCAL[scale.dtype].constraints, [scale], tl.float32, is_pure=True, pack=1
         )
     else:
         return 1.0 / scale
@@ -402,19 +403,25 @@ def nearest_multiple(x, scale, FMT: tl.constexpr):
     return _smaller_magnitude(magic - (magic - x), scale * FMT.element_max)
 
 
+MAX_MAGNITUDE = tl.constexpr(ptx.magnitude("max"))
+MIN_MAGNITUDE = tl.constexpr(ptx.magnitude("min"))
+
+
 @triton.jit
 def _larger_magnitude(y, least):
     """max(|y|, least) with y's sign, of a float32 tensor, in one instruction of sm_86 and later."""
+    least = tl.zeros_like(y) + least
     return tl.inline_asm_elementwise(
-        "max.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, tl.zeros_like(y) + least], tl.float32, is_pure=True, pack=1
+        MAX_MAGNITUDE.value.text, MAX_MAGNITUDE.value.constraints, [y, least], tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
 def _smaller_magnitude(y, most):
     """min(|y|, most) with y's sign, likewise."""
+    most = tl.zeros_like(y) + most
     return tl.inline_asm_elementwise(
-        "min.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, tl.zeros_like(y) + most], tl.float32, is_pure=True, pack=1
+        MIN_MAGNITUDE.value.text, MIN_MAGNITUDE.value.constraints, [y, most], tl.float32, is_pure=True, pack=1
     )
 
 
@@ -469,73 +476,8 @@ def squared_error(even, odd):
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 
-# From two words of bytes, those of even and of odd elements in E4M3, whose code has the element's, and the sign, in its
-# upper bits: two masked moves a word.
-_PACK = """
-            shr.b32 up, even, 2;
-            shr.b32 even, even, 4;
-            lop3.b32 even, up, even, 0x07070707, 0xE4;
-            shl.b32 up, odd, 2;
-            lop3.b32 odd, up, odd, 0x7f7f7f7f, 0xE4;
-            lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xE4;
-            }"""
-
-
-def _pack_levels() -> str:
-    """PTX of four bytes of codes from four even and four odd float32 levels, two a conversion to E4M3."""
-    lines = ["{ .reg .b16 low, high; .reg .b32 even, odd, up;"]
-    for word, first in (("even", 1), ("odd", 5)):
-        lines += [
-            f"cvt.rn.satfinite.e4m3x2.f32 low, ${first + 1}, ${first};",
-            f"cvt.rn.satfinite.e4m3x2.f32 high, ${first + 3}, ${first + 2};",
-            f"mov.b32 {word}, {{low, high}};",
-        ]
-    return "\n".join(lines) + _PACK
-
-
-def nearest_levels_of_two(level: str, x: str, spare: str) -> list[str]:
-    """PTX that rounds x, a word of two halves, to the element grid, ties to even, as round_to_grid does: from ``least``
-    and ``times``, its constants in two halves; not saturated, and without the sign of a zero."""
-    return [
-        f"max.xorsign.abs.f16x2 {level}, {x}, least;",
-        f"neg.f16x2 {spare}, {x};",
-        f"fma.rn.f16x2 {spare}, {level}, times, {spare};",
-        f"neg.f16x2 {spare}, {spare};",
-        f"fma.rn.f16x2 {level}, {level}, times, {spare};",
-    ]
-
-
-def _pack_quotients(element: ElementGrid) -> str:
-    """PTX of the same from signed quotients that half precision holds, or that are far below the smallest tie or above
-    its largest number; they are rounded to levels two an instruction, as nearest_level does."""
-
-    def two(value: float) -> str:
-        return f"0x{2 * struct.pack('>e', value).hex()}"
-
-    unit = 2.0 ** (element.bias - 7)
-    least = 2.0**element.min_exponent * (1 + 2.0 ** (element.mantissa_bits - 9)) * unit
-    lines = [
-        "{ .reg .b16 low, high; .reg .b32 even, odd, up, y, level, least, most, times;",
-        f"mov.b32 least, {two(least)};",
-        f"mov.b32 most, {two(element.max_value * unit)};",
-        f"mov.b32 times, {two(2.0 ** (10 - element.mantissa_bits))};",
-    ]
-    for word, first in (("even", 1), ("odd", 5)):
-        for half, at in (("low", first), ("high", first + 2)):
-            lines += [
-                f"cvt.rn.f16x2.f32 y, ${at + 1}, ${at};",
-                "min.xorsign.abs.f16x2 y, y, most;",
-                *nearest_levels_of_two("level", "y", "up"),
-                "lop3.b32 level, level, y, 0x80008000, 0xD8;",  # a zero, too, has its quotient's sign
-                f"cvt.rn.satfinite.e4m3x2.f16x2 {half}, level;",
-            ]
-        lines.append(f"mov.b32 {word}, {{low, high}};")
-    return "\n".join(lines) + _PACK
-
-
-PACK_LEVELS = tl.constexpr(_pack_levels())
-PACK_QUOTIENTS = tl.constexpr(_pack_quotients(E2M1))
-PACK_OPERANDS = tl.constexpr("=r,f,f,f,f,f,f,f,f")
+PACK_LEVELS = tl.constexpr(ptx.pack_levels())
+PACK_QUOTIENTS = tl.constexpr(ptx.pack_quotients(E2M1))
 
 
 @triton.jit
@@ -552,14 +494,17 @@ def packed_codes(even, odd, code, unit, BITS: tl.constexpr, FMT: tl.constexpr, T
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
     if TO_E2M1 and BITS == 16 and FMT.scale_exact_reciprocal:
+        even, odd = even * reciprocal, odd * reciprocal
         return tl.inline_asm_elementwise(
-            PACK_QUOTIENTS, PACK_OPERANDS, [even * reciprocal, odd * reciprocal], dtype=tl.uint8, is_pure=True, pack=4
+            PACK_QUOTIENTS.value.text, PACK_QUOTIENTS.value.constraints, [even, odd], tl.uint8, is_pure=True, pack=4
         )
     even_level = nearest_level(rounded_quotient(tl.abs(even), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
     odd_level = nearest_level(rounded_quotient(tl.abs(odd), scale, reciprocal, rest, FMT, TARGET), FMT, True, SHIFT)
     even, odd = with_sign_of(even_level, even), with_sign_of(odd_level, odd)
     if TO_E2M1:
-        return tl.inline_asm_elementwise(PACK_LEVELS, PACK_OPERANDS, [even, odd], dtype=tl.uint8, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            PACK_LEVELS.value.text, PACK_LEVELS.value.constraints, [even, odd], tl.uint8, is_pure=True, pack=4
+        )
     else:
         return element_code(even, FMT) | (element_code(odd, FMT) << 4)
 

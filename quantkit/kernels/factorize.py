@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.device import let_next_start
+from quantkit.kernels import ptx
+from quantkit.kernels.device import RECIPROCAL, let_next_start
 
 __all__ = ["EXTRA_ROWS", "FIRST_SHIFT", "factorize_kernel", "factors_of", "rounded_up"]
 
@@ -40,46 +41,43 @@ def rounded_up(x):
 def reciprocal(x, TARGET: tl.constexpr):
     """Float64 1/x of values in float32's normal range, within an ulp or two."""
     if TARGET == "cuda":  # a division would first see whether it may be done so
-        near = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], tl.float64, is_pure=True, pack=1)
+        near = tl.inline_asm_elementwise(
+            RECIPROCAL[x.dtype].text, RECIPROCAL[x.dtype].constraints, [x], tl.float64, is_pure=True, pack=1
+        )
         error = 1.0 - x * near
         return tl.fma(tl.fma(error, error, error), near, near)
     else:
         return 1.0 / x
 
 
+RECIPROCAL_ROOT = tl.constexpr(ptx.reciprocal_root())
+
+
 @triton.jit
 def inverse_root(x, TARGET: tl.constexpr):
     """Float64 1/√x of values in float32's normal range, likewise."""
     if TARGET == "cuda":
-        near = tl.inline_asm_elementwise("rsqrt.approx.ftz.f64 $0, $1;", "=d,d", [x], tl.float64, is_pure=True, pack=1)
+        near = tl.inline_asm_elementwise(
+            RECIPROCAL_ROOT.value.text, RECIPROCAL_ROOT.value.constraints, [x], tl.float64, is_pure=True, pack=1
+        )
         error = 1.0 - x * near * near
         return tl.fma(tl.fma(error, 0.375, 0.5) * error, near, near)
     else:
         return 1.0 / tl.sqrt(x)
 
 
-def _in_turn(size: int) -> str:
-    """PTX of the float64 in ``size`` places of 8 bytes in shared memory, after each lane has written to one."""
-    value, own, base = (f"${size + index}" for index in range(3))
-    lines = ["bar.warp.sync 0xffffffff;", f"st.shared.f64 [{own}], {value};", "bar.warp.sync 0xffffffff;"]
-    for place in range(0, size, 2):
-        lines.append(f"ld.shared.v2.f64 {{${place}, ${place + 1}}}, [{base}+{8 * place}];")
-    return "\n".join(lines)
-
-
-IN_TURN = tl.constexpr({size: _in_turn(size) for size in (16, 32)})
-IN_TURN_OPERANDS = tl.constexpr({size: ",".join(["=&d"] * size + ["d", "r", "r"]) for size in (16, 32)})
-IN_TURN_TYPES = tl.constexpr({size: (tl.float64,) * size for size in (16, 32)})
-IN_TURN_PLACES = tl.constexpr(
-    {size: f"{{.shared .align 16 .b8 turn[{8 * size}]; mov.u32 $0, turn;}}" for size in (16, 32)}
-)
+ROTATE = tl.constexpr({size: ptx.rotate(size) for size in (16, 32)})
+ROTATE_TYPES = tl.constexpr({size: (tl.float64,) * size for size in (16, 32)})
+ROTATE_BUFFER = tl.constexpr({size: ptx.shared_memory("turn", 8 * size, alignment=16) for size in (16, 32)})
 
 
 @triton.jit
 def places_in_turn(lane, SIZE: tl.constexpr, TARGET: tl.constexpr):
     """What in_turn needs, found once: on "cuda" an address in shared memory."""
     if TARGET == "cuda":
-        return tl.inline_asm_elementwise(IN_TURN_PLACES[SIZE], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            ROTATE_BUFFER[SIZE].text, ROTATE_BUFFER[SIZE].constraints, [lane], tl.int32, is_pure=True, pack=1
+        )
     else:
         return lane
 
@@ -94,7 +92,7 @@ def in_turn(x, index, places, SIZE: tl.constexpr, TARGET: tl.constexpr):
     if TARGET == "cuda":
         own = places + ((lane - index - 1) & (SIZE - 1)) * 8
         return tl.inline_asm_elementwise(
-            IN_TURN[SIZE], IN_TURN_OPERANDS[SIZE], [x, own, places], dtype=IN_TURN_TYPES[SIZE], is_pure=False, pack=1
+            ROTATE[SIZE].text, ROTATE[SIZE].constraints, [x, own, places], ROTATE_TYPES[SIZE], is_pure=False, pack=1
         )
     else:
         elements = ()

@@ -17,12 +17,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantkit.kernels import ptx
 from quantkit.kernels.device import (
     block_amax,
     columns,
     load_blocks,
     load_global_scale,
-    nearest_levels_of_two,
     nearest_multiple,
     nearest_signed_level,
     normalizer,
@@ -95,121 +95,21 @@ def residuals_at(x, code, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
 
 # ---- ‖r A‖ in half precision ----------------------------------------------------------------------------------------
 #
-# On "cuda" by mma.m16n8k16, for a warp of 32 blocks. It wants rows of r spread over four threads each, so they go
-# through shared memory, in lines of 128 bytes: of the block of lane 4 g + t, the eight elements from 8 c on are at
-# 16 (g xor 2 t) of line t · block_size / 8 + c. No two of eight lanes then meet in a bank, neither to write elements
-# of their own nor to read those of eight g. Thread t of the quad g gets, of its four sums of squares, that of the
-# block it has.
+# On "cuda" a warp of 32 blocks multiplies by mma.m16n8k16; ptx.py says how residuals get to the lanes that want them.
 
 
-def _norm_and_margin(block_size: int, by_twos: bool) -> str:
-    """PTX of (‖r A‖², Σ |r_i| w_i) from block_size residuals, or by twos from the elements; see load_halves and
-    norm_of_twos for the operands."""
-    depth, eights = block_size // 16, block_size // 8
-    first_operand, factor = 2, 2 + (block_size // 2 + 3 if by_twos else block_size)
-    least, most, times = (f"${factor - 3 + index}" for index in range(3))
-    weight = factor + 2 * sum(depth - column // 2 for column in range(eights))
-    shared, own, row, lane = (f"${weight + 2 * depth + index}" for index in range(4))
-    lines = [
-        ".reg .pred odd, upper;",
-        f".reg .b32 at, bits, least, most, times, level, minus, r<4>, a<{4 * depth}>, n<{4 * depth}>;",
-        ".reg .f32 zero, own, other, c<4>, e<4>, w<4>, s<4>;",
-        "mov.f32 zero, 0f00000000;",
-        f"add.u32 at, {shared}, {own};",
-        "bar.warp.sync 0xffffffff;",
-    ]
-    if by_twos:
-        lines += [f"cvt.rn.f16x2.f32 {name}, {given}, {given};" for name, given in (("least", least), ("most", most))]
-        lines.append(f"cvt.rn.f16x2.f32 times, {times}, {times};")
-    for chunk in range(eights):
-        for word in range(4):
-            if by_twos:
-                x = f"${first_operand + 4 * chunk + word}"
-                lines += [
-                    *nearest_levels_of_two("level", x, "minus"),
-                    "min.xorsign.abs.f16x2 level, level, most;",
-                    f"sub.rn.f16x2 r{word}, {x}, level;",
-                ]
-            else:
-                low = first_operand + 8 * chunk + 2 * word
-                lines.append(f"cvt.rn.f16x2.f32 r{word}, ${low + 1}, ${low};")
-        lines.append(f"st.shared.v4.b32 [at+{128 * chunk}], {{r0, r1, r2, r3}};")
-    lines.append("bar.warp.sync 0xffffffff;")
-    product = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-    for half in range(2):
-        lines += [f"xor.b32 at, {row}, {64 * half};", f"add.u32 at, at, {shared};"]
-        for step in range(depth):
-            a = ", ".join(f"a{4 * step + index}" for index in range(4))
-            offset = 128 * (2 * half * eights + 2 * step)
-            lines.append(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{a}}}, [at+{offset}];")
-        before = "{zero, zero, zero, zero}"
-        for step in range(depth):
-            for index in range(4):
-                lines.append(f"and.b32 n{4 * step + index}, a{4 * step + index}, 0x7fff7fff;")
-            a = ", ".join(f"n{4 * step + index}" for index in range(4))
-            b = f"${weight + 2 * step}, ${weight + 2 * step + 1}"
-            lines.append(f"{product} {{e0, e1, e2, e3}}, {{{a}}}, {{{b}}}, {before};")
-            before = "{e0, e1, e2, e3}"
-        lines += [f"mov.f32 w{2 * half}, e0;", f"mov.f32 w{2 * half + 1}, e2;"]
-        at = factor
-        for column in range(eights):
-            before = "{zero, zero, zero, zero}"
-            for step in range(column // 2, depth):
-                a = ", ".join(f"a{4 * step + index}" for index in range(4))
-                lines.append(f"{product} {{c0, c1, c2, c3}}, {{{a}}}, {{${at}, ${at + 1}}}, {before};")
-                before = "{c0, c1, c2, c3}"
-                at += 2
-            for index in range(4):
-                total = f"s{2 * half + index // 2}"
-                square = f"{total}, c{index}, c{index}"
-                first = column == 0 and index % 2 == 0
-                lines.append(f"mul.f32 {square};" if first else f"fma.rn.f32 {square}, {total};")
-    lines += [
-        f"and.b32 bits, {lane}, 1;",
-        "setp.ne.u32 odd, bits, 0;",
-        f"and.b32 bits, {lane}, 2;",
-        "setp.ne.u32 upper, bits, 0;",
-    ]
-    for kept in range(2):
-        lines += [
-            f"selp.f32 other, s{kept}, s{kept + 2}, upper;",
-            f"selp.f32 s{kept}, s{kept + 2}, s{kept}, upper;",
-            "shfl.sync.bfly.b32 other, other, 2, 0x1f, 0xffffffff;",
-            f"add.f32 s{kept}, s{kept}, other;",
-            f"selp.f32 w{kept}, w{kept + 2}, w{kept}, upper;",
-        ]
-    lines += [
-        "selp.f32 other, s0, s1, odd;",
-        "selp.f32 own, s1, s0, odd;",
-        "shfl.sync.bfly.b32 other, other, 1, 0x1f, 0xffffffff;",
-        "add.f32 $0, own, other;",
-        "selp.f32 $1, w1, w0, odd;",
-    ]
-    return "{" + "\n".join(lines) + "}"
-
-
-FACTOR_OPERANDS = {16: 4 + 2 + 4, 32: 12 + 4 + 4}
-NORM_AND_MARGIN = tl.constexpr({size: _norm_and_margin(size, by_twos=False) for size in (16, 32)})
-NORM_OPERANDS = tl.constexpr(
-    {size: ",".join(["=&f"] * 2 + ["f"] * size + ["r"] * words) for size, words in FACTOR_OPERANDS.items()}
-)
-NORM_OF_TWOS = tl.constexpr({size: _norm_and_margin(size, by_twos=True) for size in (16, 32)})
-TWOS_OPERANDS = tl.constexpr(
-    {
-        size: ",".join(["=&f"] * 2 + ["r"] * (size // 2) + ["f"] * 3 + ["r"] * words)
-        for size, words in FACTOR_OPERANDS.items()
-    }
-)
-SHARED_TILE = tl.constexpr(
-    {size: f"{{.shared .align 128 .b8 halves[{64 * size}]; mov.u32 $0, halves;}}" for size in (16, 32)}
-)
+FP16_NORM = tl.constexpr({size: ptx.fp16_norm(size) for size in (16, 32)})
+FP16_NORM_X2 = tl.constexpr({size: ptx.fp16_norm_x2(size) for size in (16, 32)})
+RESIDUAL_BUFFER = tl.constexpr({size: ptx.shared_memory("halves", 64 * size, alignment=128) for size in (16, 32)})
+TO_FP16X2_NEAREST = tl.constexpr(ptx.convert_to_fp16x2("rn"))
+TO_FP16X2_TOWARD_ZERO = tl.constexpr(ptx.convert_to_fp16x2("rz"))
 
 
 @triton.jit
 def pair_of_halves(low, high):
     """int32 of two float32 rounded to half precision; on "cuda"."""
     return tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1
+        TO_FP16X2_NEAREST.value.text, TO_FP16X2_NEAREST.value.constraints, [low, high], tl.int32, is_pure=True, pack=1
     )
 
 
@@ -241,7 +141,9 @@ def load_halves(
             at = row_norm_ptr + start + twos
             low, high = tl.load(at) + SMALLEST, tl.load(at + 1) + SMALLEST
             weights = weights + (pair_of_halves(low, high),)  # noqa: RUF005
-        base = tl.inline_asm_elementwise(SHARED_TILE[QBLOCK], "=r,r", [lane], dtype=tl.int32, is_pure=True, pack=1)
+        base = tl.inline_asm_elementwise(
+            RESIDUAL_BUFFER[QBLOCK].text, RESIDUAL_BUFFER[QBLOCK].constraints, [lane], tl.int32, is_pure=True, pack=1
+        )
         LINES: tl.constexpr = QBLOCK * 16  # bytes a quarter of the tile
         own = (lane & 3) * LINES + 16 * (quad ^ twos)
         eighth, g = lane >> 3, lane & 7
@@ -258,8 +160,8 @@ def half_norm(r, halves, TARGET: tl.constexpr):
     factor, weights, floor, _ = halves
     if TARGET == "cuda":
         total, margin = tl.inline_asm_elementwise(
-            NORM_AND_MARGIN[len(r)],
-            NORM_OPERANDS[len(r)],
+            FP16_NORM[len(r)].text,
+            FP16_NORM[len(r)].constraints,
             r + factor + weights,
             dtype=(tl.float32, tl.float32),
             is_pure=False,
@@ -280,7 +182,12 @@ def twos_of(x):
     twos = ()
     for index in tl.static_range(0, len(x), 2):
         two = tl.inline_asm_elementwise(
-            "cvt.rz.f16x2.f32 $0, $2, $1;", "=r,f,f", [x[index], x[index + 1]], tl.int32, is_pure=True, pack=1
+            TO_FP16X2_TOWARD_ZERO.value.text,
+            TO_FP16X2_TOWARD_ZERO.value.constraints,
+            [x[index], x[index + 1]],
+            tl.int32,
+            is_pure=True,
+            pack=1,
         )
         twos = twos + (two,)  # noqa: RUF005
     return twos
@@ -302,8 +209,8 @@ def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
     known = (scale * (FMT.element_smallest / 2) > 2.0**-13) & (scale * FMT.element_max < 2.0**9)
     times = tl.full(code.shape, 2.0 ** (10 - FMT.element_mantissa), tl.float32)
     total, margin = tl.inline_asm_elementwise(
-        NORM_OF_TWOS[QBLOCK],
-        TWOS_OPERANDS[QBLOCK],
+        FP16_NORM_X2[QBLOCK].text,
+        FP16_NORM_X2[QBLOCK].constraints,
         twos + (scale * SMALLEST, scale * FMT.element_max, times) + factor + weights,  # noqa: RUF005
         dtype=(tl.float32, tl.float32),
         is_pure=False,
@@ -316,28 +223,7 @@ def norm_of_twos(twos, code, unit, halves, FMT: tl.constexpr):
 # ---- and in float32 --------------------------------------------------------------------------------------------------
 
 
-def _full_error(block_size: int) -> str:
-    """PTX of ‖r A‖² from block_size residuals, which four lanes have alike, and the address of Aᵀ.
-
-    Each of the four lanes takes every fourth column.
-    """
-    address = block_size + 1
-    lines = [".reg .f32 a<4>, projected, total;", "mov.f32 total, 0f00000000;"]
-    for column in range(0, block_size, 4):
-        for start in range(column, block_size, 4):
-            lines.append(f"ld.global.v4.f32 {{a0, a1, a2, a3}}, [${address}+{4 * (column * block_size + start)}];")
-            for row in range(4):
-                product = f"projected, ${1 + start + row}, a{row}"
-                lines.append(f"mul.f32 {product};" if start + row == column else f"fma.rn.f32 {product}, projected;")
-        lines.append("fma.rn.f32 total, projected, projected, total;")
-    for distance in (1, 2):
-        lines.append(f"shfl.sync.bfly.b32 projected, total, {distance}, 0x1f, 0xffffffff;")
-        lines.append("add.f32 total, total, projected;")
-    return "{" + "\n".join([*lines, "mov.f32 $0, total;"]) + "}"
-
-
-FULL_ERROR = tl.constexpr({size: _full_error(size) for size in (16, 32)})
-FULL_OPERANDS = tl.constexpr({size: ",".join(["=f", *["f"] * size, "l"]) for size in (16, 32)})
+FP32_ERROR = tl.constexpr({size: ptx.fp32_error(size) for size in (16, 32)})
 
 
 @triton.jit
@@ -351,7 +237,7 @@ def full_error(r, factor_ptr, TARGET: tl.constexpr):
         address = factor_ptr.to(tl.int64) + ((tl.arange(0, r[0].shape[0]) & 3) * (4 * QBLOCK)).to(tl.int64)
         operands = r + (address,)  # noqa: RUF005
         return tl.inline_asm_elementwise(
-            FULL_ERROR[QBLOCK], FULL_OPERANDS[QBLOCK], operands, dtype=tl.float32, is_pure=False, pack=1
+            FP32_ERROR[QBLOCK].text, FP32_ERROR[QBLOCK].constraints, operands, tl.float32, is_pure=False, pack=1
         )
     else:
         lane = tl.arange(0, QBLOCK)
@@ -369,40 +255,7 @@ def code_outside(place, above, aboves, top):
     return tl.where(place < aboves, above + place, top - (place - aboves))
 
 
-def _farthest(block_size: int) -> str:
-    """PTX of ``max(|x| − reach, 0)`` and ``min(|x| + reach where |x| > reach)``, reach being radius times another
-    number, over block_size elements: the radius, the elements by twos, and those numbers by twos."""
-    x, factor = 3, 3 + block_size // 2
-    lines = [
-        ".reg .b16 low, high;",
-        ".reg .b32 radius, minus, x, less, more, most, least, zero, none;",
-        "cvt.rn.f16x2.f32 radius, $2, $2;",
-        "neg.f16x2 minus, radius;",
-        "mov.b32 zero, 0;",
-        "mov.b32 most, 0;",
-        "mov.b32 least, 0x7c007c00;",
-    ]
-    for index in range(block_size // 2):
-        lines += [
-            f"abs.f16x2 x, ${x + index};",
-            f"fma.rn.f16x2 less, ${factor + index}, minus, x;",
-            f"fma.rn.f16x2 more, ${factor + index}, radius, x;",
-            "max.f16x2 most, most, less;",
-            "set.le.u32.f16x2 none, less, zero;",
-            "or.b32 more, more, none;",  # no number, which a minimum passes over
-            "min.f16x2 least, least, more;",
-        ]
-    for result, name, function in ((0, "most", "max"), (1, "least", "min")):
-        lines += [
-            f"mov.b32 {{low, high}}, {name};",
-            f"{function}.f16 low, low, high;",
-            f"cvt.f32.f16 ${result}, low;",
-        ]
-    return "{" + "\n".join(lines) + "}"
-
-
-FARTHEST = tl.constexpr({size: _farthest(size) for size in (16, 32)})
-FARTHEST_OPERANDS = tl.constexpr({size: ",".join(["=f", "=f", "f", *["r"] * size]) for size in (16, 32)})
+HESSIAN_BOUNDS_X2 = tl.constexpr({size: ptx.hessian_bounds_x2(size) for size in (16, 32)})
 
 
 @triton.jit
@@ -414,8 +267,8 @@ def farthest_by_twos(twos, radius, inverse_root_ptr):
     pointers = inverse_root_ptr.to(tl.pointer_type(tl.int32)) + every
     inverse_roots = columns(load_blocks(pointers, every == 0, QBLOCK // 2, 4, ""), QBLOCK // 2)
     clipping, beyond = tl.inline_asm_elementwise(
-        FARTHEST[QBLOCK],
-        FARTHEST_OPERANDS[QBLOCK],
+        HESSIAN_BOUNDS_X2[QBLOCK].text,
+        HESSIAN_BOUNDS_X2[QBLOCK].constraints,
         (rounded_up(radius),) + twos + inverse_roots,  # noqa: RUF005
         dtype=(tl.float32, tl.float32),
         is_pure=True,
