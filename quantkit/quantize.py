@@ -1,31 +1,22 @@
-"""quantize(): checks the input, chooses the backend, and calls the reference or the kernels."""
+"""quantize(): checks the input and lets the method of methods.py solve it."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
-from quantkit import bounds, calibration, kernels, parallel
+from quantkit import calibration, kernels
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
-from quantkit.methods import Method, get_method
-from quantkit.reference.common import effective_scale
-from quantkit.tensor import QuantizedTensor, pack_codes
+from quantkit.methods import Method, Problem, get_method
+from quantkit.search import BACKENDS, BackendUnavailableError, choose_backend, without_kernel
+from quantkit.tensor import QuantizedTensor
 
 __all__ = ["BACKENDS", "BackendUnavailableError", "quantize", "resolve_backend"]
 
-BACKENDS = ("auto", "reference", "triton")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Weights that the reference holds in float64 at a time: on a CPU, a few arrays of them fit a core's cache.
-REFERENCE_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-
-
-class BackendUnavailableError(ValueError):
-    """The backend asked for cannot run: wrong device, no Triton installed, or no kernel for what is to be done."""
 
 
 def quantize(
@@ -65,41 +56,43 @@ def quantize(
     """
     fmt, chosen = get_format(format), get_method(method)
     rule = _check_options(weight, fmt, block_size, scale_rule)
-    use_triton = _resolve(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
+    use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
-
     source = "hessian" if gram is None else "gram, in its diagonal blocks,"
+
     leading = weight.shape[:-1]
     matrix = _detached(weight)
     matrix = matrix if len(leading) == 1 else matrix.reshape(math.prod(leading), weight.shape[-1])
     if matrix.dtype == torch.float64:
         matrix = matrix.float()
-    if check_finite and not use_triton:
-        _check_finite(weight, matrix)
     use_kernels = use_triton and matrix.numel() > 0
-    multiplier = _global_scale(matrix, fmt, global_scale, use_kernels)
-
-    if use_kernels:
-        codes, scales, multiplier, candidates, flags = kernels.launcher().quantize(
-            matrix, fmt, block_size, method, multiplier, rule, hessians, count_candidates, check_finite
+    if check_finite and not use_kernels:
+        _check_finite(weight, matrix)
+    found = chosen.solve(
+        Problem(
+            matrix=matrix,
+            fmt=fmt,
+            block_size=block_size,
+            global_scale=_global_scale(matrix, fmt, global_scale),
+            rule=rule,
+            hessians=hessians,
+            gram=None,
+            backend="triton" if use_kernels else "reference",
+            count_candidates=count_candidates,
+            check_finite=check_finite,
+            name=source,
         )
-        if check_finite and any(flags.tolist()):
-            _check_finite(weight, matrix)
-            if hessians is not None:
-                calibration.factorize(hessians, source)  # raises, and says why
-    else:
-        assert multiplier is not None
-        with parallel.one_torch_thread():
-            factors = None if hessians is None else calibration.factorize(hessians, source)
-        codes, scales, candidates = _quantize_reference(matrix, fmt, block_size, chosen, multiplier, rule, factors)
-
-    if not count_candidates:
-        candidates = None
+    )
+    if check_finite and found.flags is not None and any(found.flags.tolist()):
+        _check_finite(weight, matrix)
+        if hessians is not None:
+            calibration.factorize(hessians, source)  # raises, and says why
+    codes, scales, candidates = found.codes, found.scales, found.candidates
     if len(leading) != 1:
         codes = codes.reshape(*leading, codes.shape[-1])
         scales = scales.reshape(*leading, scales.shape[-1])
         candidates = None if candidates is None else candidates.reshape(scales.shape)
-    return QuantizedTensor(codes, scales, multiplier, fmt, block_size, candidates, method)
+    return QuantizedTensor(codes, scales, found.global_scale, fmt, block_size, candidates, method)
 
 
 def resolve_backend(
@@ -116,41 +109,14 @@ def resolve_backend(
     lacking = _without_kernel(
         None if method is None else get_method(method), block_size, None if format is None else get_format(format)
     )
-    return _resolve(backend, torch.device(device).type, lacking)
+    return choose_backend(backend, torch.device(device).type, lacking)
 
 
 def _without_kernel(method: Method | None, block_size: int | None, fmt: BlockFormat | None) -> str | None:
-    """The first of these that no kernel is there for, in words."""
+    """The first of the three that the kernels do not cover, in words; None if they cover all that are given."""
     if method is not None and not method.has_kernel:
         return f"method {method.name!r}"
-    if block_size is not None and block_size not in kernels.BLOCK_SIZES:
-        return f"block size {block_size}"
-    if fmt is not None and not bounds.has_windows(fmt.element):
-        return f"elements {fmt.element.name}"
-    return None
-
-
-def _resolve(backend: str, device_type: str, lacking: str | None) -> str:
-    """The backend, see resolve_backend. lacking: what has no kernel, in words, or None."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return "triton" if device_type == "cuda" and kernels.available() and lacking is None else "reference"
-    if backend == "triton":
-        if lacking is not None:
-            raise BackendUnavailableError(
-                f"backend 'triton' has no kernel for {lacking}: use backend='reference', or 'auto'"
-            )
-        if not kernels.available():
-            raise BackendUnavailableError(
-                "backend 'triton' needs the package triton: pip install triton, or use backend='reference'"
-            )
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise BackendUnavailableError(
-                "backend 'triton' needs a GPU tensor, the weight is on the CPU: move it to a GPU, "
-                "use backend='reference', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels"
-            )
-    return backend
+    return without_kernel(None, block_size, fmt)
 
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule: str | None) -> str:
@@ -278,13 +244,9 @@ def _check_squares(hessians: Tensor) -> None:
         raise ValueError(f"activations are too large: their squares exceed {limit}; scale them down")
 
 
-def _global_scale(
-    matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None, use_kernels: bool = False
-) -> Tensor | None:
-    """Float32 scalar: the decode multiplier, or None where the kernels find it, which saves launches of their own.
-
-    amax is taken from the weight and computed with in float32.
-    """
+def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None) -> Tensor | None:
+    """Float32 scalar: the decode multiplier. None where the search finds it: from amax, or 1 for a single-level format,
+    which saves the kernels a launch."""
     requested = fmt.default_global_scale if requested is None else requested
     if not fmt.two_level and (isinstance(requested, Tensor) or requested != "none"):
         raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
@@ -298,19 +260,10 @@ def _global_scale(
         if requested.device.type == "cpu" and not _is_multiplier(float(requested), fmt):  # one would wait for a GPU
             raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
         return requested
-    if use_kernels and requested == ("amax" if fmt.two_level else "none"):
+    if requested == ("amax" if fmt.two_level else "none"):
         return None
     if requested == "none":
-        return torch.ones((), device=matrix.device)
-    if requested == "amax":
-        if matrix.numel() == 0:
-            return torch.ones((), device=matrix.device)
-        amax = torch.linalg.vector_norm(matrix, torch.inf).float()
-        # Divided by a tensor: by a number, CUDA would multiply with its reciprocal and may miss the quotient by an ulp.
-        multiplier = amax / torch.full_like(amax, fmt.element.max_value * fmt.scale.max_value)
-        # Zero weights have no scale; below float32's normal range a multiplier would lose the precision that it is
-        # there to give.
-        return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)
+        return torch.ones((), dtype=torch.float32, device=matrix.device)
     if isinstance(requested, bool) or not isinstance(requested, SupportsFloat):
         raise ValueError(f"unknown global_scale {requested!r}; use 'amax', 'none' or a positive number")
     value = float(requested)
@@ -322,47 +275,3 @@ def _global_scale(
 def _is_multiplier(value: float, fmt: BlockFormat) -> bool:
     """Whether the format's scales times value are within float32's normal range, as far as the largest goes."""
     return FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value
-
-
-def _quantize_reference(
-    matrix: Tensor,
-    fmt: BlockFormat,
-    block_size: int,
-    method: Method,
-    global_scale: Tensor,
-    rule: str,
-    factors: calibration.HessianFactors | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed codes, scale bytes, candidates) of a float ``[rows, K]`` matrix, a few blocks at a time."""
-    rows, columns = matrix.shape
-    num_blocks = columns // block_size
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=matrix.device)
-    scales = torch.empty(rows, num_blocks, dtype=torch.uint8, device=matrix.device)
-    candidates = torch.empty_like(scales)
-    packed_codes = codes.unflatten(-1, (num_blocks, block_size // 2))
-    matrix = matrix.unflatten(-1, (num_blocks, block_size))
-
-    def quantize_chunk(part: slice, which: slice) -> None:
-        blocks = matrix[part, which].float()
-        own = factors
-        if factors is not None:
-            own = calibration.HessianFactors(factors.factor[which], factors.inverse_diagonal[which])
-        choice = method.choose_scales(blocks, fmt, global_scale, rule, own)
-        chosen = choice.codes.clamp(fmt.scale.min_code, fmt.scale.max_code)  # of a NaN that nobody looked for, too
-        scaled = blocks / effective_scale(chosen, fmt, global_scale).unsqueeze(-1)
-        packed_codes[part, which] = pack_codes(fmt.element.encode_signed(scaled))
-        scales[part, which] = chosen.to(torch.uint8)
-        candidates[part, which] = choice.candidates.to(torch.uint8)
-
-    parallel.for_each(quantize_chunk, list(_chunks(rows, num_blocks, block_size, matrix.device)), matrix.device)
-    return codes, scales, candidates
-
-
-def _chunks(rows: int, num_blocks: int, block_size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """(rows, block columns) of one chunk after another; a chunk is as tall as it can be: few Hessians, many blocks."""
-    blocks = max(1, REFERENCE_CHUNK_ELEMENTS.get(device.type, REFERENCE_CHUNK_ELEMENTS["cpu"]) // block_size)
-    height = math.ceil(rows / math.ceil(rows / blocks)) if rows else 1
-    width = blocks // height
-    for row in range(0, rows, height):
-        for column in range(0, num_blocks, width):
-            yield slice(row, row + height), slice(column, column + width)

@@ -22,7 +22,7 @@ from quantkit.kernels.hessian import hessian_kernel
 from quantkit.kernels.naive import naive_kernel
 from quantkit.kernels.sse import sse_kernel
 
-__all__ = ["Quantized", "amax_parts", "block_hessians", "dequantize", "factorize", "quantize"]
+__all__ = ["Quantized", "amax_parts", "block_hessians", "dequantize", "factorize", "quantize", "unpack_factors"]
 
 INTERPRETED = triton.knobs.runtime.interpret
 PTX_CAPABILITY = (8, 9)  # NVIDIA GPUs that know all instructions which the kernels spell out
@@ -182,11 +182,13 @@ def _hessian(
     block_size: int,
     count: bool,
     parts: int,
+    after: bool,
     rows: int,
     column_blocks: int,
     kind: Kind,
     device: torch.device,
 ) -> Kernel:
+    """after: another kernel of this call runs before it, and ends while it starts."""
     tiles = HESSIAN_TILES[fmt.scale.mantissa_bits == 0]
     return Kernel(
         hessian_kernel,
@@ -199,7 +201,7 @@ def _hessian(
         TILES=tiles,
         AMAX_PARTS=parts,
         num_warps=1,
-        **_overlap(device),
+        **(_overlap(device) if after else {"OVERLAP": False}),
         **_at_most(HESSIAN_REGISTERS[block_size], device),
     )
 
@@ -308,9 +310,10 @@ def quantize(
     /,
     fmt: BlockFormat,
     block_size: int,
-    method: str,
+    objective: str,
     global_scale: Tensor | None,
     rule: str,
+    factors: Tensor | None,
     hessians: Tensor | None,
     count_candidates: bool,
     check_finite: bool,
@@ -318,7 +321,8 @@ def quantize(
     """Quantizes a bf16, fp16 or fp32 ``[rows, K]`` matrix that is not empty.
 
     global_scale: decode multiplier; None: that of the matrix's amax, or 1 for a single-level format.
-    hessians: ``[K/block_size, block_size, block_size]`` on the matrix's device, for the method that needs them.
+    factors (from :func:`factorize`, or some of its blocks) or hessians ``[K/block_size, block_size, block_size]``: on
+        the matrix's device, one of them for an objective that needs them.
     """
     matrix = matrix.contiguous()
     rows, columns = matrix.shape
@@ -346,19 +350,20 @@ def quantize(
     candidates = torch.empty_like(scales) if count_candidates else None
     if global_scale is None:
         global_scale = torch.empty_like(_some_scalar(device))  # written by the kernels
-    if method == "hessian":
-        kernel = _hessian(fmt, block_size, count_candidates, parts, rows, column_blocks, kind, device)
+    if objective == "hessian":
+        after = hessians is not None or from_amax
+        kernel = _hessian(fmt, block_size, count_candidates, parts, after, rows, column_blocks, kind, device)
         kernel(stream, matrix, factors, global_scale, amax, codes, scales, candidates, flags, rows, column_blocks)
-    elif method == "naive":
+    elif objective == "naive":
         kernel = _naive(fmt, block_size, rule, parts, num_blocks, kind, device)
         kernel(stream, matrix, global_scale, amax, codes, scales, flags, num_blocks)
         if candidates is not None:
             candidates.fill_(1)
-    elif method == "sse":
+    elif objective == "sse":
         kernel = _sse(fmt, block_size, count_candidates, parts, num_blocks, kind, device)
         kernel(stream, matrix, global_scale, amax, codes, scales, candidates, flags, num_blocks)
     else:
-        raise NotImplementedError(f"method {method!r} has no kernel: list it with has_kernel=False")
+        raise NotImplementedError(f"objective {objective!r} has no kernel: list it with has_kernel=False")
     return Quantized(codes, scales, global_scale, candidates, flags)
 
 
@@ -377,18 +382,25 @@ def _empty_factors(hessians: Tensor) -> Tensor:
 
 
 @_on_its_device
-def factorize(hessians: Tensor, /, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 upper triangular Aᵀ ``[num_blocks, block_size, block_size]``, the norms of A's rows and, in half
-    precision and rounded up, √(H⁻¹)_ii, both ``[num_blocks, block_size]``, of ``hessians``: what quantize has made for
-    its kernel, for a look at it.
+def factorize(hessians: Tensor, /, flags: Tensor | None = None) -> Tensor:
+    """Factors of ``hessians [num_blocks, block_size, block_size]`` for :func:`quantize`, one block after another along
+    the first dimension: float32 ``[num_blocks, block_size + EXTRA_ROWS, block_size]``, see :func:`unpack_factors`.
 
-    Sets ``flags[1]``, int32, to 1 for NaN, Inf or a clearly indefinite Hessian.
+    flags: int32 ``[2]``; the second is set to 1 for NaN, Inf or a clearly indefinite Hessian.
     """
     hessians = _as_factorized(hessians)
     num_blocks, block_size, _ = hessians.shape
     factors = _empty_factors(hessians)
     device = hessians.device
+    flags = _unread_flags(device) if flags is None else flags
     _factorize(block_size, num_blocks, _kind(hessians), device)(_stream(device), hessians, factors, flags)
+    return factors
+
+
+def unpack_factors(factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of packed factors: upper triangular Aᵀ ``[num_blocks, block_size, block_size]``; the norms of A's rows
+    ``[num_blocks, block_size]``; and √(H⁻¹)_ii ``[num_blocks, block_size]``, in half precision and rounded up."""
+    block_size = factors.shape[-1]
     inverse_roots = factors[:, block_size + 1].view(torch.float16)[:, :block_size]
     return factors[:, :block_size], factors[:, block_size], inverse_roots
 

@@ -25,7 +25,7 @@ fmt, size, any_kind = FORMATS[format], int(block_size), ((torch.float32, True), 
 kernels = {
     "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, 64, *any_kind),
     "sse": lambda: launch._sse(fmt, size, True, 256, 64, *any_kind),
-    "hessian": lambda: launch._hessian(fmt, size, True, 0, 64, 1, *any_kind),
+    "hessian": lambda: launch._hessian(fmt, size, True, 0, True, 64, 1, *any_kind),
     "factorize": lambda: launch._factorize(size, 1, *any_kind),
     "amax": lambda: launch._amax(True, 64, *any_kind),
     "dequantize": lambda: launch._dequantize(fmt, size, 64, None, None, None, any_kind[1]),

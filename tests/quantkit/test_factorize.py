@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantkit.calibration import factorize as reference
-from quantkit.kernels.launch import factorize
+from quantkit.kernels.launch import factorize, unpack_factors
 from tests.inputs import HESSIAN_FAMILIES, hessian_family
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def run(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     flags = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    factor, row_norm, inverse_root = factorize(hessians.to(DEVICE), flags)
+    factor, row_norm, inverse_root = unpack_factors(factorize(hessians.to(DEVICE), flags))
     assert flags[0] == 0
     if not flags[1]:
         torch.testing.assert_close(row_norm, factor.norm(dim=1), rtol=1e-6, atol=0)

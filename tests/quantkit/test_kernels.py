@@ -22,7 +22,7 @@ from quantkit.kernels.hessian import (
     norm_of_twos,
     twos_of,
 )
-from quantkit.quantize import _global_scale
+from quantkit.reference.amax import global_scale_of
 from tests.inputs import all_families, correlated_tokens
 
 CUDA = torch.cuda.is_available()
@@ -182,13 +182,13 @@ def test_global_scale_from_amax(dtype: torch.dtype, method: str) -> None:
     given = {"hessian": torch.eye(16).repeat(8, 1, 1).to(DEVICE)} if method == "hessian" else {}
     for matrix in (weight, weight * 0, -weight.abs(), weight * 1e-30):
         q = quantize(matrix.to(DEVICE), "nvfp4", 16, method, backend="triton", **given)  # type: ignore[arg-type]
-        assert q.global_scale.cpu() == _global_scale(matrix, FORMATS["nvfp4"], "amax")
+        assert q.global_scale.cpu() == global_scale_of(matrix, FORMATS["nvfp4"])
 
 
 def test_global_scale_of_adversarial_weights() -> None:
     for block in torch.tensor(all_families(16, np.random.default_rng(4))).split(48):
         q = quantize(block.to(DEVICE), "nvfp4", 16, backend="triton")
-        assert q.global_scale.cpu() == _global_scale(block.float(), FORMATS["nvfp4"], "amax")
+        assert q.global_scale.cpu() == global_scale_of(block.float(), FORMATS["nvfp4"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -16,14 +16,23 @@ from quantkit import (
     get_method,
     quantize,
     resolve_backend,
+    search,
     verify,
 )
 from quantkit import methods as registry
 from quantkit.formats import E2M1, E4M3, ElementGrid
 from quantkit.kernels import available
+from quantkit.search import OBJECTIVES, Objective
 
 NO_TRITON = pytest.mark.skipif(not available(), reason="needs Triton")
 W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+
+def list_objective(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists an objective, and the method of its name."""
+    name = objective.name
+    monkeypatch.setattr(search, "OBJECTIVES", MappingProxyType({**OBJECTIVES, name: objective}))
+    monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, name: Method.of_objective(objective)}))
 
 
 @pytest.fixture
@@ -31,11 +40,10 @@ def another(monkeypatch: pytest.MonkeyPatch) -> str:
     """A method without a kernel: the naive scale, one code down."""
 
     def choose_scales(blocks, fmt, global_scale, rule, factors):
-        choice = METHODS["naive"].choose_scales(blocks, fmt, global_scale, rule, factors)
+        choice = OBJECTIVES["naive"].choose_scales(blocks, fmt, global_scale, rule, factors)
         return type(choice)(choice.codes - 1, choice.candidates)
 
-    method = Method("one_down", choose_scales, has_kernel=False)
-    monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, "one_down": method}))
+    list_objective(Objective("one_down", choose_scales, has_kernel=False), monkeypatch)
     return "one_down"
 
 
@@ -68,10 +76,9 @@ def test_triton_is_refused_for_what_it_has_no_kernel_for(another: str) -> None:
 def test_a_method_listed_with_a_kernel_that_nobody_starts_runs_no_other(
     another: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = replace(registry.METHODS[another], has_kernel=True)
-    monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, another: listed}))
+    list_objective(replace(search.OBJECTIVES[another], has_kernel=True), monkeypatch)
     weight = W.cuda() if torch.cuda.is_available() else W
-    with pytest.raises(NotImplementedError, match="method 'one_down' has no kernel: list it with has_kernel=False"):
+    with pytest.raises(NotImplementedError, match="objective 'one_down' has no kernel: list it with has_kernel=False"):
         quantize(weight, method=another, backend="triton")
 
 

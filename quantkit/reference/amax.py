@@ -1,0 +1,25 @@
+"""The global scale of a two-level format from the largest magnitude of the weight.
+
+    global_scale = amax(weight) / (largest element · largest scale)      float32, for NVFP4 amax / (6·448)
+
+Clamped to float32's smallest normal number, below which it would lose precision; 1 for a weight of zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat
+
+__all__ = ["global_scale_of"]
+
+
+def global_scale_of(matrix: Tensor, fmt: BlockFormat) -> Tensor:
+    """Float32 scalar on the device of ``matrix`` (any shape and float dtype); 1 for a single-level format."""
+    if not fmt.two_level or matrix.numel() == 0:
+        return torch.ones((), dtype=torch.float32, device=matrix.device)
+    amax = torch.linalg.vector_norm(matrix, torch.inf).float()
+    # Divided by a tensor: by a number, CUDA would multiply with its reciprocal and may miss the quotient by an ulp.
+    multiplier = amax / torch.full_like(amax, fmt.element.max_value * fmt.scale.max_value)
+    return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)
