@@ -12,6 +12,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from experiments.config import Config
+from experiments.files import one_line
 from experiments.record import RunRecord
 
 COLUMNS = (
@@ -26,9 +27,9 @@ NOT_IN_HEADING = (
 )
 
 
-def one_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """A user's error (ValueError, OSError) in its own words; any other with its type, as its words may say little."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if not isinstance(error, (ValueError, OSError)) or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text
@@ -91,7 +92,7 @@ class Console:
         which = ""
         if config is not None:
             which = _columns(config.format.name, config.block_size, config.method.name, config.backend.name) + " "
-        print(f"{which}error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{which}error: {reason(error)}", file=sys.stderr, flush=True)
         if full_errors():
             traceback.print_exception(error)
 

@@ -1,11 +1,14 @@
-"""Small file helpers, and the error of the sources and the cache."""
+"""Files: hashes, writing that leaves no half file, and the error of the sources and the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ def sha256_json(value: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
+    """The error's message without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -42,18 +46,25 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the whole new one, also after a crash."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; the file written there takes the place of `path` when the block ends well.
+
+    So a reader sees the old file or the whole new one. Makes the folder where it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a record is as readable as any other file.
-        os.chmod(temporary, 0o644)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Like `replacing`, and the content is on the disk before the old file goes: it survives a crash of the machine."""
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())

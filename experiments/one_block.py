@@ -33,12 +33,12 @@ DEFAULTS = ("model=smollm2_135m", "data=python_docs", "format=nvfp4", "block_siz
 
 def main(overrides: list[str], output: Path = OUTPUT) -> None:
     from experiments import provenance
-    from experiments.capture.activations import load_layer_inputs
+    from experiments.capture.load import load_layer_inputs
     from experiments.config import compose
-    from experiments.sources.resolve import resolve_sources
+    from experiments.sources.resolved import resolve
 
-    config = resolve_sources(compose([*DEFAULTS, *overrides]))
-    inputs = load_layer_inputs(config)
+    resolved = resolve(compose([*DEFAULTS, *overrides]))
+    config, inputs = resolved.config, load_layer_inputs(resolved)
     hessian = block_hessians(inputs.gram_calibration, config.block_size)
     found = survey(inputs.weight.float(), hessian, config.format.name, config.block_size)
     used = inputs.provenance

@@ -2,7 +2,7 @@
 
     python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian
 
-A run resolves its sources, executes its stages (stages.py) and writes one record last. A finished run is skipped unless
+A run settles its sources, executes its stages (stages.py) and writes one record last. A finished run is skipped unless
 `force=true`; one that was unsupported or failed is tried again. A failed run leaves its traceback in the `run.log` of
 its folder and the sweep goes on; the exit status is then 1.
 
@@ -15,11 +15,11 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # A script has its own folder first on the path, where `config` or `tables` would shadow other packages' modules.
@@ -32,10 +32,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import provenance, tracking
-from experiments.config import Config, ModelSource, config_hash, result_config, run_id, to_config
-from experiments.console import Console, full_errors, one_line
-from experiments.record import BLOCKS_NAME, RECORD_NAME, RecordError, RunRecord, read_record
+from experiments.config import Config, to_config
+from experiments.console import Console, full_errors, reason
+from experiments.record import BLOCKS_NAME, RECORD_NAME, Histograms, RecordError, RunRecord, read_record
 from experiments.sweep import layers_ahead
+
+if TYPE_CHECKING:
+    from experiments.sources.resolved import Resolved
 
 log = logging.getLogger(__name__)
 
@@ -64,64 +67,62 @@ def run(composed: DictConfig, console: Console) -> None:
 
 
 def _run(composed: DictConfig, console: Console) -> None:
-    from experiments.sources.resolve import refuse_idle_paths
+    from experiments.sources.resolved import resolve
 
     try:
-        config = to_config(composed)
-        device = provenance.resolve_device(config.device)
-        backend = provenance.resolve_backend_name(
-            config.backend, device, config.method.name, config.block_size, config.format.name
-        )
-        refuse_idle_paths(config)
+        resolved = resolve(to_config(composed))
     except Exception as error:
         console.refused(error)
         return
 
-    config, sources, source_error = resolve(config)
-    name = run_id(config, device, backend)
-    digest = config_hash([result_config(config, device, backend), sources])
-    run_dir = Path(config.output_dir) / name
+    config = resolved.config
     console.heading(config)
-    previous = finished_record(run_dir, None if source_error else digest, blocks=config.record.blocks)
+    previous = finished_record(resolved)
     if previous is not None and not config.force:
         console.skipped(previous)
         return
-
     if (invalid := invalid_options(config)) is not None:
         console.refused(invalid, config)
         return
+    measure_and_record(resolved, console, again=previous is not None)
 
-    started = time.perf_counter()
-    # Run again by force: until this one has ended well, what the earlier run left stays as it is.
-    again = previous is not None
-    log_file = run_dir / (AGAIN_LOG_NAME if again else LOG_NAME)
+
+def measure_and_record(resolved: Resolved, console: Console, again: bool) -> None:
+    """again: by force. Until this run has ended well, what the earlier one left stays as it is."""
+    log_file = resolved.run_dir / (AGAIN_LOG_NAME if again else LOG_NAME)
     with run_log(log_file):
-        log.info("%s\n%s", name, OmegaConf.to_yaml(OmegaConf.structured(config)))
-        fields = base_fields(config, name, digest, device, backend)
-        histograms = None
-        try:
-            if source_error is not None:
-                raise source_error
-            from experiments.measure.stages import execute
-
-            outcome = execute(config, device, backend, run_dir, layers_ahead(config))
-            fields |= outcome.fields | {"status": "ok", "reason": None}
-            histograms = outcome.histograms
-        except Exception as error:
-            fields |= {"status": status_of(error), "reason": one_line(error)}
-            log.info("%s: %s\n%s", fields["status"], fields["reason"], traceback.format_exc())
-            if full_errors():
-                traceback.print_exc()
-        record = RunRecord(**fields, duration_s=time.perf_counter() - started)
+        record, histograms = measure(resolved)
         if record.status == "ok" or not again:
-            record.write(run_dir)
-            settings = result_config(config, device, backend)
-            tracking.track(record, settings, config.tracking, Path(config.output_dir), histograms)
+            record.write(resolved.run_dir)
+            config = resolved.config
+            tracking.track(record, resolved.settings, config.tracking, Path(config.output_dir), histograms)
     if again and record.status == "ok":
-        log_file = log_file.replace(run_dir / LOG_NAME)
+        log_file = log_file.replace(resolved.run_dir / LOG_NAME)
     console.ran(record, log_file)
     if again and record.status != "ok":
         console.kept()
+
+
+def measure(resolved: Resolved) -> tuple[RunRecord, Callable[[], Histograms] | None]:
+    """The record of the run, whatever happens, and what makes the histograms of one that ended well."""
+    started = time.perf_counter()
+    log.info("%s\n%s", resolved.run_id, OmegaConf.to_yaml(OmegaConf.structured(resolved.config)))
+    fields = base_fields(resolved)
+    histograms = None
+    try:
+        if resolved.error is not None:
+            raise resolved.error
+        from experiments.measure.stages import execute
+
+        outcome = execute(resolved, layers_ahead(resolved.config))
+        fields |= outcome.fields | {"status": "ok", "reason": None}
+        histograms = outcome.histograms
+    except Exception as error:
+        fields |= {"status": status_of(error), "reason": reason(error)}
+        log.info("%s: %s\n%s", fields["status"], fields["reason"], traceback.format_exc())
+        if full_errors():
+            traceback.print_exc()
+    return RunRecord(**fields, duration_s=time.perf_counter() - started), histograms
 
 
 def invalid_options(config: Config) -> Exception | None:
@@ -135,43 +136,33 @@ def invalid_options(config: Config) -> Exception | None:
     return None
 
 
-def resolve(config: Config) -> tuple[Config, Any, Exception | None]:
-    """(configuration after the twin switch, what identifies the bytes behind it, the error that stopped either)."""
-    from experiments.sources.resolve import layer_identity, read_bundle_manifest, resolve_sources
-
-    try:
-        config = resolve_sources(config)
-        if config.model.source == ModelSource.bundle:
-            return config, read_bundle_manifest(config.model), None
-        return config, layer_identity(config), None
-    except Exception as error:
-        return config, None, error
-
-
-def finished_record(run_dir: Path, digest: str | None, blocks: bool = False) -> RunRecord | None:
-    """The record of a run that ended well, from the sources of `digest` (None: from any, since they cannot be had).
+def finished_record(resolved: Resolved) -> RunRecord | None:
+    """The record of a run that ended well, from the same sources; from any sources where they cannot be had.
 
     One from another version of the schema counts for nothing, nor does one without its blocks where they are asked for.
     """
-    if blocks and not (run_dir / BLOCKS_NAME).is_file():
+    run_dir = resolved.run_dir
+    if resolved.config.record.blocks and not (run_dir / BLOCKS_NAME).is_file():
         return None
     try:
         record = read_record(run_dir / RECORD_NAME)
     except (FileNotFoundError, RecordError):
         return None
-    return record if record.status == "ok" and digest in (None, record.config_hash) else None
+    same = resolved.error is not None or record.config_hash == resolved.config_hash
+    return record if record.status == "ok" and same else None
 
 
-def base_fields(config: Config, name: str, digest: str, device: str, backend: str) -> dict[str, Any]:
+def base_fields(resolved: Resolved) -> dict[str, Any]:
     """What a record says even of a run that fails at once."""
+    config, device = resolved.config, resolved.device
     commit, dirty = provenance.git_state()
     return {
-        "run_id": name,
+        "run_id": resolved.run_id,
         "sweep": config.sweep,
         "format": config.format.name,
         "block_size": config.block_size,
         "method": config.method.name,
-        "backend": backend,
+        "backend": resolved.backend,
         "requested_backend": config.backend.name,
         "device": device,
         "device_name": provenance.device_name(device),
@@ -189,7 +180,7 @@ def base_fields(config: Config, name: str, digest: str, device: str, backend: st
         "commit": commit,
         "dirty": dirty,
         "versions": provenance.versions(),
-        "config_hash": digest,
+        "config_hash": resolved.config_hash,
         "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

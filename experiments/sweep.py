@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.config import Config, LayerConfig, to_config
-from experiments.files import check_writable
+from experiments.files import SourceError, check_writable
 
 # Overrides that change nothing about what a forward pass captures. One that is missing here costs a pass, no more.
 NOT_CAPTURED = (
@@ -97,15 +97,14 @@ def all_layers(*, _root_: DictConfig) -> str:
     left, so that its run says why.
     """
     from experiments.sources.models import count_layers
-    from experiments.sources.resolve import SourceError, resolve_sources
+    from experiments.sources.twins import choose_sources
 
     composed = copy.deepcopy(_root_)
     with open_dict(composed):
         composed.pop("hydra", None)
     config = to_config(composed)
     try:
-        config = resolve_sources(config)
-        count = count_layers(config.model)
+        count = count_layers(choose_sources(config).config.model)
     except SourceError:
         count = None
     return str(config.layer.index) if count is None else ",".join(map(str, range(count)))

@@ -9,7 +9,6 @@ squared_output_error   r H rᵀ with r = q − w and H the block's Hessian from 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.files import replacing
 from quantkit import QuantizedTensor
 from quantkit.calibration import block_hessians
 
@@ -79,12 +79,10 @@ def counts(values: Tensor | None) -> dict[str, int] | None:
 
 
 def write_blocks(columns: Mapping[str, Tensor], path: Path) -> None:
-    """One Parquet file, written under a temporary name and renamed."""
+    """Write one Parquet file with these columns."""
     import pyarrow
     from pyarrow import parquet
 
     table: Any = pyarrow.table({name: values.numpy() for name, values in columns.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    parquet.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd")

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from experiments import provenance
-from experiments.capture.activations import LayerInputs, limit_calibration, load_layer_inputs
+from experiments.capture.inputs import LayerInputs
+from experiments.capture.limit import limit_calibration
+from experiments.capture.load import load_layer_inputs
 from experiments.config import Config, LayerConfig
 from experiments.measure import timing
 from experiments.measure.blocks import block_columns, counts, histograms, write_blocks
 from experiments.record import BLOCKS_NAME, Histograms
+from experiments.sources.resolved import Resolved
 from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend, verify
 from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
@@ -55,25 +58,26 @@ class Outcome:
     histograms: Callable[[], Histograms]
 
 
-def execute(config: Config, device: str, backend: str, run_dir: Path, ahead: Sequence[LayerConfig] = ()) -> Outcome:
-    """Run all stages on `device`. A backend that cannot run there raises ValueError before anything is loaded.
+def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
+    """Run all stages. A backend that cannot run on the device raises ValueError before anything is loaded.
 
     ahead: layers that later runs of the sweep want of the same model and text.
     """
-    resolve_backend(backend, device, config.method.name, config.block_size, config.format.name)
-    inputs = load_layer_inputs(config, ahead)
+    config = resolved.config
+    resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
+    inputs = load_layer_inputs(resolved, ahead)
     if config.data.calibration_tokens is not None:
         inputs = limit_calibration(inputs, config.data.calibration_tokens, config.data.seq_len, config.seed)
-    work = quantize_layer(config, inputs, device, backend)
+    work = quantize_layer(resolved, inputs)
     log.info("quantized")
-    fields = describe(config, inputs, work) | measure_errors(config, inputs, work)
+    fields = describe(config, inputs, work) | measure_errors(inputs, work)
     log.info("errors: %s", {name: value for name, value in fields.items() if "error" in name})
     blocks = cache(partial(block_columns, work.weight, work.result, work.naive, inputs.gram_calibration))
     if config.verify:
         fields |= verify_scales(config, work)
-    fields |= measure_time(config, work, device, backend)
+    fields |= measure_time(resolved, work)
     if config.record.blocks:  # last, like the record that they belong to
-        fields |= keep_blocks(blocks(), run_dir)
+        fields |= keep_blocks(blocks(), resolved.run_dir)
     return Outcome(fields, lambda: histograms(blocks()))
 
 
@@ -97,12 +101,13 @@ def options(config: Config) -> dict[str, Any]:
     }
 
 
-def quantize_layer(config: Config, inputs: LayerInputs, device: str, backend: str) -> Quantized:
+def quantize_layer(resolved: Resolved, inputs: LayerInputs) -> Quantized:
+    config, device = resolved.config, resolved.device
     weight = inputs.weight.to(device)
     hessian = None
     if get_method(config.method.name).needs_hessian:
         hessian = block_hessians(inputs.gram_calibration, config.block_size).to(device)
-    call = partial(quantize, weight, backend=backend, **options(config))
+    call = partial(quantize, weight, backend=resolved.backend, **options(config))
     start = time.perf_counter()
     result = call(method=config.method.name, hessian=hessian, count_candidates=True)
     seconds = time.perf_counter() - start
@@ -135,7 +140,7 @@ def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
     }
 
 
-def measure_errors(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
+def measure_errors(inputs: LayerInputs, work: Quantized) -> Fields:
     """Errors on the weight, the calibration tokens and the held-out tokens, and what the search did."""
     result = work.result
     quantized = result.dequantize()
@@ -180,9 +185,10 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
     }
 
 
-def measure_time(config: Config, work: Quantized, device: str, backend: str) -> Fields:
+def measure_time(resolved: Resolved, work: Quantized) -> Fields:
+    config, device = resolved.config, resolved.device
     call = partial(work.quantize, method=config.method.name, hessian=work.hessian, check_finite=False)
-    interpreted = backend == "triton" and device == "cpu"
+    interpreted = resolved.backend == "triton" and device == "cpu"
     name = provenance.device_name(device)
     measured = timing.measure(call, device, name, config.timing, interpreted=interpreted, expected_s=work.seconds)
     log.info("time: %s", measured)

@@ -8,7 +8,6 @@ inputs have been seen. Neither lm_head nor the final norm is ever loaded. Expect
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import LayerConfig, ModelConfig, ModelSource
-from experiments.files import SourceError, one_line
-from experiments.sources.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_identity, tokenizer_folder
+from experiments.files import SourceError, one_line, replacing
+from experiments.sources.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_name, tokenizer_folder
 
 Tokenize = Callable[[str], list[int]]
 
@@ -51,7 +50,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, model: ModelConfig) -> None:
         from transformers import AutoConfig
 
-        self.name = model_identity(model).name
+        self.name = model_name(model)
         self.model = model
         self.fetch = checkpoint_files(model)
         config = self.fetch("config.json")
@@ -145,7 +144,7 @@ class GgufCheckpoint(Checkpoint):
         from transformers import LlamaConfig
 
         self.path = fetch_gguf(model, cache)
-        self.name = model_identity(model).name
+        self.name = model_name(model)
         self.kept = cache / "models" / str(model.sha256)[:16]
         reader = GGUFReader(self.path)
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -196,10 +195,8 @@ class GgufCheckpoint(Checkpoint):
         kept = self.kept / f"tokenizer-transformers-{transformers.__version__}.json"
         if not kept.is_file():
             loaded = transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-            loaded.backend_tokenizer.save(str(temporary))
-            os.replace(temporary, kept)
+            with replacing(kept) as temporary:
+                loaded.backend_tokenizer.save(str(temporary))
         tokenizer = Tokenizer.from_file(str(kept))
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 

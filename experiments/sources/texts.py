@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -92,10 +91,7 @@ def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load
 
     def store() -> str:
         text = load()
-        meta.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(text.encode())
-        os.replace(temporary, file)
+        write_atomically(file, text.encode())
         digest = hashlib.sha256(text.encode()).hexdigest()
         write_atomically(meta, json.dumps({"identity": identity, "sha256": digest}, indent=1))
         return text

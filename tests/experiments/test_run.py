@@ -18,10 +18,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments import run as entry
-from experiments.config import CONF_DIR, REPO_ROOT, Config, LayerConfig
+from experiments.config import CONF_DIR, REPO_ROOT, LayerConfig
 from experiments.console import Console, _milliseconds
 from experiments.measure import stages
 from experiments.record import BLOCKS_NAME, RunRecord, read_record, read_records
+from experiments.sources.resolved import Resolved
+from experiments.sources.twins import Choice
 from quantkit import quantize
 from quantkit.metrics import output_error, weight_error
 from tests.experiments import tiny_models
@@ -30,8 +32,9 @@ SMALL = ("model=synthetic", "model.out_features=32", "model.in_features=64", "da
          "data.seq_len=16", "tracking=none", "timing=none")  # fmt: skip
 
 
-def layer_inputs(config: Config, ahead: Sequence[LayerConfig] = ()) -> SimpleNamespace:
+def layer_inputs(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> SimpleNamespace:
     """A layer of the configured shape, three quarters of its tokens for calibration."""
+    config = resolved.config
     generator = torch.Generator().manual_seed(config.seed)
     width = config.model.in_features
     tokens = torch.randn(64, width, generator=generator) * torch.linspace(0.1, 2, width)
@@ -62,8 +65,8 @@ def layer_inputs(config: Config, ahead: Sequence[LayerConfig] = ()) -> SimpleNam
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the runs. Sources and inputs are stand-ins: these tests are about what happens around them."""
-    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", lambda config: config)
-    monkeypatch.setattr("experiments.sources.resolve.layer_identity", lambda config: {"text": "0"})
+    monkeypatch.setattr("experiments.sources.resolved.choose_sources", Choice)
+    monkeypatch.setattr("experiments.sources.resolved.source_identity", lambda *_: {"text": "0"})
     monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
     return tmp_path / "runs"
 
@@ -77,7 +80,7 @@ def run(output: Path, *overrides: str, console: Console | None = None) -> list[R
 
 
 def fail_with(error: BaseException) -> Callable[..., object]:
-    def load(config: Config, ahead: Sequence[LayerConfig] = ()) -> object:
+    def load(*_: object) -> object:
         raise error
 
     return load
@@ -95,7 +98,7 @@ def test_a_record_holds_what_the_library_gives(output: Path, format: str, method
         model=SimpleNamespace(in_features=64, out_features=32, std=1.0),
         data=SimpleNamespace(heldout=0.125),
     )
-    inputs = layer_inputs(config)  # type: ignore[arg-type]
+    inputs = layer_inputs(SimpleNamespace(config=config))  # type: ignore[arg-type]
     hessian = {"activations": inputs.calibration} if method == "hessian" else {}
     want = quantize(inputs.weight, format, 16, method, backend="reference", count_candidates=True, **hessian)
     naive = quantize(inputs.weight, format, 16, "naive", backend="reference")
@@ -156,7 +159,7 @@ def test_a_finished_run_is_skipped_unless_forced(output: Path, monkeypatch: pyte
 
 def test_a_run_whose_sources_changed_is_not_finished(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = run(output)
-    monkeypatch.setattr("experiments.sources.resolve.layer_identity", lambda config: {"text": "1"})
+    monkeypatch.setattr("experiments.sources.resolved.source_identity", lambda *_: {"text": "1"})
     (second,) = run(output)
     assert second.run_id == first.run_id and second.config_hash != first.config_hash
     assert run(output) == [second]
@@ -273,7 +276,7 @@ def test_a_failure_leaves_the_record_of_a_run_that_ended_well(
 
 def test_the_record_of_other_sources_is_no_result_to_keep(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(output)
-    monkeypatch.setattr("experiments.sources.resolve.layer_identity", lambda config: {"text": "1"})
+    monkeypatch.setattr("experiments.sources.resolved.source_identity", lambda *_: {"text": "1"})
     monkeypatch.setattr(stages, "load_layer_inputs", fail_with(ValueError("the model is gone")))
     (record,) = run(output)
     assert record.status == "failed"
@@ -292,13 +295,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 def test_sources_that_cannot_be_had(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run fails, in a record too; a record that is finished stays."""
-    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", fail_with(ValueError("no hub: take the twins")))
+    monkeypatch.setattr("experiments.sources.resolved.choose_sources", fail_with(ValueError("no hub: take the twins")))
     (record,) = run(output)
     assert (record.status, record.reason) == ("failed", "no hub: take the twins")
 
-    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", lambda config: config)
+    monkeypatch.setattr("experiments.sources.resolved.choose_sources", Choice)
     (finished,) = run(output)
-    monkeypatch.setattr("experiments.sources.resolve.resolve_sources", fail_with(ValueError("no hub: take the twins")))
+    monkeypatch.setattr("experiments.sources.resolved.choose_sources", fail_with(ValueError("no hub: take the twins")))
     assert run(output) == [finished]
 
 
@@ -473,9 +476,9 @@ def test_a_sweep_captures_its_layers_in_one_pass(tmp_path: Path) -> None:
     # Counted in the process: a pass over the text is one call of _one_pass.
     code = (
         "import runpy, sys\n"
-        "from experiments.capture import activations\n"
-        "passes, one = [], activations._Capture._one_pass\n"
-        "activations._Capture._one_pass = lambda self, layers: (passes.append(len(layers)), one(self, layers))[1]\n"
+        "from experiments.capture import forward\n"
+        "passes, one = [], forward._Capture._one_pass\n"
+        "forward._Capture._one_pass = lambda self, layers: (passes.append(len(layers)), one(self, layers))[1]\n"
         "sys.argv = ['experiments/run.py', *sys.argv[1:]]\n"
         "try:\n"
         "    runpy.run_path('experiments/run.py', run_name='__main__')\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,12 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.capture import activations
-from experiments.capture.activations import LayerInputs, limit_calibration, load_layer_inputs, prefetch_layer_inputs
+from experiments.capture import forward, load, shards
+from experiments.capture.forward import capture_layers
+from experiments.capture.inputs import LayerInputs
+from experiments.capture.limit import limit_calibration
+from experiments.capture.store import is_intact
+from experiments.capture.tokens import token_sequences
 from experiments.config import CONF_DIR, Config, LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
 from experiments.sources import layers
-from experiments.sources.resolve import layer_folder, resolve_sources
+from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import INNER, SEVEN, change, configuration, qwen3, text, write_text
 
 
@@ -45,9 +50,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A "MiB" of 32 KiB: a shard is 4 sequences of 32 tokens of 64 float32 channels, captured in batches of 2."""
-    monkeypatch.setattr(activations, "MIB", 1 << 15)
-    monkeypatch.setattr(activations, "BATCH_TOKENS", 64)
-    monkeypatch.setattr(activations, "_memo", type(activations._memo)())
+    monkeypatch.setattr(forward, "MIB", 1 << 15)
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(load, "_memo", type(load._memo)())
 
 
 @pytest.fixture
@@ -64,8 +69,16 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+def load_layer_inputs(config: Config) -> LayerInputs:
+    return load.load_layer_inputs(resolve(config))
+
+
+def layer_folder(config: Config) -> Path:
+    return resolve(config).layer_folder()
+
+
 def forget() -> None:
-    activations._memo.clear()
+    load._memo.clear()
 
 
 def config_for(tiny: SimpleNamespace, **changes: Any) -> Config:
@@ -91,7 +104,7 @@ def test_weight_inputs_and_gram_matrices_are_the_models(tiny: SimpleNamespace) -
     assert torch.equal(inputs.weight, module.weight)
 
     checkpoint = layers.open_checkpoint(config.model, config.cache.folder)
-    tokens, _ = activations._token_sequences(config, checkpoint.tokenizer())
+    tokens = token_sequences(config, checkpoint.tokenizer()).ids
     assert {split: tuple(ids.shape) for split, ids in tokens.items()} == {"calibration": (12, 32), "heldout": (4, 32)}
     for split, gram in (("calibration", inputs.gram_calibration), ("heldout", inputs.gram_heldout)):
         seen: list[Tensor] = []
@@ -117,8 +130,7 @@ def test_provenance_says_what_was_used(tiny: SimpleNamespace) -> None:
     assert used.dtype == "float32" and not used.substituted and not used.from_cache
     forget()
     assert load_layer_inputs(config).provenance.from_cache
-    config.__dict__["substituted"] = True  # as resolve_sources marks it
-    assert load_layer_inputs(config).provenance.substituted
+    assert load.load_layer_inputs(dataclasses.replace(resolve(config), substituted=True)).provenance.substituted
 
 
 def test_the_split_is_by_sequence_seeded_and_reproducible(tiny: SimpleNamespace) -> None:
@@ -126,7 +138,7 @@ def test_the_split_is_by_sequence_seeded_and_reproducible(tiny: SimpleNamespace)
     tokenize = layers.open_checkpoint(config.model, config.cache.folder).tokenizer()
 
     def split(**changes: Any) -> dict[str, set[tuple[int, ...]]]:
-        tokens, _ = activations._token_sequences(change(config, **changes), tokenize)
+        tokens = token_sequences(change(config, **changes), tokenize).ids
         return {name: {tuple(row) for row in ids.tolist()} for name, ids in tokens.items()}
 
     first = split()
@@ -208,8 +220,10 @@ def test_a_warm_cache_does_not_import_transformers(tiny: SimpleNamespace) -> Non
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "from tests.experiments.tiny_models import configuration\n"
-        "from experiments.capture.activations import load_layer_inputs\n"
-        f"assert load_layer_inputs(configuration({str(tiny.folder)!r}, {str(tiny.texts)!r})).provenance.from_cache\n"
+        "from experiments.capture.load import load_layer_inputs\n"
+        "from experiments.sources.resolved import resolve\n"
+        f"config = configuration({str(tiny.folder)!r}, {str(tiny.texts)!r})\n"
+        "assert load_layer_inputs(resolve(config)).provenance.from_cache\n"
         "assert not {'datasets', 'accelerate', 'tokenizers', 'gguf'} & set(sys.modules)"
     )
     result = subprocess.run(
@@ -221,15 +235,15 @@ def test_a_warm_cache_does_not_import_transformers(tiny: SimpleNamespace) -> Non
 def test_a_layer_stays_in_memory_between_runs(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(tiny)
     first = load_layer_inputs(config)
-    monkeypatch.setattr(activations, "_open", None)
+    monkeypatch.setattr(load, "_open", None)
     assert load_layer_inputs(change(config, block_size=32)).weight is first.weight
 
 
 def test_memory_of_layers_is_bounded(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "MEMO_BYTES", 1)
+    monkeypatch.setattr(load, "MEMO_BYTES", 1)
     for index in range(3):
         load_layer_inputs(config_for(tiny, layer__index=index))
-    assert len(activations._memo) == 1
+    assert len(load._memo) == 1
 
 
 @pytest.mark.parametrize(
@@ -262,7 +276,7 @@ def test_shards_and_manifest(tiny: SimpleNamespace) -> None:
         "heldout-00000.safetensors": 128,
     }
     for name, entry in {**manifest["shards"], **manifest["files"]}.items():
-        assert activations._intact(folder / name, entry)
+        assert is_intact(folder / name, entry)
     assert {entry["dtype"] for entry in manifest["shards"].values()} == {"float32"}
     names = {path.name for path in folder.iterdir()}
     assert names == {*manifest["shards"], *manifest["files"], "manifest.json"}  # no temporary file, no journal
@@ -273,7 +287,7 @@ def test_memory_does_not_grow_with_tokens(tiny: SimpleNamespace, monkeypatch: py
         """(largest number of buffered bytes alive at once, buffers made)"""
         alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
         most, made = 0, 0
-        real = activations._new_buffer
+        real = shards._new_buffer
 
         def new_buffer(*args: Any) -> Tensor:
             nonlocal most, made
@@ -283,7 +297,7 @@ def test_memory_does_not_grow_with_tokens(tiny: SimpleNamespace, monkeypatch: py
             return buffer
 
         with monkeypatch.context() as patch:
-            patch.setattr(activations, "_new_buffer", new_buffer)
+            patch.setattr(shards, "_new_buffer", new_buffer)
             load_layer_inputs(config_for(tiny, data__samples=samples, layer__index=1))
         return most, made
 
@@ -295,16 +309,17 @@ class Interrupt(Exception):
     pass
 
 
-def interrupt_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, saved = activations._save, []
+def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, saved = shards.save_tensors, []
 
     def save(path: Path, tensors: dict[str, Tensor]) -> Any:
-        if len(saved) == shards:
+        if len(saved) == count:
             raise Interrupt
         saved.append(path)
         return real(path, tensors)
 
-    monkeypatch.setattr(activations, "_save", save)
+    monkeypatch.setattr(shards, "save_tensors", save)
+    monkeypatch.setattr(forward, "save_tensors", save)
 
 
 def test_an_interrupted_capture_goes_on_at_the_first_missing_shard(
@@ -367,7 +382,7 @@ def test_a_damaged_file_is_found_and_rebuilt(
     assert len(passes) == (2 if name.startswith("calibration") else 0)  # that shard alone
     assert "capturing it again" in caplog.text
     entry = json.loads((path.parent / "manifest.json").read_text())
-    assert activations._intact(path, {**entry["shards"], **entry["files"]}[name])
+    assert is_intact(path, {**entry["shards"], **entry["files"]}[name])
 
 
 def test_a_manifest_that_is_no_json_is_rebuilt(tiny: SimpleNamespace) -> None:
@@ -380,7 +395,7 @@ def test_a_manifest_that_is_no_json_is_rebuilt(tiny: SimpleNamespace) -> None:
 
 def test_two_who_want_the_same_layer_capture_it_once(tiny: SimpleNamespace, passes: list[int]) -> None:
     config = config_for(tiny)
-    threads = [threading.Thread(target=prefetch_layer_inputs, args=([config],)) for _ in range(3)]
+    threads = [threading.Thread(target=capture_layers, args=(resolve(config), [config.layer])) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -417,7 +432,7 @@ def test_many_layers_in_one_forward_pass(
 ) -> None:
     base = config_for(tiny, cache__activations=activations_kept, cache__shard_mib=4)
     many = [change(base, layer=LayerConfig(i, module)) for i in (0, 1, 3) for module in SEVEN]
-    prefetch_layer_inputs(many)
+    capture_layers(resolve(base), [config.layer for config in many])
     assert passes == [2] * 8
     passes.clear()
     grams = {(c.layer.index, c.layer.module): load_layer_inputs(c) for c in many}
@@ -442,16 +457,16 @@ def test_many_layers_in_one_forward_pass(
 def test_many_layers_are_captured_in_as_many_passes_as_memory_asks(
     tiny: SimpleNamespace, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "PASS_BYTES", 2 * (2 * 4 * INNER**2))
+    monkeypatch.setattr(forward, "PASS_BYTES", 2 * (2 * 4 * INNER**2))
     base = config_for(tiny, cache__activations=False)
-    prefetch_layer_inputs([change(base, layer__index=i) for i in range(4)])
+    capture_layers(resolve(base), [LayerConfig(i) for i in range(4)])
     assert passes == [2] * 16  # two layers a pass over the text
 
 
-def test_a_prefetch_leaves_what_is_there(tiny: SimpleNamespace, passes: list[int]) -> None:
+def test_a_capture_leaves_what_is_there(tiny: SimpleNamespace, passes: list[int]) -> None:
     load_layer_inputs(config_for(tiny))
     passes.clear()
-    prefetch_layer_inputs([config_for(tiny)])
+    capture_layers(resolve(config_for(tiny)), [LayerConfig()])
     assert not passes
 
 
@@ -461,7 +476,7 @@ def test_a_prefetch_leaves_what_is_there(tiny: SimpleNamespace, passes: list[int
 def bundle_of(config: Config, target: Path) -> Config:
     shutil.copytree(layer_folder(config), target)
     model = ModelConfig("bundle", ModelSource.bundle, path=str(target))
-    return change(config, model=model, layer=LayerConfig())
+    return change(config, model=model, layer=LayerConfig(), data__path=None)
 
 
 def test_a_bundle_works_without_the_model(
@@ -473,10 +488,10 @@ def test_a_bundle_works_without_the_model(
     bundle = change(bundle, seed=0, data__name="wikitext2", data__seq_len=7)
     shutil.rmtree(config.cache.folder)
     monkeypatch.setattr(layers, "open_checkpoint", None)
-    resolved = resolve_sources(bundle)
+    resolved = resolve(bundle).config
     assert resolved.layer == config.layer
     assert resolved.data == change(config, data__path=None).data and resolved.seed == 3
-    inputs = load_layer_inputs(resolved)
+    inputs = load_layer_inputs(bundle)
     assert same(inputs, original)
     assert all_inputs(inputs).shape == (12 * 32, 32)
     assert inputs.provenance.model == "tiny (local)"
@@ -489,11 +504,11 @@ def test_bundles_that_are_wrong(tiny: SimpleNamespace, tmp_path: Path) -> None:
     load_layer_inputs(config)
     bundle = bundle_of(config, tmp_path / "bundle")
     with pytest.raises(SourceError, match=r"layer.index=2 .* is a bundle of layer 0 mlp.down_proj"):
-        resolve_sources(change(bundle, layer__index=2))
+        load_layer_inputs(change(bundle, layer__index=2))
     with pytest.raises(SourceError, match=r"model=bundle needs model.path"):
-        resolve_sources(change(bundle, model__path=None))
+        load_layer_inputs(change(bundle, model__path=None))
     with pytest.raises(SourceError, match=r"not a layer bundle, manifest.json is missing \(no such folder\)"):
-        resolve_sources(change(bundle, model__path=str(tmp_path / "nowhere")))
+        load_layer_inputs(change(bundle, model__path=str(tmp_path / "nowhere")))
     flip_a_byte(tmp_path / "bundle" / "heldout-00000.safetensors")
     inputs = load_layer_inputs(bundle)  # errors need the Gram matrices alone
     with pytest.raises(SourceError, match=r"heldout-00000.safetensors is missing or damaged. Copy the bundle again"):
@@ -575,8 +590,9 @@ def test_the_number_of_calibration_tokens_is_no_part_of_the_cache(tiny: SimpleNa
     load_layer_inputs(limited)
     manifest = json.loads((layer_folder(config) / "manifest.json").read_text())
     assert manifest["data"]["calibration_tokens"] is None
-    bundle = change(limited, model=ModelConfig("bundle", ModelSource.bundle, path=str(layer_folder(config))))
-    assert resolve_sources(bundle).data.calibration_tokens == 32
+    model = ModelConfig("bundle", ModelSource.bundle, path=str(layer_folder(config)))
+    bundle = change(limited, model=model, data__path=None)
+    assert resolve(bundle).config.data.calibration_tokens == 32
     with pytest.raises(SourceError, match=r"cache\.activations=true"):
         gram_only = load_layer_inputs(change(config, cache__activations=False, seed=5))
         limit_calibration(gram_only, 32, 32, 0)

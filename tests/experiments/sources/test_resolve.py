@@ -22,8 +22,12 @@ import huggingface_hub.errors
 import pytest
 
 from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline, compose
-from experiments.sources import models, resolve, texts
-from experiments.sources.resolve import SourceError, load_text, refuse_idle_paths, resolve_sources, was_substituted
+from experiments.files import SourceError
+from experiments.sources import hub as hub_module
+from experiments.sources import models, texts, twins
+from experiments.sources.identity import folder_in_cache, layer_identity
+from experiments.sources.texts import load_text
+from experiments.sources.twins import choose_sources, refuse_idle_paths
 from tests.experiments.tiny_models import change, configuration
 
 HUB_DATA = DataConfig(
@@ -34,8 +38,8 @@ HUB_DATA = DataConfig(
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test decides anew, and may switch the hub libraries to offline for itself alone."""
-    monkeypatch.setattr(resolve, "_probed", {})
-    monkeypatch.setattr(resolve, "_announced", set())
+    monkeypatch.setattr(hub_module, "_answers", {})
+    monkeypatch.setattr(twins, "_announced", set())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     texts._say_once.cache_clear()
@@ -93,8 +97,8 @@ def test_the_defaults_are_the_published_experiments() -> None:
 
 def test_a_hub_that_answers_is_used(hub: SimpleNamespace) -> None:
     config = default()
-    assert resolve_sources(config) == config
-    assert not was_substituted(resolve_sources(config))
+    assert choose_sources(config).config == config
+    assert not choose_sources(config).substituted
     assert sorted(hub.asked) == ["Qwen/Qwen3-4B", "Salesforce/wikitext"]  # once a process, not once a run
 
 
@@ -103,39 +107,40 @@ def test_without_a_hub_the_twins_are_used_and_announced_once(
 ) -> None:
     unreachable(hub)
     for _ in range(3):
-        resolved = resolve_sources(default())
+        choice = choose_sources(default())
+        resolved = choice.config
         assert (resolved.model.name, resolved.data.name) == ("smollm2_135m", "python_docs")
-        assert was_substituted(resolved)
+        assert choice.substituted
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "model=smollm2_135m data=python_docs" in message and "offline=never" in message and "no route" in message
     assert len(hub.asked) == 2
     pinned = compose(["model=smollm2_135m", "data=python_docs", "tracking=none"])
     assert (resolved.model, resolved.data) == (pinned.model, pinned.data)
-    assert not was_substituted(resolve_sources(pinned))
+    assert not choose_sources(pinned).substituted
 
 
 def test_what_was_overridden_carries_over_to_the_twin(hub: SimpleNamespace) -> None:
     unreachable(hub)
     twin = compose(["data=python_docs"]).data
-    data = resolve_sources(default(data__seq_len=256, data__heldout=0.0)).data
+    data = choose_sources(default(data__seq_len=256, data__heldout=0.0)).config.data
     assert (data.seq_len, data.heldout, data.samples) == (256, 0.0, twin.samples)
 
 
 def test_never_is_an_error_with_the_remedy(hub: SimpleNamespace) -> None:
     unreachable(hub)
     with pytest.raises(SourceError, match=r"Qwen/Qwen3-4B and .*no route.*offline=never.*model.path.*smollm2_135m"):
-        resolve_sources(default(offline=Offline.never))
+        choose_sources(default(offline=Offline.never))
 
 
 def test_always_takes_the_twins_unasked(hub: SimpleNamespace) -> None:
-    resolved = resolve_sources(default(offline=Offline.always))
+    resolved = choose_sources(default(offline=Offline.always)).config
     assert (resolved.model.name, resolved.data.name) == ("smollm2_135m", "python_docs")
     assert not hub.asked
 
 
 def test_hf_hub_offline_is_honoured(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert was_substituted(resolve_sources(default()))
+    assert choose_sources(default()).substituted
     assert not hub.asked
 
 
@@ -144,14 +149,14 @@ def test_local_folders_are_never_replaced(hub: SimpleNamespace, tmp_path: Path) 
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "train.txt").write_text("words")
     config = default(data__path=str(tmp_path / "text"))
-    resolved = resolve_sources(config)
+    resolved = choose_sources(config).config
     assert (resolved.model.name, resolved.data) == ("smollm2_135m", config.data)
     assert hub.asked == ["Qwen/Qwen3-4B"]
 
 
 def test_only_what_is_missing_is_replaced(hub: SimpleNamespace) -> None:
     hub.answers = {"Salesforce/wikitext": ConnectionError("no route")}
-    resolved = resolve_sources(default())
+    resolved = choose_sources(default()).config
     assert (resolved.model.name, resolved.data.name) == ("qwen3_4b", "python_docs")
 
 
@@ -161,7 +166,7 @@ def test_a_name_that_the_hub_does_not_know_is_an_error(hub: SimpleNamespace) -> 
     error.response = response  # type: ignore[assignment]
     hub.answers = {"Qwen/Qwen3-4B": error}
     with pytest.raises(SourceError, match=r"the hub has no model Qwen/Qwen3-4B"):
-        resolve_sources(default())
+        choose_sources(default())
 
 
 def put_in_hub_cache(hub: SimpleNamespace, config: Config, names: dict[str, str]) -> None:
@@ -183,10 +188,10 @@ def test_a_cached_model_is_used_without_asking(hub: SimpleNamespace) -> None:
     }
     index = json.dumps({"weight_map": weight_map})
     put_in_hub_cache(hub, config, {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors.index.json": index})
-    assert resolve_sources(config).model.name == "smollm2_135m"  # the shards are not there
+    assert choose_sources(config).config.model.name == "smollm2_135m"  # the shards are not there
     put_in_hub_cache(hub, config, {"a": "", "b": ""})
-    assert resolve_sources(config).model.name == "qwen3_4b"
-    assert resolve_sources(default(layer__index=1)).model.name == "smollm2_135m"  # needs shard c
+    assert choose_sources(config).config.model.name == "qwen3_4b"
+    assert choose_sources(default(layer__index=1)).config.model.name == "smollm2_135m"  # needs shard c
     assert hub.asked.count("Qwen/Qwen3-4B") == 1
 
 
@@ -197,16 +202,17 @@ def test_a_cached_text_is_used_without_asking(hub: SimpleNamespace) -> None:
         hub.cache / "datasets" / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / str(config.data.revision)
     )
     prepared.mkdir(parents=True)
-    assert resolve_sources(config).data.name == "wikitext2"
+    assert choose_sources(config).config.data.name == "wikitext2"
 
 
 def test_a_captured_layer_needs_no_hub(hub: SimpleNamespace) -> None:
     unreachable(hub)
     config = default(data=DataConfig("python_docs", DataSource.python_docs))
-    folder = resolve.layer_folder(config)
+    identity = layer_identity(config, models.model_identity(config.model))
+    folder = folder_in_cache(config, identity, config.layer)
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
-    assert resolve_sources(config).model.name == "qwen3_4b"
+    assert choose_sources(config).config.model.name == "qwen3_4b"
     assert not hub.asked
 
 
@@ -215,14 +221,14 @@ def test_a_network_that_swallows_packets_is_given_up_in_time(monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    assert resolve.PROBE_SECONDS <= 8
-    monkeypatch.setattr(resolve, "PROBE_SECONDS", 1.5)
+    assert hub_module.PROBE_SECONDS <= 8
+    monkeypatch.setattr(hub_module, "PROBE_SECONDS", 1.5)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         started = time.monotonic()
-        resolved = resolve_sources(default())
+        resolved = choose_sources(default()).config
         assert time.monotonic() - started < 4
     assert resolved.model.name == "smollm2_135m"
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # what is cached is then loaded without retries
@@ -232,17 +238,17 @@ def test_a_request_that_hangs_beyond_its_own_timeout_is_left_behind(
     hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a look-up of the name does."""
-    monkeypatch.setattr(resolve, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(hub_module, "PROBE_SECONDS", 0.3)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: time.sleep(3))
     started = time.monotonic()
     with pytest.raises(SourceError, match=r"no answer from .* within 0 s"):
-        resolve_sources(default(offline=Offline.never))
+        choose_sources(default(offline=Offline.never))
     assert time.monotonic() - started < 2
 
 
 def test_synthetic_brings_its_own_data() -> None:
     config = compose(["model=synthetic", "data.samples=2", "tracking=none"])
-    data = resolve_sources(config).data
+    data = choose_sources(config).config.data
     assert (data.name, data.samples, data.seq_len) == ("synthetic", 2, 512)
 
 
@@ -474,9 +480,9 @@ def test_a_local_checkpoint_is_known_by_its_bytes(tmp_path: Path) -> None:
 
 def test_deciding_the_sources_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from experiments.config import compose; from experiments.sources.resolve import resolve_sources;"
-        "resolve_sources(compose(['model=smollm2_135m', 'data=python_docs']));"
-        "resolve_sources(compose(['model=synthetic']));"
+        "import sys; from experiments.config import compose; from experiments.sources.twins import choose_sources;"
+        "choose_sources(compose(['model=smollm2_135m', 'data=python_docs']));"
+        "choose_sources(compose(['model=synthetic']));"
         "sys.exit(bool({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF_DIR.parent, check=False).returncode == 0

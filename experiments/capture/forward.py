@@ -1,0 +1,217 @@
+"""The capture: forward passes over the text that bring the inputs of chosen layers into the cache.
+
+Layers captured together share a forward pass. Two processes that want the same layer capture it once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from experiments.capture.cache import complete_manifest
+from experiments.capture.inputs import SPLITS
+from experiments.capture.shards import Layout, ShardWriter
+from experiments.capture.store import JOURNAL_NAME, WEIGHT_NAME, Entry, save_tensors
+from experiments.capture.tokens import token_sequences
+from experiments.config import LayerConfig
+from experiments.files import SourceError, write_atomically
+from experiments.sources.bundles import CAPTURE_VERSION, MANIFEST_NAME
+from experiments.sources.resolved import Resolved
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+BATCH_TOKENS = 4096  # per forward pass
+PASS_BYTES = 4 << 30  # Gram matrices and shards that may be held during one pass over the text
+
+
+def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: bool = False) -> None:
+    """Capture those of `layers`, of the run's model and text, that the cache lacks.
+
+    force: capture all of them, because a shard proved damaged on reading. Raises SourceError.
+    """
+    layers = [LayerConfig(*key) for key in sorted({(layer.index, layer.module) for layer in layers})]
+    with ExitStack() as locks:
+        for folder in sorted(resolved.layer_folder(layer) for layer in layers):  # one order for all: no deadlock
+            locks.enter_context(_lock(folder))
+        if not force:
+            wanted = resolved.config.cache.activations
+            layers = [layer for layer in layers if complete_manifest(resolved.layer_folder(layer), wanted) is None]
+        if layers:
+            _Capture(resolved, layers).run()
+
+
+def _lock(folder: Path) -> Any:
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        log.warning("waiting for another process that captures %s", folder.name)
+        return lock.acquire()
+
+
+class _Capture:
+    """One capture of some layers of one model on one text."""
+
+    def __init__(self, resolved: Resolved, layers: Sequence[LayerConfig]) -> None:
+        from experiments.sources.layers import build_decoder, check_layers, open_checkpoint
+
+        self.resolved, self.config, self.layers = resolved, resolved.config, layers
+        self.checkpoint = open_checkpoint(self.config.model, self.config.cache.folder)
+        check_layers(self.checkpoint, layers)
+        self._check_length()
+        self.sequences = token_sequences(self.config, self.checkpoint.tokenizer())
+        self.model = build_decoder(self.checkpoint, layers, self.config.model.dtype, resolved.device)
+
+    def _check_length(self) -> None:
+        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
+        if longest and self.config.data.seq_len > longest:
+            raise SourceError(
+                f"data.seq_len={self.config.data.seq_len}: {self.checkpoint.name} takes {longest} tokens at most."
+            )
+
+    @property
+    def shard_bytes(self) -> int | None:
+        return self.config.cache.shard_mib * MIB if self.config.cache.activations else None
+
+    def run(self) -> None:
+        for layers in self._passes():
+            self._one_pass(layers)
+
+    def _passes(self) -> Iterator[list[LayerConfig]]:
+        """The layers, in order, as many at a time as PASS_BYTES allows."""
+        from experiments.sources.layers import find_linear
+
+        chosen: list[LayerConfig] = []
+        held = 0
+        for layer in self.layers:
+            width = find_linear(self.model, layer, self.checkpoint.name).in_features
+            cost = len(self.sequences.ids) * 4 * width**2 + (self.shard_bytes or 0)
+            if chosen and held + cost > PASS_BYTES:
+                yield chosen
+                chosen, held = [], 0
+            chosen.append(layer)
+            held += cost
+        yield chosen
+
+    def _one_pass(self, layers: list[LayerConfig]) -> None:
+        from experiments.sources.layers import InputTap
+
+        tap = InputTap(self.model, layers, self.checkpoint.name)
+        batch = self._batch(tap)
+        writers = [
+            ShardWriter(
+                folders=[self.resolved.layer_folder(layer) for layer in group],
+                layout=self._layout(width, tap, batch),
+                device=self.resolved.device,
+            )
+            for group, width in zip(tap.groups, tap.widths, strict=True)
+        ]
+        self._stream(tap, writers, batch, self._title(layers))
+        for group, writer in zip(tap.groups, writers, strict=True):
+            self._finish(group, writer)
+
+    def _batch(self, tap: Any) -> int:
+        """Sequences per forward pass. No batch crosses the end of a shard, so that a shard can be captured alone."""
+        seq_len = self.config.data.seq_len
+        batch = max(1, BATCH_TOKENS // seq_len)
+        if self.shard_bytes is None:
+            return batch
+        smallest = min(self.shard_bytes // (seq_len * width * tap.dtype.itemsize) for width in tap.widths)
+        return max(1, min(batch, smallest))
+
+    def _layout(self, width: int, tap: Any, batch: int) -> Layout:
+        return Layout(
+            width=width,
+            dtype=tap.dtype,
+            seq_len=self.config.data.seq_len,
+            batch=batch,
+            sequences={split: len(ids) for split, ids in self.sequences.ids.items()},
+            shard_bytes=self.shard_bytes,
+        )
+
+    def _title(self, layers: list[LayerConfig]) -> str:
+        title = f"{self.checkpoint.name} layer {layers[0].index} {layers[0].module}"
+        return f"{title} and {len(layers) - 1} more" if len(layers) > 1 else title
+
+    def _stream(self, tap: Any, writers: list[ShardWriter], batch: int, title: str) -> None:
+        """All sequences through the model, and each group's inputs to its writer."""
+        from tqdm import tqdm
+
+        total = self.sequences.count
+        if not sys.stderr.isatty():  # where the bar is not shown
+            print(f"Capturing the inputs of {title}: {total} sequences", flush=True)
+        with tqdm(total=total, desc=f"capture {title}", unit="seq", disable=None) as bar:
+            for split, ids in self.sequences.ids.items():
+                for first in range(0, len(ids), batch):
+                    _one_batch(tap, writers, split, first, ids[first : first + batch])
+                    bar.update(len(ids[first : first + batch]))
+
+    def _finish(self, group: list[LayerConfig], writer: ShardWriter) -> None:
+        from experiments.sources.layers import load_weight
+
+        files = writer.finish()
+        for layer in group:
+            folder = self.resolved.layer_folder(layer)
+            weight = save_tensors(folder / WEIGHT_NAME, {"weight": load_weight(self.checkpoint, layer)})
+            manifest = self._manifest(layer, writer, {WEIGHT_NAME: weight, **files})
+            write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+            (folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+    def _manifest(self, layer: LayerConfig, writer: ShardWriter, files: dict[str, Entry]) -> dict[str, Any]:
+        data, ids = self.config.data, self.sequences.ids
+        return {
+            "capture_version": CAPTURE_VERSION,
+            "key": self.resolved.layer_folder(layer).name.rpartition("-")[2],
+            "layer": asdict(layer),
+            "data": _plain(asdict(data)) | {"path": None, "calibration_tokens": None},
+            "seed": self.config.seed,
+            "source": self._source(str(writer.layout.dtype).removeprefix("torch.")),
+            "tokens": {split: len(ids.get(split, ())) * data.seq_len for split in SPLITS},
+            "activations": self.config.cache.activations,
+            "files": files,
+            "shards": writer.shards,
+        }
+
+    def _source(self, dtype: str) -> dict[str, Any]:
+        """The fields of SourceInfo that a manifest keeps."""
+        model = self.resolved.model
+        assert model is not None
+        return {
+            "model": model.name,
+            "model_revision": model.revision,
+            "model_origin": self.config.model.origin,
+            "tokenizer": model.tokenizer,
+            "dtype": dtype,
+            "data": self.sequences.data,
+            "data_hash": self.sequences.data_hash,
+            "data_split": self.sequences.data_split,
+            "sequences": self.sequences.count,
+        }
+
+
+def _one_batch(tap: Any, writers: list[ShardWriter], split: str, first: int, ids: Tensor) -> None:
+    """ids [sequences, seq_len], of which the first is number `first`: run them for the writers that lack them."""
+    lacking = {number for number, writer in enumerate(writers) if not writer.reread(split, first)}
+
+    def consume(group: int, x: Tensor) -> None:
+        if group in lacking:
+            writers[group].add(split, first, x)
+
+    if lacking:
+        tap.run(ids, consume)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, str) else value for key, value in values.items()}

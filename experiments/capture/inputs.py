@@ -1,0 +1,52 @@
+"""A layer's inputs as a run sees them, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+SPLITS = ("calibration", "heldout")
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What was really used."""
+
+    model: str
+    model_revision: str | None
+    model_origin: str | None
+    tokenizer: str
+    data: str
+    data_hash: str
+    data_split: str
+    sequences: int
+    dtype: str  # of the activations
+    cache_key: str
+    substituted: bool = False
+    from_cache: bool = True
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """weight [out_features, in_features]; Gram matrices [in_features, in_features] float32; all on the CPU."""
+
+    weight: Tensor
+    gram_calibration: Tensor
+    gram_heldout: Tensor | None
+    tokens_calibration: int
+    tokens_heldout: int
+    provenance: SourceInfo
+    _read: Callable[[str], Iterator[Tensor]] = field(repr=False)
+
+    def batches(self, split: str = "calibration") -> Iterator[Tensor]:
+        """The layer's inputs [tokens, in_features], a shard at a time. Raises SourceError when they were not kept."""
+        if split not in SPLITS:
+            raise ValueError(f"split={split}: use {' or '.join(SPLITS)}.")
+        return self._read(split)
+
+    @property
+    def nbytes(self) -> int:
+        grams = [g for g in (self.gram_calibration, self.gram_heldout) if g is not None]
+        return sum(tensor.nbytes for tensor in (self.weight, *grams))

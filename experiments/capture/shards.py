@@ -1,0 +1,124 @@
+"""Writing a captured layer: its inputs stream into Gram matrices and shards.
+
+Memory holds one shard, whatever the number of tokens. A journal lists the finished shards, so that an interrupted
+capture goes on at the first missing one. Layers with the same input (q, k and v; gate and up) share one Gram matrix and
+one set of shards, hard-linked into each folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.capture.store import GRAM_NAME, JOURNAL_NAME, Entry, is_intact, link, load_tensors, save_tensors
+from experiments.files import write_atomically
+from experiments.sources.bundles import MANIFEST_NAME
+from quantkit.calibration import GramAccumulator
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the inputs of one module are cut into shards: in whole batches, so that each can be captured alone.
+
+    width: in_features. batch: sequences per forward pass. sequences: split → how many. shard_bytes: None keeps none.
+    """
+
+    width: int
+    dtype: torch.dtype
+    seq_len: int
+    batch: int
+    sequences: dict[str, int]
+    shard_bytes: int | None
+
+    @property
+    def shard_sequences(self) -> int:
+        """Sequences of a full shard; 0 where no shards are kept."""
+        if self.shard_bytes is None:
+            return 0
+        fitting = self.shard_bytes // (self.seq_len * self.width * self.dtype.itemsize)
+        return max(self.batch, fitting // self.batch * self.batch)
+
+    def shard(self, split: str, first: int) -> tuple[str, Entry]:
+        """Name and description of the shard that begins with sequence `first`."""
+        rows = min(self.shard_sequences, self.sequences[split] - first) * self.seq_len
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{split}-{first // self.shard_sequences:05d}.safetensors"
+        return name, {"split": split, "first_sequence": first, "rows": rows, "dtype": dtype}
+
+
+class ShardWriter:
+    """Takes one module's inputs, batch by batch in order, and writes them into the first of `folders`."""
+
+    def __init__(self, folders: list[Path], layout: Layout, device: str) -> None:
+        self.folder, *self.siblings = folders
+        self.layout = layout
+        self.grams = {split: GramAccumulator(layout.width, device) for split in layout.sequences}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shards: dict[str, Entry] = {}
+        self.finished = self._finished_before()
+        self.buffer: Tensor | None = None
+        self.from_disk = False
+
+    def _finished_before(self) -> dict[str, Entry]:
+        for name in (JOURNAL_NAME, MANIFEST_NAME):
+            try:
+                return dict(json.loads((self.folder / name).read_text())["shards"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue
+        return {}
+
+    def reread(self, split: str, first: int) -> bool:
+        """Whether the batch from sequence `first` on lies in a shard that is on the disk and intact."""
+        size = self.layout.shard_sequences
+        if not size:
+            return False
+        if first % size == 0:
+            name, entry = self.layout.shard(split, first)
+            known = self.finished.get(name, {})
+            self.from_disk = {key: known.get(key) for key in entry} == entry and is_intact(self.folder / name, known)
+            if self.from_disk:
+                self.shards[name] = known
+                self._add_to_gram(split, self.folder / name)
+        return self.from_disk
+
+    def _add_to_gram(self, split: str, shard: Path) -> None:
+        """In the batches of the capture: the sum is then the same to the last bit."""
+        for x in load_tensors(shard)["inputs"].split(self.layout.batch * self.layout.seq_len):
+            self.grams[split].update(x)
+
+    def add(self, split: str, first: int, x: Tensor) -> None:
+        """x [tokens, in_features]: the inputs of the sequences from `first` on."""
+        self.grams[split].update(x)
+        size = self.layout.shard_sequences
+        if not size:
+            return
+        start = first // size * size
+        name, entry = self.layout.shard(split, start)
+        if self.buffer is None:
+            self.buffer = _new_buffer(entry["rows"], self.layout)
+        offset = (first - start) * self.layout.seq_len
+        self.buffer[offset : offset + len(x)] = x
+        if offset + len(x) == entry["rows"]:
+            self.shards[name] = entry | save_tensors(self.folder / name, {"inputs": self.buffer})
+            self.buffer = None
+            write_atomically(self.folder / JOURNAL_NAME, json.dumps({"shards": self.finished | self.shards}, indent=1))
+
+    def finish(self) -> dict[str, Entry]:
+        """Write the Gram matrices and fill the sibling folders. Returns their entries for the manifest."""
+        grams = {split: accumulator.gram.float().cpu() for split, accumulator in self.grams.items()}
+        entry = save_tensors(self.folder / GRAM_NAME, grams)
+        for stale in self.folder.glob("*-[0-9]*.safetensors"):
+            if stale.name not in self.shards:
+                stale.unlink()
+        for sibling in self.siblings:
+            for name in (GRAM_NAME, *self.shards):
+                link(self.folder / name, sibling / name)
+        return {GRAM_NAME: entry}
+
+
+def _new_buffer(rows: int, layout: Layout) -> Tensor:
+    return torch.empty(rows, layout.width, dtype=layout.dtype, device="cpu")

@@ -1,0 +1,106 @@
+"""The token sequences of a run: cut from the text, shuffled by the seed, split into calibration and held-out ones."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experiments.config import Config
+from experiments.files import SourceError, sha256_json
+from experiments.sources.texts import Text, load_text
+
+log = logging.getLogger(__name__)
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """ids: split → token ids [sequences, seq_len]. data, data_hash, data_split: what the record says of the text."""
+
+    ids: dict[str, Tensor]
+    data: str
+    data_hash: str
+    data_split: str
+
+    @property
+    def count(self) -> int:
+        return sum(len(ids) for ids in self.ids.values())
+
+
+def token_sequences(config: Config, tokenize: Tokenize) -> Sequences:
+    """The sequences of the configured text, `data.samples` of them.
+
+    A seeded shuffle chooses them and holds out the last share. With data.heldout_split, the held-out sequences come
+    from that text and the others from the calibration text. Raises SourceError for a text that is too short.
+    """
+    data = config.data
+    text = load_text(data, config.cache.folder)
+    available = _cut(tokenize(text.read()), config, text.split)
+    order = shuffled(len(available), config.seed)
+    if data.heldout and data.heldout_split:
+        chosen = _held_out_elsewhere(config, tokenize, text, available, order)
+    else:
+        order = order[: data.samples]
+        share = max(1, round(len(order) * data.heldout)) if data.heldout else 0
+        if share >= len(order):
+            raise SourceError(
+                f"data.heldout={data.heldout:g} leaves no calibration sequence of {len(order)}. Use more text, a "
+                "smaller data.seq_len, or data.heldout=0."
+            )
+        split = len(order) - share
+        ids = {"calibration": available[sorted(order[:split])]}
+        if share:
+            ids["heldout"] = available[sorted(order[split:])]
+        chosen = Sequences(ids, text.name, text.sha256, text.split)
+    if chosen.count < data.samples:
+        log.info("%s has %d sequences of %d tokens, fewer than data.samples=%d; taking all", text.name, chosen.count,
+                 data.seq_len, data.samples)  # fmt: skip
+    return chosen
+
+
+def _held_out_elsewhere(
+    config: Config, tokenize: Tokenize, text: Text, available: Tensor, order: list[int]
+) -> Sequences:
+    """Calibration sequences from `available`, in the order `order`; held-out ones from data.heldout_split."""
+    data = config.data
+    other = load_text(data, config.cache.folder, data.heldout_split)
+    if other.sha256 == text.sha256:
+        raise SourceError(
+            f"data.heldout_split={data.heldout_split}: that is the text of calibration ({text.name}, "
+            f"split {text.split}). Name another split, or leave it out to hold out sequences of this one."
+        )
+    elsewhere = _cut(tokenize(other.read()), config, other.split)
+    share = max(1, round(data.samples * data.heldout))
+    held = shuffled(len(elsewhere), config.seed)[:share]
+    kept = order[: max(1, data.samples - share)]
+    return Sequences(
+        ids={"calibration": available[sorted(kept)], "heldout": elsewhere[sorted(held)]},
+        data=text.name,
+        data_hash=sha256_json([text.sha256, other.sha256]),
+        data_split=f"{text.split}, held out: {other.split}",
+    )
+
+
+def _cut(ids: list[int], config: Config, split: str) -> Tensor:
+    """[sequences, seq_len]; the rest is dropped. Raises SourceError for a text shorter than one sequence."""
+    seq_len = config.data.seq_len
+    count = len(ids) // seq_len
+    if count == 0:
+        raise SourceError(
+            f"data={config.data.name}: split {split} has {len(ids)} tokens, fewer than one sequence of "
+            f"data.seq_len={seq_len}. Use a longer text or a smaller data.seq_len."
+        )
+    return torch.tensor(ids[: count * seq_len], dtype=torch.long, device="cpu").view(count, seq_len)
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 … count − 1 in the order that the seed gives."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order

@@ -1,0 +1,62 @@
+"""Layer bundles: a captured layer in a folder of its own, which needs neither the model nor the text beside it.
+
+`capture/store.py` describes the files. This module reads manifest.json alone and imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config, DataConfig, DataSource, LayerConfig, ModelConfig
+from experiments.files import SourceError, listing, one_line
+
+CAPTURE_VERSION = 1  # part of every cache key: raise it when the same configuration would capture something else
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FIELDS = frozenset(
+    ("capture_version", "key", "layer", "data", "seed", "source", "tokens", "activations", "files", "shards")
+)
+
+
+def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
+    """What manifest.json of `model.path` says. Raises SourceError for a folder that is no bundle of this version."""
+    if model.path is None:
+        raise SourceError("model=bundle needs model.path=<folder>: a folder of <cache>/layers, copied whole.")
+    folder = Path(model.path).expanduser()
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        found = f"found {listing(folder)}" if folder.is_dir() else "no such folder"
+        raise SourceError(
+            f"model.path={folder}: not a layer bundle, {MANIFEST_NAME} is missing ({found}). Copy a whole folder of "
+            "<cache>/layers."
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        found = manifest["capture_version"]
+        if found == CAPTURE_VERSION and (missing := MANIFEST_FIELDS - manifest.keys()):
+            raise KeyError(min(missing))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Copy the bundle again.") from None
+    if found != CAPTURE_VERSION:
+        raise SourceError(
+            f"{path}: capture version {found}, this code reads {CAPTURE_VERSION}. Capture the layer again."
+        )
+    return dict(manifest)
+
+
+def resolve_bundle(config: Config) -> Config:
+    """The configuration with the layer, text and seed that the bundle was captured with."""
+    manifest = read_bundle_manifest(config.model)
+    layer = LayerConfig(**manifest["layer"])
+    if config.layer not in (layer, LayerConfig()):
+        raise SourceError(
+            f"layer.index={config.layer.index} layer.module={config.layer.module}: {config.model.path} is a bundle of "
+            f"layer {layer.index} {layer.module}. Leave layer.* out, or copy the bundle of that layer."
+        )
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    data = DataConfig(**{key: value for key, value in manifest["data"].items() if key in known})
+    data.source = DataSource(data.source)
+    data.calibration_tokens = config.data.calibration_tokens  # a choice among the bundle's tokens, made by this run
+    return dataclasses.replace(config, layer=layer, data=data, seed=manifest["seed"])

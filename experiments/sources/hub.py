@@ -1,0 +1,117 @@
+"""Whether the hub has a model or a text, in its local cache or online. Loads neither; imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.config import DataConfig, ModelConfig
+from experiments.files import SourceError, one_line
+from experiments.sources.models import in_hub_cache, shards_below
+
+PROBE_SECONDS = 7.0  # all requests together; with imports the decision stays below 10 s
+
+Question = tuple[str, str | None, str]  # repository, revision, "model" or "dataset"
+_answers: dict[Question, str | None] = {}  # None: the hub has it; else why not
+
+
+def model_is_cached(model: ModelConfig, index: int) -> bool:
+    """Whether the hub's cache holds the model as far as decoder layer `index`."""
+    if not (in_hub_cache(model, "config.json") and in_hub_cache(model, "tokenizer.json")):
+        return False
+    if in_hub_cache(model, "model.safetensors"):
+        return True
+    table = in_hub_cache(model, "model.safetensors.index.json")
+    if table is None:
+        return False
+    needed = shards_below(json.loads(table.read_text())["weight_map"], index + 1)
+    return bool(needed) and all(in_hub_cache(model, shard) for shard in needed)
+
+
+def dataset_is_cached(data: DataConfig) -> bool:
+    """Whether the datasets library has prepared this table before."""
+    from huggingface_hub.constants import HF_HOME
+
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
+    prepared = folder / str(data.repo).replace("/", "___") / (data.subset or "default")
+    return any(prepared.glob(f"*/{data.revision or '*'}"))
+
+
+def why_not(questions: Iterable[Question]) -> dict[Question, str]:
+    """The questions that the hub does not answer with yes → why. Each is asked once a process."""
+    questions = list(questions)
+    _probe([question for question in questions if question not in _answers])
+    return {question: reason for question in questions if (reason := _answers[question]) is not None}
+
+
+def _probe(questions: list[Question]) -> None:
+    """Ask the hub for each repository, all at once, and wait PROBE_SECONDS at most.
+
+    The look-up of the hub's name has no time limit, so a request may hang. Each runs in a thread that may be left
+    behind.
+    """
+    if not questions:
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        _answers.update(dict.fromkeys(questions, "HF_HUB_OFFLINE is set"))
+        return
+    errors = _ask_all(questions)
+    late = f"no answer from {constants.ENDPOINT} within {PROBE_SECONDS:.0f} s"
+    for question in questions:
+        if question not in errors:
+            _answers[question] = late
+        else:
+            error = errors[question]
+            _answers[question] = None if error is None else _reason(error, question)
+
+
+def _ask_all(questions: list[Question]) -> dict[Question, Exception | None]:
+    """question → the error of its request, None where the hub has the repository; without those that hang."""
+    from huggingface_hub import HfApi
+
+    errors: dict[Question, Exception | None] = {}
+
+    def ask(question: Question) -> None:
+        repo, revision, kind = question
+        try:
+            HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=PROBE_SECONDS - 1)
+            errors[question] = None
+        except Exception as error:  # whatever it is, the hub does not have it for us
+            errors[question] = error
+
+    threads = [threading.Thread(target=ask, args=(question,), daemon=True) for question in questions]
+    deadline = time.monotonic() + PROBE_SECONDS
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(errors)
+
+
+def _reason(error: Exception, question: Question) -> str:
+    """Why the hub is out of reach, short. A hub that answers and knows no such name is an error of the user's."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, revision, kind = question
+    if isinstance(error, GatedRepoError):
+        raise SourceError(f"{kind} {repo} is gated: accept its terms on the hub and log in (hf auth login).")
+    response = getattr(error, "response", None)
+    # A proxy that refuses may answer 401 or 404 itself; the hub signs its own answers.
+    signed = getattr(response, "headers", {}).get("x-error-code")
+    if signed and isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+        raise SourceError(f"the hub has no {kind} {repo} at revision {revision or 'main'}: check name and revision.")
+    return f"{type(error).__name__}: {one_line(error)[:120]}"
+
+
+def stop_asking() -> None:
+    """Spare the libraries their own retries for what is cached; child processes inherit it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True

@@ -1,0 +1,55 @@
+"""What a captured layer depends on, and its folder in the cache. Reads no weights and imports no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config, LayerConfig, ModelSource
+from experiments.files import sha256_json
+from experiments.sources.bundles import CAPTURE_VERSION, read_bundle_manifest
+from experiments.sources.models import ModelIdentity
+from experiments.sources.texts import load_text
+
+Identity = dict[str, Any]  # plain JSON values
+
+
+def source_identity(config: Config, model: ModelIdentity) -> Identity:
+    """What the inputs of the configured layer depend on: the manifest of a bundle, else see `layer_identity`."""
+    if config.model.source == ModelSource.bundle:
+        return read_bundle_manifest(config.model)
+    return layer_identity(config, model)
+
+
+def layer_identity(config: Config, model: ModelIdentity) -> Identity:
+    """Everything that a layer's captured inputs depend on; its hash is the cache key. Raises SourceError."""
+    data = config.data
+    return {
+        "capture_version": CAPTURE_VERSION,
+        "model": model.key,
+        "tokenizer": model.tokenizer,
+        "text": _text_identity(config),
+        "layer": [config.layer.index, config.layer.module],
+        "seq_len": data.seq_len,
+        "samples": data.samples,
+        "heldout": data.heldout,
+        "seed": config.seed,
+        "dtype": config.model.dtype,
+    }
+
+
+def _text_identity(config: Config) -> dict[str, str | None]:
+    """split → sha256 of its text. The held-out text is None where it is part of the calibration text."""
+    if config.model.source == ModelSource.synthetic:
+        return {"calibration": "synthetic", "heldout": None}
+    data, cache = config.data, config.cache.folder
+    held = load_text(data, cache, data.heldout_split).sha256 if data.heldout_split and data.heldout else None
+    return {"calibration": load_text(data, cache).sha256, "heldout": held}
+
+
+def folder_in_cache(config: Config, identity: Identity, layer: LayerConfig) -> Path:
+    """Where the cache keeps `layer`: a readable name, then the cache key. identity: of any layer of the run."""
+    key = sha256_json(identity | {"layer": [layer.index, layer.module]})[:16]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config.model.name}-l{layer.index}-{layer.module}")
+    return config.cache.folder / "layers" / f"{name}-{key}"

@@ -1,0 +1,157 @@
+"""Which sources a run uses: those asked for, or their offline twins.
+
+Where the hub's model or text is neither cached nor reachable, `choose_sources` takes the offline twin in its place and
+says so once; every record carries what was really used. `offline=never` makes that an error. Imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline
+from experiments.files import SourceError
+from experiments.sources import hub
+from experiments.sources.bundles import MANIFEST_NAME, resolve_bundle
+from experiments.sources.identity import folder_in_cache, layer_identity
+from experiments.sources.models import model_identity
+from experiments.sources.texts import is_kept
+
+log = logging.getLogger(__name__)
+
+TWIN_MODEL = "smollm2_135m"
+TWIN_DATA = "python_docs"
+
+T = TypeVar("T", ModelConfig, DataConfig)
+_announced: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """config: with sources that can be had. substituted: whether an offline twin is among them."""
+
+    config: Config
+    substituted: bool = False
+
+
+def choose_sources(config: Config) -> Choice:
+    """The configuration with sources that can be had. Raises SourceError when there are none.
+
+    A hub model or text that is neither cached nor reachable gives way to its offline twin (`offline=auto`), is an error
+    (`offline=never`), or is never asked for (`offline=always`). Overridden sequence length, samples and held-out share
+    carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
+    """
+    if config.model.source == ModelSource.bundle:
+        return Choice(resolve_bundle(config))
+    if config.model.source == ModelSource.synthetic:
+        if config.data.source == DataSource.synthetic:
+            return Choice(config)
+        return Choice(replace(config, data=_replacement("data", "synthetic", DataConfig, config.data)))
+    missing = _missing(config)
+    if not missing:
+        return Choice(config)
+    if config.offline == Offline.never:
+        raise SourceError(_never_message(config, missing))
+    _announce(config, missing)
+    model = _replacement("model", TWIN_MODEL, ModelConfig) if "model" in missing else config.model
+    data = _replacement("data", TWIN_DATA, DataConfig, config.data) if "data" in missing else config.data
+    return Choice(replace(config, model=model, data=data), substituted=True)
+
+
+def is_captured(config: Config) -> bool:
+    """Whether the cache holds this layer, so that neither model nor hub is needed. Never asks the network."""
+    asks_hub = config.data.source == DataSource.hub and config.data.path is None
+    if asks_hub and not is_kept(config.data, config.cache.folder):
+        return False
+    identity = layer_identity(config, model_identity(config.model))
+    return (folder_in_cache(config, identity, config.layer) / MANIFEST_NAME).is_file()
+
+
+def refuse_idle_paths(config: Config) -> None:
+    """Raises SourceError for a path that nothing of this configuration reads."""
+    model, data = config.model, config.data
+    if model.path is not None and model.source == ModelSource.synthetic:
+        raise SourceError(f"model.path={model.path}: model={model.name} reads no folder. Leave one of the two out.")
+    own_text = model if model.source in (ModelSource.synthetic, ModelSource.bundle) else None
+    if data.path is not None and (own_text is not None or data.source != DataSource.hub):
+        which = f"data={data.name}" if own_text is None else f"model={own_text.name}, which has its own inputs,"
+        raise SourceError(f"data.path={data.path}: {which} reads no text folder. Leave one of the two out.")
+
+
+def _missing(config: Config) -> dict[str, str]:
+    """What of the hub's cannot be had ("model", "data") → why."""
+    wanted = [
+        role
+        for role, source in (("model", config.model), ("data", config.data))
+        if source.path is None and source.source in (ModelSource.hub, DataSource.hub)
+    ]
+    if not wanted:
+        return {}
+    if config.offline == Offline.always:
+        return dict.fromkeys(wanted, "offline=always")
+    return {} if is_captured(config) else _out_of_reach(config, wanted)
+
+
+def _out_of_reach(config: Config, wanted: list[str]) -> dict[str, str]:
+    """The roles that cannot be had → why. The caches are asked first, then the hub for the rest, at once."""
+    asked: dict[str, hub.Question] = {}
+    if "model" in wanted and not hub.model_is_cached(config.model, config.layer.index):
+        asked["model"] = (str(config.model.repo), config.model.revision, "model")
+    if "data" in wanted and not (is_kept(config.data, config.cache.folder) or hub.dataset_is_cached(config.data)):
+        asked["data"] = (str(config.data.repo), config.data.revision, "dataset")
+    reasons = hub.why_not(asked.values())
+    missing = {role: reasons[question] for role, question in asked.items() if question in reasons}
+    if missing and len(missing) == len(asked):
+        hub.stop_asking()
+    return missing
+
+
+def _replacement(group: str, name: str, schema: type[T], asked: DataConfig | None = None) -> T:
+    """conf/<group>/<name>.yaml as an object; what `asked` overrides in its own yaml file carries over."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
+    if asked is not None:
+        own = CONF_DIR / group / f"{asked.name}.yaml"
+        defaults = OmegaConf.load(own) if own.is_file() else OmegaConf.create({})
+        for key in ("seq_len", "samples", "heldout", "calibration_tokens"):
+            value = getattr(asked, key)
+            if value != OmegaConf.select(defaults, key, default=value):
+                OmegaConf.update(values, key, value)
+    result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    assert isinstance(result, schema)
+    return result
+
+
+def _names(config: Config, missing: dict[str, str]) -> str:
+    names = {"model": str(config.model.repo), "data": str(config.data.repo)}
+    return " and ".join(names[role] for role in missing)
+
+
+def _pin(missing: dict[str, str]) -> str:
+    twins = {"model": TWIN_MODEL, "data": TWIN_DATA}
+    return " ".join(f"{role}={twins[role]}" for role in missing)
+
+
+def _never_message(config: Config, missing: dict[str, str]) -> str:
+    reasons = "; ".join(dict.fromkeys(missing.values()))
+    return (
+        f"{_names(config, missing)}: neither in the local cache nor to be had from the hub ({reasons}), and "
+        f"offline=never. Connect to the hub, set {' and '.join(f'{role}.path' for role in missing)} to a local copy, "
+        f"or use the offline twin: {_pin(missing)}."
+    )
+
+
+def _announce(config: Config, missing: dict[str, str]) -> None:
+    pin = _pin(missing)
+    if pin in _announced:
+        return
+    _announced.add(pin)
+    reasons = "; ".join(dict.fromkeys(missing.values()))
+    log.warning(
+        "OFFLINE TWINS: %s cannot be had (%s), so this runs on %s instead. Pin that with `%s`, or make it an error "
+        "with `offline=never`.",
+        _names(config, missing), reasons, pin, pin,
+    )  # fmt: skip
