@@ -199,7 +199,7 @@ def quantizer(
 
 
 def dequantizer(weight: Tensor, format: str, block_size: int) -> Case:
-    q, few = quantize(weight, format, block_size), quantize(weight[:WARM_ROWS], format, block_size)
+    q, few = (quantize(rows, format, block_size, "naive") for rows in (weight, weight[:WARM_ROWS]))
     return Case(
         "kernel",
         "quantkit",

@@ -6,9 +6,9 @@
     scales  float32, the shape of W without ``dim``: values of the format's scale grid
     quants  float32, the shape of W: signed element values before scaling
 
-The names and shapes are those of qwantize, so that code written for it runs. ``*_optimal`` minimises the squared error,
-``*_optimal_hessian`` ``r H rᵀ`` with H from ``X [tokens, K]``, where the blocks of a row, in order, make up its K
-columns. The ``_triton`` functions run the fused kernels, the others the reference.
+Names and shapes are those of qwantize, so that code written for qwantize runs. ``*_optimal`` minimises the squared
+error. ``*_optimal_hessian`` minimises ``r H rᵀ`` with H from ``X [tokens, K]``; the K columns of X are the elements of
+a row's blocks in order. The ``_triton`` functions run the fused kernels, the others the reference.
 """
 
 from __future__ import annotations

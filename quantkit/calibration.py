@@ -25,14 +25,80 @@ __all__ = [
     "hessians_from_activations",
 ]
 
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_ELEMENTS = 1 << 26  # of activations converted to float32 at a time (256 MiB)
 RELATIVE_DAMPING = 1e-12  # of each H_ii; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
-DEAD_CHANNEL = 1e-24  # of the mean diagonal, where H_ii = 0: an error there must not outweigh one that H sees
-MAX_RELATIVE_NEGATIVE = 1e-4  # an eigenvalue below minus this share of the largest is no rounding error
+DEAD_CHANNEL = 1e-24  # of the mean diagonal, replaces H_ii = 0; so small that it outweighs no error that H measures
+MAX_RELATIVE_NEGATIVE = 1e-4  # of the largest eigenvalue; one more negative than that is no rounding error
+
+
+def check_given(method: str, needs: str | None, **given: object) -> None:
+    """Raises ValueError unless exactly one of what serves a method's need is given, and nothing where it has none.
+
+    needs: "hessian" (served by activations, gram or hessian), "gram" (by activations or gram) or None. given: each
+    argument by its name, None where it was left out.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if needs is None:
+        if names:
+            raise ValueError(
+                f"method {method!r} does not use {' and '.join(names)}; leave it out or use method='hessian'"
+            )
+        return
+    serving = {"hessian": ("activations", "gram", "hessian"), "gram": ("activations", "gram")}[needs]
+    if len(names) != 1 or names[0] not in serving:
+        listed = ", ".join(serving[:-1]) + " and " + serving[-1]
+        raise ValueError(f"method {method!r} takes exactly one of {listed}; got {' and '.join(names) or 'none'}")
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raises TypeError for an argument that is no tensor, and ValueError for a sparse one or one of no float dtype."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, GramAccumulator):
+            remedy = "pass gram=accumulator.gram in its place"
+        else:
+            remedy = "pass one tensor, torch.from_numpy(array) of an array"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
+    if value.dtype not in FLOAT_DTYPES or value.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be dense and floating-point, got {value.dtype}, {value.layout}; convert with "
+            f"{name}.float() or {name}.to_dense()"
+        )
+
+
+def check_tokens(activations: Tensor, in_features: int, method: str) -> None:
+    """Raises ValueError for activations ``[0, in_features]``."""
+    if activations.shape[:1] == (0,) and in_features > 0:
+        raise ValueError(f"activations {list(activations.shape)} have no token; method {method!r} needs some")
+
+
+def check_gram(gram: Tensor, in_features: int) -> None:
+    """Raises ValueError unless ``gram`` is ``[in_features, in_features]``."""
+    if gram.shape != (in_features, in_features):
+        raise ValueError(
+            f"gram has shape {list(gram.shape)}, "
+            f"a weight with {in_features} columns needs [{in_features}, {in_features}]"
+        )
+
+
+def check_hessian(hessian: Tensor, in_features: int, block_size: int) -> None:
+    """Raises ValueError unless ``hessian`` is ``[in_features/block_size, block_size, block_size]``."""
+    expected = (in_features // block_size, block_size, block_size)
+    if hessian.shape != expected:
+        raise ValueError(
+            f"hessian has shape {list(hessian.shape)}, this weight at block size {block_size} needs {list(expected)}"
+        )
+
+
+def check_squares(products: Tensor) -> None:
+    """Raises ValueError where the Hessians or the Gram matrix of finite activations are not finite."""
+    if not bool(products.isfinite().all()):
+        limit = str(products.dtype).removeprefix("torch.")
+        raise ValueError(f"activations are too large: their squares exceed {limit}; scale them down")
 
 
 def check_activations(activations: Tensor, in_features: int | None = None) -> None:
-    """Raises ValueError unless ``activations`` are finite floats ``[tokens, in_features]``."""
+    """Raises ValueError unless ``activations`` are finite, floating-point and ``[tokens, in_features]``."""
     if activations.ndim != 2 or not activations.is_floating_point():
         raise ValueError(
             f"activations must be a floating-point [tokens, in_features] tensor, got {_describe(activations)}"
@@ -100,7 +166,7 @@ def block_hessians(gram: Tensor, block_size: int) -> Tensor:
 
 
 def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
-    """Block Hessians ``[K/block_size, block_size, block_size]`` of ``activations [tokens, K]``, with no Gram matrix."""
+    """Block Hessians ``[K/block_size, block_size, block_size]`` of ``activations [tokens, K]``, without the Gram."""
     check_activations(activations)
     if activations.shape[1] % block_size:
         raise ValueError(
@@ -117,9 +183,10 @@ def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class HessianFactors:
-    """What the searches need of block Hessians: ``H = A Aᵀ``, so that r H rᵀ = ‖r A‖², and the bounds' (H⁻¹)_ii.
+    """Factors of block Hessians for the searches: A of ``H = A Aᵀ``, by which r H rᵀ = ‖r A‖², and (H⁻¹)_ii for bounds.
 
-    Each H is divided by its mean diagonal first, which no choice of a scale depends on, so float32 holds every factor.
+    Each H is first divided by its mean diagonal. No choice of a scale depends on that, and every factor then fits
+    float32.
 
     factor: float64 A ``[num_blocks, block_size, block_size]``, lower triangular unless H was singular.
     inverse_diagonal: float64 ``[num_blocks, block_size]``.
@@ -133,9 +200,10 @@ def factorize(hessians: Tensor, name: str = "hessian") -> HessianFactors:
     """Factors of positive semi-definite ``hessians`` ``[num_blocks, block_size, block_size]``.
 
     Each H_ii is raised by RELATIVE_DAMPING of itself, and where it is zero set to DEAD_CHANNEL times the mean diagonal
-    (1 for an all-zero Hessian), so what H cannot tell apart is told apart by squared error. A block whose Cholesky
-    factorization fails all the same, because rounding made it indefinite, is replaced by the nearest positive definite
-    matrix. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite. name: what errors call them.
+    (1 for an all-zero Hessian), so that squared error decides between errors which H does not distinguish. If the
+    Cholesky factorization of a block still fails, because rounding made it indefinite, the nearest positive definite
+    matrix takes its place. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite. name: what errors
+    call the Hessians.
     """
     check_finite(hessians, name)
     hessians = hessians.detach().double()

@@ -3,8 +3,8 @@
     weight error   ‖W_q − W‖ / ‖W‖                                   (Frobenius)
     output error   ‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖  =  √( tr(Δ G Δᵀ) / tr(W G Wᵀ) ),   Δ = W_q − W,  G = XᵀX
 
-The second form needs the Gram matrix alone. Products are float32 or better, sums float64. A zero reference gives NaN
-unless the error is zero as well, when it is 0.
+The second form needs only the Gram matrix. Products are float32 or better, sums float64. Where the denominator is zero
+the error is 0 if the numerator is zero too, else NaN.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def weight_error(weight: Tensor, quantized: Tensor) -> float:
 
 @torch.no_grad()
 def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantized: Tensor) -> float:
-    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[..., K]``; activations ``[tokens, K]`` or batches of it, one token or
-    more."""
+    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[..., K]``; activations: ``[tokens, K]`` with at least one token, or an
+    iterable of such batches."""
     weight, quantized = _matrices(weight, quantized)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     reference = weight.to(dtype)

@@ -16,14 +16,12 @@ from quantkit.tensor import QuantizedTensor
 
 __all__ = ["BACKENDS", "BackendUnavailableError", "quantize", "resolve_backend"]
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def quantize(
     weight: Tensor,
     format: str | BlockFormat = "nvfp4",
     block_size: int = 16,
-    method: str = "naive",
+    method: str = "sse",
     *,
     activations: Tensor | None = None,
     gram: Tensor | None = None,
@@ -37,27 +35,32 @@ def quantize(
     """Quantizes ``weight [..., K]``, float16, bfloat16, float32 or float64, along its last dimension.
 
     format: a name in FORMATS, or a BlockFormat.
-    method: "naive" (scale from amax), "sse" (least squared error), "hessian" (least r H rᵀ).
+    method: "naive" (scale from amax), "sse" (least squared error, the default), "hessian" (least r H rᵀ).
     activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for
         "hessian", none for the others.
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and
         method, block size and format have a kernel.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
-        (1), a positive number, or a float32 scalar on the weight's device, taken as it is (layers that are fused share
+        (1), a positive number, or a float32 scalar on the weight's device, which is used unchanged (fused layers share
         one). A single-level format has none.
-    scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. The searches
-        have no use for it.
+    scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. Other
+        methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
     count_candidates: also return, for each block, how many scales were evaluated.
 
     Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
-    Raises TypeError for what should be a tensor and is none, and ValueError (BackendUnavailableError for a backend that
-    cannot run) naming the offending value and the remedy.
+    Raises TypeError for an argument that should be a tensor and is not, BackendUnavailableError for a backend that
+    cannot run, and ValueError for everything else; the message names the value and the remedy.
     """
     fmt, chosen = get_format(format), get_method(method)
     rule = _check_options(weight, fmt, block_size, scale_rule)
     use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
-    hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
+    calibration.check_given(method, chosen.needs, activations=activations, gram=gram, hessian=hessian)
+    hessians = whole = None
+    if chosen.needs == "hessian":
+        hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
+    elif chosen.needs == "gram":
+        whole = _gram(weight, chosen, activations, gram)
     source = "hessian" if gram is None else "gram, in its diagonal blocks,"
 
     leading = weight.shape[:-1]
@@ -76,7 +79,7 @@ def quantize(
             global_scale=_global_scale(matrix, fmt, global_scale),
             rule=rule,
             hessians=hessians,
-            gram=None,
+            gram=whole,
             backend="triton" if use_kernels else "reference",
             count_candidates=count_candidates,
             check_finite=check_finite,
@@ -92,7 +95,7 @@ def quantize(
         codes = codes.reshape(*leading, codes.shape[-1])
         scales = scales.reshape(*leading, scales.shape[-1])
         candidates = None if candidates is None else candidates.reshape(scales.shape)
-    return QuantizedTensor(codes, scales, found.global_scale, fmt, block_size, candidates, method)
+    return QuantizedTensor(codes, scales, found.global_scale, fmt, block_size, candidates, method, chosen.nearest_codes)
 
 
 def resolve_backend(
@@ -102,9 +105,10 @@ def resolve_backend(
     block_size: int | None = None,
     format: str | BlockFormat | None = None,
 ) -> str:
-    """The backend for a weight on ``device``, and for a method, a block size and a format where they are given.
+    """The backend, "reference" or "triton", that quantize() takes for a weight on ``device``.
 
-    Raises BackendUnavailableError where triton cannot run there, or has no kernel for them.
+    Method, block size and format count where they are given. Raises BackendUnavailableError where triton was requested
+    and cannot run on the device, or has no kernel for them.
     """
     lacking = _without_kernel(
         None if method is None else get_method(method), block_size, None if format is None else get_format(format)
@@ -120,7 +124,7 @@ def _without_kernel(method: Method | None, block_size: int | None, fmt: BlockFor
 
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule: str | None) -> str:
-    """Raises ValueError for what no backend could do; returns the scale rule."""
+    """The scale rule. Raises TypeError or ValueError for a weight or an option that no backend supports."""
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"weight must be a torch.Tensor, got {type(weight).__name__}; pass layer.weight of a layer, "
@@ -131,7 +135,7 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
         raise ValueError(f"{fmt.name} has no block size {block_size!r}; it offers {offered}")
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
         raise ValueError(f"{fmt.name} has no scale rule {scale_rule!r}; it offers {', '.join(fmt.scale_rules)}")
-    if weight.dtype not in FLOAT_DTYPES or weight.layout != torch.strided:
+    if weight.dtype not in calibration.FLOAT_DTYPES or weight.layout != torch.strided:
         sparse = f", {weight.layout}" if weight.layout != torch.strided else ""
         raise ValueError(
             "weight must be dense float16, bfloat16, float32 or float64, got "
@@ -148,7 +152,7 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
 
 
 def _check_finite(weight: Tensor, matrix: Tensor) -> None:
-    """Raises ValueError for NaN and Inf, and for a float64 weight beyond float32, to which matrix was converted."""
+    """Raises ValueError for NaN and Inf in weight, and for a float64 weight that overflowed in matrix, its float32."""
     calibration.check_finite(weight, "weight")
     if weight.dtype == torch.float64 and not bool(matrix.isfinite().all()):
         largest = float(weight.detach().abs().max())
@@ -156,22 +160,7 @@ def _check_finite(weight: Tensor, matrix: Tensor) -> None:
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor  # the call takes 0.3 µs
-
-
-def _check_tensor(value: object, name: str) -> None:
-    """Raises TypeError for an argument that is no tensor, ValueError for one of no float dtype."""
-    if not isinstance(value, Tensor):
-        if isinstance(value, calibration.GramAccumulator):
-            remedy = "pass gram=accumulator.gram in its place"
-        else:
-            remedy = "pass one tensor, torch.from_numpy(array) of an array"
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
-    if value.dtype not in FLOAT_DTYPES or value.layout != torch.strided:
-        raise ValueError(
-            f"{name} must be dense and floating-point, got {value.dtype}, {value.layout}; convert with "
-            f"{name}.float() or {name}.to_dense()"
-        )
+    return tensor.detach() if tensor.requires_grad else tensor  # detach() takes 0.3 µs
 
 
 def _hessians(
@@ -182,66 +171,56 @@ def _hessians(
     gram: Tensor | None,
     hessian: Tensor | None,
     use_triton: bool,
-) -> Tensor | None:
+) -> Tensor:
     """Block Hessians on the weight's device, from whichever of the three was given."""
-    given = (activations is not None) + (gram is not None) + (hessian is not None)
-    needed = method.needs_hessian
-    if given != (1 if needed else 0):
-        values = {"activations": activations, "gram": gram, "hessian": hessian}
-        names = " and ".join(name for name, value in values.items() if value is not None)
-        if not needed:
-            raise ValueError(f"method {method.name!r} does not use {names}; leave it out or use method='hessian'")
-        raise ValueError(
-            f"method {method.name!r} takes exactly one of activations, gram and hessian; got {names or 'none'}"
-        )
-    if not needed:
-        return None
     columns = weight.shape[-1]
     if activations is not None:
-        _check_tensor(activations, "activations")
-        if activations.shape[:1] == (0,) and columns > 0:
-            raise ValueError(f"activations {list(activations.shape)} have no token; method {method.name!r} needs some")
+        calibration.check_tensor(activations, "activations")
+        calibration.check_tokens(activations, columns, method.name)
         if use_triton and activations.is_cuda and activations.dtype != torch.float64:
             result = _hessians_from_activations(activations, columns, block_size)
         else:
             calibration.check_activations(activations, columns)
             result = calibration.hessians_from_activations(activations, block_size)
-            _check_squares(result)
+            calibration.check_squares(result)
     elif gram is not None:
-        _check_tensor(gram, "gram")
-        if gram.shape != (columns, columns):
-            raise ValueError(
-                f"gram has shape {list(gram.shape)}, a weight with {columns} columns needs [{columns}, {columns}]"
-            )
+        calibration.check_tensor(gram, "gram")
+        calibration.check_gram(gram, columns)
         result = calibration.block_hessians(gram, block_size)
     else:
         assert hessian is not None
-        _check_tensor(hessian, "hessian")
-        expected = (columns // block_size, block_size, block_size)
-        if hessian.shape != expected:
-            raise ValueError(
-                f"hessian has shape {list(hessian.shape)}, "
-                f"this weight at block size {block_size} needs {list(expected)}"
-            )
+        calibration.check_tensor(hessian, "hessian")
+        calibration.check_hessian(hessian, columns, block_size)
         result = hessian
     return _detached(result).to(weight.device)
 
 
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
-    """Block Hessians by the kernel; NaN and Inf are looked for in them, not in a pass over the activations."""
+    """Block Hessians by the kernel. NaN and Inf show in the result, which is checked in place of the activations."""
     calibration.check_activations(activations[:0], in_features)
     result = kernels.launcher().block_hessians(activations, block_size)
     if not bool(result.isfinite().all()):
         calibration.check_finite(activations, "activations")
-        _check_squares(result)
+        calibration.check_squares(result)
     return result
 
 
-def _check_squares(hessians: Tensor) -> None:
-    """Raises ValueError where block Hessians of finite activations are not finite."""
-    if not bool(hessians.isfinite().all()):
-        limit = str(hessians.dtype).removeprefix("torch.")
-        raise ValueError(f"activations are too large: their squares exceed {limit}; scale them down")
+def _gram(weight: Tensor, method: Method, activations: Tensor | None, gram: Tensor | None) -> Tensor:
+    """Gram matrix on the weight's device, float32 or float64, from whichever of the two was given."""
+    columns = weight.shape[-1]
+    if activations is not None:
+        calibration.check_tensor(activations, "activations")
+        calibration.check_tokens(activations, columns, method.name)
+        calibration.check_activations(activations, columns)
+        result = calibration.gram_matrix(activations)
+        calibration.check_squares(result)
+    else:
+        assert gram is not None
+        calibration.check_tensor(gram, "gram")
+        calibration.check_gram(gram, columns)
+        calibration.check_finite(gram, "gram")
+        result = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    return _detached(result).to(weight.device)
 
 
 def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None) -> Tensor | None:
@@ -257,7 +236,7 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Ten
                 f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
         requested = _detached(requested if requested.ndim == 0 else requested.reshape(()))
-        if requested.device.type == "cpu" and not _is_multiplier(float(requested), fmt):  # one would wait for a GPU
+        if requested.device.type == "cpu" and not _is_multiplier(float(requested), fmt):  # float() waits for a GPU
             raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
         return requested
     if requested == ("amax" if fmt.two_level else "none"):
@@ -269,9 +248,9 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Ten
     value = float(requested)
     if not _is_multiplier(value, fmt):
         raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
-    return torch.full((), value, dtype=torch.float32, device=matrix.device)  # no copy from the host to wait for
+    return torch.full((), value, dtype=torch.float32, device=matrix.device)  # without a copy from the host
 
 
 def _is_multiplier(value: float, fmt: BlockFormat) -> bool:
-    """Whether the format's scales times value are within float32's normal range, as far as the largest goes."""
+    """Whether value is normal in float32 and its product with the largest scale does not overflow."""
     return FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value

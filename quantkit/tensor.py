@@ -2,7 +2,7 @@
 
     w ≈ value(code) · (value(scale byte) · global_scale)
 
-with the product in the bracket rounded to float32, as it is when the codes are chosen. Two 4-bit codes share a byte,
+The product in the bracket is rounded to float32, here and when the codes are chosen. Two 4-bit codes share a byte,
 the even column in the low nibble; this is the order of NVIDIA's and the OCP's packed FP4. Scale bytes are row-major,
 not in the swizzled order that a tensor core reads.
 """
@@ -43,7 +43,9 @@ class QuantizedTensor:
     scales: uint8 ``[..., K/block_size]``, bytes of the format's scale grid.
     global_scale: float32 scalar, the decode multiplier; 1.0 for a single-level format.
     candidates: uint8 ``[..., K/block_size]``, how many scales the search evaluated for each block; only when asked for.
-    method: how the scales were chosen, where that is known.
+    method: name of the method that made it, where that is known.
+    nearest_codes: every code is round-to-nearest at the scale of its block. False for a method that moves codes away
+        from nearest, to make up for errors elsewhere.
     """
 
     codes: Tensor
@@ -53,6 +55,7 @@ class QuantizedTensor:
     block_size: int
     candidates: Tensor | None = None
     method: str | None = None
+    nearest_codes: bool = True
 
     def __repr__(self) -> str:
         known = "" if self.method is None else f", method={self.method}"
@@ -81,17 +84,17 @@ class QuantizedTensor:
         return self.codes.nbytes + self.scales.nbytes + (self.global_scale.nbytes if self.format.two_level else 0)
 
     def scale_values(self) -> Tensor:
-        """Float32 ``[..., K/block_size]``: block scale times global scale, what an element's value is multiplied by."""
+        """Float32 ``[..., K/block_size]``: block scale times global scale, the factor of each element's value."""
         return self.format.scale.decode(self.scales) * self.global_scale
 
     def values(self) -> Tensor:
-        """Float32 ``[..., K]``: the elements before scaling, in the grid's unit."""
+        """Float32 ``[..., K]``: the elements before scaling, as values of the element grid."""
         return self.format.element.decode_signed(unpack_codes(self.codes))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that the codes stand for, ``[..., K]`` in ``dtype``; computed in float32.
+        """The decoded weight, ``[..., K]`` in ``dtype``; computed in float32.
 
-        On a GPU, with Triton installed and for bfloat16, float16 and float32, by one fused kernel.
+        One fused kernel does it on a GPU, if Triton is installed and ``dtype`` is bfloat16, float16 or float32.
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
@@ -115,11 +118,16 @@ class QuantizedTensor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes codes, scales, global scale and the format's name to a safetensors file, without ``candidates``."""
+        """Writes all fields but ``candidates`` to a safetensors file; of the format and method only their names."""
         from safetensors.torch import save_file
 
         tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
-        metadata = {"version": FILE_FORMAT_VERSION, "format": self.format.name, "block_size": str(self.block_size)}
+        metadata: dict[str, str | bool] = {
+            "version": FILE_FORMAT_VERSION,
+            "format": self.format.name,
+            "block_size": str(self.block_size),
+            "nearest_codes": self.nearest_codes,
+        }
         if self.method is not None:
             metadata["method"] = self.method
         save_file(
@@ -130,13 +138,13 @@ class QuantizedTensor:
     def load(
         cls, path: str | Path, device: torch.device | str = "cpu", format: str | BlockFormat | None = None
     ) -> QuantizedTensor:
-        """Reads what :meth:`save` wrote. format: for one of your own, which quantkit does not know by name.
+        """Reads a file of :meth:`save`. format: a BlockFormat of your own, which quantkit does not know by name.
 
         Raises FileNotFoundError, and ValueError where the file is damaged, not of that kind, or of another format.
         """
         from safetensors import SafetensorError, safe_open
 
-        torch.device(device)  # an error there is not the file's
+        torch.device(device)  # a wrong device raises here, not as an error of the file
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
@@ -174,4 +182,5 @@ class QuantizedTensor:
             format=format,
             block_size=block_size,
             method=metadata.get("method"),
+            nearest_codes=metadata.get("nearest_codes", True),  # files written before this key existed have such codes
         )

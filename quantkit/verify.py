@@ -1,17 +1,21 @@
 """verify(): is every scale of a quantized weight optimal? Recomputed over all representable scales, in float64.
 
-For each block the error of every scale of the grid is evaluated, with no window and no theorem, and compared with that
-of the scale that was stored:
+For each block the error of every scale of the grid is evaluated, without a window or a theorem, and compared with the
+error of the stored scale:
 
     excess = max over all scales s of (E(stored) − slack − E(s)) / E(s), or 0,   contract: excess ≤ 1e-6
 
-slack is 0 for squared error. With a Hessian it is 1e-7·λ_max(H)·‖r‖², float32's own resolution of r H rᵀ, with the
-larger of the two residuals: what rounding of H has made of E(s) is no more certain than E(stored). The objective uses
-H as it is given, not the factors that the searches work with. The stored codes must be round-to-nearest at the stored
-scale.
+slack is 0 for squared error. With a Hessian it is 1e-7·λ_max(H)·‖r‖², float32's resolution of r H rᵀ, with the larger
+of the residuals of both scales, since rounding of H affects E(s) as it affects E(stored). The objective uses the given
+H, not the factors that the searches work with. The stored codes must be round-to-nearest at the stored scale.
 
-Only repetition is left out: above 4·amax every code is zero and the error no longer changes; while 6·s is below the
-smallest nonzero magnitude, every nonzero element is clipped and the error falls as s grows.
+Scales are skipped only where their error is known from another one: above 4·amax every code is zero and the error no
+longer changes; while 6·s is below the smallest nonzero magnitude, every nonzero element is clipped and the error falls
+as s grows.
+
+This contract is one of nearest codes. Where a method moves codes away from nearest (``nearest_codes`` is False), a
+block's error is no longer a function of its scale, and the method aims at a target that the tensor does not hold. None
+of its blocks is judged then, and the result says so.
 """
 
 from __future__ import annotations
@@ -39,9 +43,11 @@ LISTED = 10
 class Verification:
     """What verify() found.
 
-    blocks: how many were examined. violations: how many break the contract. worst_excess: the largest relative excess
-    of all. where: (row, block) of the first violations, rows counted over all leading dimensions. wrong_codes:
-    elements whose code is not round-to-nearest at the stored scale. ``ok`` holds when both counts are zero.
+    blocks: how many were judged. violations: how many of them break the contract. worst_excess: the largest relative
+    excess of any block. where: (row, block) of the first violations, with rows counted over all leading dimensions.
+    wrong_codes: elements whose code is not round-to-nearest at the stored scale. judged: False if the tensor's codes
+    are not meant to be nearest; all counts are then zero. ``ok``: the blocks were judged, and no scale and no code is
+    wrong.
     """
 
     blocks: int
@@ -49,19 +55,21 @@ class Verification:
     worst_excess: float
     where: tuple[tuple[int, int], ...]
     wrong_codes: int
+    judged: bool = True
 
     @property
     def ok(self) -> bool:
-        return self.violations == 0 and self.wrong_codes == 0
+        return self.judged and self.violations == 0 and self.wrong_codes == 0
 
 
 def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) -> Verification:
     """Judges the scales and codes of ``q`` for ``weight [..., K]``; with ``hessian [K/b, b, b]`` by r H rᵀ, else by
     squared error.
 
-    Works on the weight's device in chunks of rows: memory does not grow with the weight. Raises ValueError where
-    shapes do not belong together or the weight holds NaN or Inf; warns where ``q`` was made by Hessians and none are
-    given, since least squared error is then not to be expected.
+    Works on the weight's device in chunks of rows, so that memory does not grow with the weight. Raises ValueError
+    where shapes do not fit or the weight holds NaN or Inf. Warns where the method of ``q`` is "hessian" and no Hessians
+    are given, since its scales do not minimise squared error; and where its codes are not nearest, since no block is
+    judged then.
     """
     if not isinstance(q, QuantizedTensor) or not isinstance(weight, Tensor):
         raise TypeError(
@@ -80,6 +88,14 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
         expected = [num_blocks, block_size, block_size]
         raise ValueError(f"hessian has shape {list(hessian.shape)}, this tensor needs {expected}")
     check_finite(weight, "weight")
+    if not q.nearest_codes:
+        made_by = "" if q.method is None else f" of method {q.method!r}"
+        warnings.warn(
+            f"the codes{made_by} are not nearest at their scales, so no block is judged; "
+            "compare errors with compute_metrics(weight, q.dequantize(), activations)",
+            stacklevel=2,
+        )
+        return Verification(0, 0, 0.0, (), 0, judged=False)
     q = q.to(weight.device)
     rows = weight.numel() // max(1, weight.shape[-1])
     matrix = weight.detach().reshape(rows, weight.shape[-1])
@@ -149,13 +165,13 @@ class _Judge:
             if self.hessian is None:
                 above = chosen - error
             else:
-                error.clamp_(min=0)  # below zero is rounding of a semi-definite form
+                error.clamp_(min=0)  # rounding may make a semi-definite form negative
                 above = torch.maximum(norm, other).mul_(-self.resolution).add_(chosen).sub_(error)
             torch.fmax(worst, above.div_(error), out=worst)  # 0 / 0 is no excess
         return worst
 
     def _codes_that_differ(self, blocks: Tensor) -> Tensor:
-        """All codes but those that the module's last paragraph shows to repeat or to be worse than a neighbour."""
+        """The codes whose error does not follow from another one's, as the module's docstring explains."""
         magnitudes = blocks.abs()
         nonzero = magnitudes[magnitudes > 0]
         if not len(nonzero):

@@ -154,7 +154,7 @@ def test_a_zero_hessian_leaves_every_scale_open(block_size: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_dequantize(format: str, block_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
-    q = quantize(weight, format, block_size)
+    q = quantize(weight, format, block_size, "naive")
     on = q.to(DEVICE)
     got = launch.dequantize(on.codes, on.scales, on.global_scale, q.format, block_size, dtype)
     assert got.dtype == dtype and got.shape == weight.shape
@@ -187,7 +187,7 @@ def test_global_scale_from_amax(dtype: torch.dtype, method: str) -> None:
 
 def test_global_scale_of_adversarial_weights() -> None:
     for block in torch.tensor(all_families(16, np.random.default_rng(4))).split(48):
-        q = quantize(block.to(DEVICE), "nvfp4", 16, backend="triton")
+        q = quantize(block.to(DEVICE), "nvfp4", 16, "naive", backend="triton")
         assert q.global_scale.cpu() == global_scale_of(block.float(), FORMATS["nvfp4"])
 
 

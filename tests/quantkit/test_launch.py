@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 
-from quantkit import METHODS, quantize
+from quantkit import METHODS, NVFP4, quantize, search
 from quantkit.kernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,10 +97,12 @@ class Kernels:
     def __init__(self) -> None:
         self.made: list[str] = []
         self.started: list[str] = []
+        self.constants: dict[str, Any] = {}  # of the last one made
 
     def make(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> Callable[..., None]:
         name = kernel.__name__.removesuffix("_kernel") + ("_after" if constants.get("AFTER") else "")
         self.made.append(name)
+        self.constants = constants
         return lambda stream, *arguments: self.started.append(name)
 
     def __call__(self, call: Callable[[], object]) -> tuple[list[str], list[str]]:
@@ -146,6 +148,24 @@ def test_a_kernel_is_for_arguments_alike(kernels: Kernels) -> None:
     for weight in (w.half(), unaligned(w), torch.randn(9, 32, device=DEVICE)):
         assert kernels(run(weight)) == (["amax_after", "hessian"], all_of_them)
     assert kernels(run(w, scale=1.0)) == (["hessian"], ["factorize", "hessian"])
+
+
+def test_a_search_with_factors_is_one_launch_that_waits_for_what_came_before(kernels: Kernels) -> None:
+    """Without a kernel of its own call before it, it must not start early: it would not see who wrote its input."""
+    w, scale = torch.randn(8, 64, device=DEVICE), torch.ones((), device=DEVICE)
+    hessians = torch.eye(16, device=DEVICE).repeat(4, 1, 1)
+    factors = search.factorize(hessians, "triton")
+
+    def run(index: int, scale: Tensor | None = scale) -> Callable[[], object]:
+        columns = w[:, 16 * index : 16 * index + 16]
+        return lambda: search.quantize_matrix(columns, NVFP4, 16, "hessian", factors=factors[index], global_scale=scale)
+
+    assert kernels(run(0)) == (["hessian"], ["hessian"])
+    assert kernels.constants["OVERLAP"] is False
+    for index in range(1, 4):
+        assert kernels(run(index)) == ([], ["hessian"])
+    assert kernels(run(0, None)) == (["amax", "hessian"], ["amax", "hessian"])
+    assert kernels.constants["OVERLAP"] is True
 
 
 @pytest.mark.parametrize("method", ["naive", "sse"])

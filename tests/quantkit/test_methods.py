@@ -22,7 +22,8 @@ from quantkit import (
 from quantkit import methods as registry
 from quantkit.formats import E2M1, E4M3, ElementGrid
 from quantkit.kernels import available
-from quantkit.search import OBJECTIVES, Objective
+from quantkit.methods import Problem
+from quantkit.search import OBJECTIVES, Found, Objective
 
 NO_TRITON = pytest.mark.skipif(not available(), reason="needs Triton")
 W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
@@ -48,10 +49,39 @@ def another(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_method_that_is_listed_is_one(another: str) -> None:
-    naive, down = quantize(W), quantize(W, method=another)
+    naive, down = quantize(W, method="naive"), quantize(W, method=another)
     assert down.method == another and torch.equal(down.scales, naive.scales - 1)
     with pytest.raises(ValueError, match="method 'one_down' does not use gram"):
         quantize(W, method=another, gram=torch.eye(64))
+
+
+def test_a_method_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the Gram matrix, from either argument, and a tensor knows that its codes were moved."""
+    seen: list[Problem] = []
+
+    def solve(problem: Problem) -> Found:
+        seen.append(problem)
+        found = search.quantize_matrix(problem.matrix, problem.fmt, problem.block_size, "sse", backend=problem.backend)
+        return found._replace(codes=found.codes ^ 1)
+
+    moved = Method("moved", solve, OBJECTIVES["sse"], needs="gram", nearest_codes=False)
+    monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, "moved": moved}))
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    for given in ({"activations": x}, {"gram": x.T @ x}):
+        q = quantize(W, method="moved", **given)  # type: ignore[arg-type]
+        assert q.method == "moved" and not q.nearest_codes
+        assert torch.equal(q.codes, quantize(W, method="sse").codes ^ 1)
+        gram, hessians = seen[-1].gram, seen[-1].hessians
+        assert gram is not None and hessians is None
+        torch.testing.assert_close(gram, x.T @ x)
+    with pytest.raises(ValueError, match="takes exactly one of activations and gram; got none"):
+        quantize(W, method="moved")
+    with pytest.raises(ValueError, match="takes exactly one of activations and gram; got hessian"):
+        quantize(W, method="moved", hessian=torch.eye(16)[None])
+    with pytest.raises(ValueError, match="gram holds 1 NaN or Inf value"):
+        quantize(W, method="moved", gram=torch.diag(torch.tensor([torch.nan, *[1.0] * 63])))
+    with pytest.raises(ValueError, match="method 'other' needs 'activations'; known needs: None, hessian, gram"):
+        Method("other", solve, OBJECTIVES["sse"], needs="activations")
 
 
 @NO_TRITON

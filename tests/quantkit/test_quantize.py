@@ -102,6 +102,12 @@ def test_case_subnormal_round_down_saturates(backend: str, device: str) -> None:
     assert int(q.scales) == 1 and q.codes.eq(0x77).all()
 
 
+def test_the_default_is_the_least_squared_error(backend: str, device: str) -> None:
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    q, sse = quantize(w, backend=backend), quantize(w, "nvfp4", 16, "sse", backend=backend)
+    assert q.method == "sse" and torch.equal(q.codes, sse.codes) and torch.equal(q.scales, sse.scales)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_case_scale_never_rounds_to_zero(method: str, backend: str, device: str) -> None:
     """amax/6 below 2⁻¹⁰: the scale is the smallest positive one and the block is searched."""
@@ -309,7 +315,7 @@ def test_methods_are_ordered_as_their_objectives_say(backend: str, device: str) 
         ({"global_scale": "max"}, "unknown global_scale 'max'"),
         ({"global_scale": 0.0}, "positive number"),
         ({"global_scale": float("nan")}, "positive number"),
-        ({"activations": torch.ones(4, 64)}, "method 'naive' does not use activations"),
+        ({"activations": torch.ones(4, 64)}, "method 'sse' does not use activations"),
         ({"method": "hessian"}, "exactly one of activations, gram and hessian; got none"),
         ({"method": "hessian", "gram": torch.eye(64), "activations": torch.ones(4, 64)}, "got activations and gram"),
         ({"method": "hessian", "activations": torch.ones(4, 32)}, "activations have 32 features, the layer has 64"),

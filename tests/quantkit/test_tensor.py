@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,23 @@ def test_safetensors_round_trip(tmp_path: Path, format: str) -> None:
     assert torch.equal(back.dequantize(), q.dequantize())
     assert back.method == "sse"
     assert QuantizedTensor.load(tmp_path / "w.safetensors", format=format).format is q.format
+
+
+@pytest.mark.parametrize("nearest", [True, False])
+def test_the_file_says_whether_codes_are_nearest(tmp_path: Path, q: QuantizedTensor, nearest: bool) -> None:
+    path = tmp_path / "w.safetensors"
+    replace(q, nearest_codes=nearest).save(path)
+    assert QuantizedTensor.load(path).nearest_codes is nearest
+
+
+def test_a_file_from_before_that_was_saved_has_nearest_codes(tmp_path: Path, q: QuantizedTensor) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"codes": q.codes, "scales": q.scales, "global_scale": q.global_scale}
+    header = {"version": "1", "format": "nvfp4", "block_size": "16", "method": "sse"}
+    save_file(tensors, tmp_path / "old.safetensors", {"quantkit": json.dumps(header)})
+    back = QuantizedTensor.load(tmp_path / "old.safetensors")
+    assert back.nearest_codes and back.method == "sse" and torch.equal(back.codes, q.codes)
 
 
 def test_a_format_of_one_s_own_is_passed_to_load(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_planted_violations_are_found_and_located() -> None:
     assert found.wrong_codes >= 1 and not found.ok
 
 
+def test_codes_that_are_not_meant_to_be_nearest_are_not_judged() -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    q = replace(quantize(weight, method="sse"), method="moved", nearest_codes=False)
+    with pytest.warns(UserWarning, match=r"codes of method 'moved' are not nearest at their scales, so no block is"):
+        found = verify(q, weight)
+    assert not found.judged and not found.ok
+    assert (found.blocks, found.violations, found.wrong_codes, found.where) == (0, 0, 0, ())
+    assert verify(replace(q, nearest_codes=True), weight).judged
+
+
 def test_empty_and_errors() -> None:
     empty = torch.zeros(0, 32)
     assert verify(quantize(empty), empty).ok
