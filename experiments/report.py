@@ -34,7 +34,7 @@ from experiments.record import FIELDS, RecordError, RunRecord, read_records
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.reporting.tables import Table
+    from experiments.reporting.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path("results/records")
@@ -145,14 +145,10 @@ def check(root: Path) -> int:
 
 def report_runs(folder: Path, root: Path) -> int:
     """Print the tables of the runs in `folder`, and write them beside the runs."""
-    from experiments.reporting.tables import (
-        make_rows,
-        make_tables,
-        read_published,
-        row_frame,
-        unfinished,
-        verification_tables,
-    )
+    from experiments.reporting.published import read_published
+    from experiments.reporting.rows import make_rows, row_frame
+    from experiments.reporting.tables import make_tables, unfinished
+    from experiments.reporting.verification import verification_tables
 
     records = read_records(folder)
     if not records:
@@ -172,7 +168,7 @@ def report_runs(folder: Path, root: Path) -> int:
 
 def collect(name: str, source: Path, root: Path) -> int:
     """Merge the runs in `source` into the committed records `name`; a run that is known is replaced."""
-    from experiments.reporting.tables import record_order
+    from experiments.reporting.rows import record_order
 
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == PUBLISHED:
         raise ReportError(f"--collect {name}: use small letters, digits, - and _, and not the word {PUBLISHED}")
@@ -250,7 +246,7 @@ def figure_frames(root: Path, groups: dict[str, list[RunRecord]]) -> dict[str, p
 def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> dict[Path, str]:
     """Path → the text that follows from the records. The CSV files come first."""
     from experiments.reporting.figures import FOLDER, figures_page, frame_csv
-    from experiments.reporting.tables import records_csv
+    from experiments.reporting.records_csv import records_csv
 
     drawn = {name: frame for name, frame in frames.items() if len(frame)}
     files = {root / "results" / f"{name}.csv": records_csv(records) for name, records in groups.items()}
@@ -287,15 +283,11 @@ def fill(
     import pandas as pd
 
     from experiments.reporting.figures import FIGURES, FOLDER
-    from experiments.reporting.tables import (
-        make_tables,
-        published_tables,
-        read_published,
-        scaling_tables,
-        speed_tables,
-        unfinished,
-        verification_tables,
-    )
+    from experiments.reporting.published import published_tables, read_published
+    from experiments.reporting.scaling import scaling_tables
+    from experiments.reporting.speed import speed_tables
+    from experiments.reporting.tables import make_tables, unfinished
+    from experiments.reporting.verification import verification_tables
 
     published = read_published(root / "results" / PUBLISHED)
     drawn = {f"{FIGURE}{plot.name}": plot for plot in FIGURES if len(frames[plot.name])}

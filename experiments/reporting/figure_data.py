@@ -16,7 +16,9 @@ from typing import Any
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.reporting.tables import BACKENDS, DEFAULTS, FORMATS, MATRIX, METHODS, us_per_further_mb
+from experiments.reporting.labels import BACKENDS, DEFAULTS, FORMATS, METHODS
+from experiments.reporting.scaling import us_per_further_mb
+from experiments.reporting.speed import MATRIX
 
 ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
 BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device

@@ -35,7 +35,7 @@ from matplotlib.ticker import (
 
 from experiments.reporting import figure_data
 from experiments.reporting.figure_data import Sources
-from experiments.reporting.tables import FORMATS, METHODS
+from experiments.reporting.labels import FORMATS, METHODS
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 FOLDER = Path("results/figures")

@@ -12,7 +12,8 @@ import torch
 
 from experiments import bench
 from experiments.report import ReportError, fill
-from experiments.reporting.tables import scaling_tables, speed_tables
+from experiments.reporting.scaling import scaling_tables
+from experiments.reporting.speed import speed_tables
 from quantkit import FORMATS, METHODS
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

@@ -21,7 +21,7 @@ from experiments import report
 from experiments.config import TrackingConfig, TrackingMode
 from experiments.measure.blocks import histograms
 from experiments.record import FIELDS, RunRecord
-from experiments.reporting.tables import records_csv
+from experiments.reporting.records_csv import records_csv
 from experiments.tracking import AS_HISTOGRAMS, MEASURED, track, track_report
 
 RECORD = RunRecord(

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from experiments.record import FIELDS, RunRecord
-from experiments.reporting import tables
+from experiments.reporting.labels import DEFAULTS, FORMATS, METHODS, OPTIMAL
+from experiments.reporting.published import published_tables, read_published
+from experiments.reporting.records_csv import records_csv
+from experiments.reporting.rows import make_rows, row_frame
+from experiments.reporting.table import Table
+from experiments.reporting.tables import make_tables, unfinished
+from experiments.reporting.verification import verification_tables
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -61,8 +67,8 @@ def make(**changes: object) -> RunRecord:
     return replace(record, run_id=name) if "run_id" not in changes else record
 
 
-def only_table(records: list[RunRecord]) -> tables.Table:
-    (table,) = tables.make_tables(records, tables.read_published(ROOT / "results" / "published"))
+def only_table(records: list[RunRecord]) -> Table:
+    (table,) = make_tables(records, read_published(ROOT / "results" / "published"))
     return table
 
 
@@ -110,16 +116,16 @@ def test_a_run_that_was_not_timed_has_the_time_of_the_one_before():
     timed = [make(backend=backend, time_ms_median=ms) for backend, ms in (("reference", 20.0), ("triton", 2.0))]
     untimed = {"time_ms_median": None, "time_timer": None, "time_device": None}
     later = make(backend="triton", started_at="2026-01-02", **untimed)
-    (row,) = tables.make_rows([later, *timed])
+    (row,) = make_rows([later, *timed])
     assert row.speedup == 10 and row.runs[1].started_at == "2026-01-02"
     for changed in ({"weight_error": 0.5}, {"commit": "f" * 40}, {"dirty": True}):
-        (row,) = tables.make_rows([*timed, replace(later, **changed)])  # of other code: its time may be another, too
+        (row,) = make_rows([*timed, replace(later, **changed)])  # of other code: its time may be another, too
         assert row.speedup is None
 
 
 def test_models_and_block_sizes_and_devices_never_share_a_table():
     records = [make(), make(model="other"), make(block_size=32), make(device_name="Other GPU"), make(tokens_heldout=0)]
-    found = tables.make_tables(records)
+    found = make_tables(records)
     assert len(found) == 5
     assert all(len(table.frame) == 1 for table in found)
     assert any("none held out" in note for table in found for note in table.notes)
@@ -133,7 +139,7 @@ def test_a_stand_in_that_was_pinned_shares_the_table():
 
 def test_speedup_is_the_ratio_of_medians_on_one_device():
     triton = make(backend="triton", time_ms_median=2.0)
-    (row,) = tables.make_rows([triton, make()])
+    (row,) = make_rows([triton, make()])
     assert row.speedup == 7.0
     assert [run.backend for run in row.runs] == ["reference", "triton"]
     table = only_table([triton, make()])
@@ -152,13 +158,13 @@ def test_speedup_is_the_ratio_of_medians_on_one_device():
 )
 def test_no_speedup_without_two_times_that_compare(change: dict[str, object]):
     triton: dict[str, object] = {"backend": "triton", "time_ms_median": 2.0}
-    (row,) = tables.make_rows([make(), make(**(triton | change))])
+    (row,) = make_rows([make(), make(**(triton | change))])
     assert row.speedup is None
 
 
 def test_the_newest_run_counts():
     newer = make(weight_error=0.5, started_at="2026-02-01T00:00:00+00:00")
-    (row,) = tables.make_rows([newer, make()])
+    (row,) = make_rows([newer, make()])
     assert row.weight_error == 0.5
 
 
@@ -195,7 +201,7 @@ def test_published_figures_stand_beside_their_model_only(model: str, data: str):
 
 
 def test_published_tables_say_that_they_are():
-    found = tables.published_tables(tables.read_published(ROOT / "results" / "published"))
+    found = published_tables(read_published(ROOT / "results" / "published"))
     assert [table.title.rpartition(" ")[2] for table in found] == ["16", "32"]
     assert all(table.title.startswith("Published, not measured here: Qwen/Qwen3-4B") for table in found)
     assert all(table.notes == ("Source: qwantize, docs/source/results.md",) for table in found)
@@ -211,14 +217,14 @@ def test_unfinished_runs_are_listed_by_reason():
         make(backend="triton", method="naive", **lost),
         make(format="mxfp4", status="failed", reason="K is 100."),
     ]
-    assert tables.unfinished(records) == [
+    assert unfinished(records) == [
         "unsupported: NVFP4 Naive b16 Triton on tiny/Model, NVFP4 SSE b16 Triton on tiny/Model: Triton needs a GPU.",
         "failed: MXFP4 SSE b16 reference on tiny/Model: K is 100.",
     ]
 
 
 def test_a_run_that_ended_well_later_is_not_unfinished():
-    assert tables.unfinished([make(status="failed", reason="killed"), make()]) == []
+    assert unfinished([make(status="failed", reason="killed"), make()]) == []
 
 
 def test_markdown_is_a_pipe_table():
@@ -231,7 +237,7 @@ def test_markdown_is_a_pipe_table():
 
 
 def test_csv_has_every_field_in_order_and_full_precision():
-    text = tables.records_csv([make(weight_error=0.1 + 0.2, output_error=None)])
+    text = records_csv([make(weight_error=0.1 + 0.2, output_error=None)])
     header, line = list(csv.reader(io.StringIO(text)))
     values = dict(zip(header, line, strict=True))
     assert tuple(header) == FIELDS
@@ -243,32 +249,32 @@ def test_csv_has_every_field_in_order_and_full_precision():
 
 
 def test_row_frame_holds_numbers():
-    frame = tables.row_frame(tables.make_rows([make(), make(backend="triton", time_ms_median=2.0)]))
+    frame = row_frame(make_rows([make(), make(backend="triton", time_ms_median=2.0)]))
     (line,) = frame.to_dict("records")
     assert line["speedup"] == 7.0
     assert line["backends"] == "reference+triton"
     assert line["weight_error"] == BASE.weight_error
     assert line["tokens_calibration"] == 4096
-    assert tables.row_frame([]).empty
+    assert row_frame([]).empty
 
 
 def test_verification_table_counts_the_runs_that_were_verified() -> None:
     verified = replace(BASE, verified_blocks=1000, verified_violations=2, verified_worst_excess=0.5)
     hessian = replace(verified, run_id="h", method="hessian", verified_violations=0, verified_worst_excess=0.0)
     naive = replace(verified, run_id="n", method="naive", verified_violations=600)
-    (table,) = tables.verification_tables([hessian, verified, naive, BASE])
+    (table,) = verification_tables([hessian, verified, naive, BASE])
     assert table.frame["Method"].tolist() == ["Naive", "SSE", "Hessian"]
     assert table.frame["Violations"].tolist() == ["600", "2", "0"]
     assert table.frame["Worst excess"].tolist() == ["0.5", "0.5", "0"]
     assert "In all 2,000 blocks of the searches, 2 violations of the contract of docs/theory.md" in table.notes
-    assert tables.verification_tables([BASE]) == []
+    assert verification_tables([BASE]) == []
 
 
 def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
-    """experiments/reporting/tables.py imports neither torch nor the library, so it lists them again."""
+    """experiments/reporting/labels.py imports neither torch nor the library, so it lists them again."""
     import quantkit
 
-    assert list(tables.FORMATS) == list(quantkit.FORMATS)
-    assert [name for name in tables.METHODS if name != "gptq"] == list(quantkit.METHODS)
-    assert {name: (f.default_global_scale, f.scale_rules[0]) for name, f in quantkit.FORMATS.items()} == tables.DEFAULTS
-    assert tuple(name for name, method in quantkit.METHODS.items() if method.is_optimal) == tables.OPTIMAL
+    assert list(FORMATS) == list(quantkit.FORMATS)
+    assert [name for name in METHODS if name != "gptq"] == list(quantkit.METHODS)
+    assert {name: (f.default_global_scale, f.scale_rules[0]) for name, f in quantkit.FORMATS.items()} == DEFAULTS
+    assert tuple(name for name, method in quantkit.METHODS.items() if method.is_optimal) == OPTIMAL

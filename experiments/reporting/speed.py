@@ -1,0 +1,110 @@
+"""The benchmark as tables: each kernel beside a copy, PyTorch and the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from experiments.reporting.labels import FORMATS, METHODS, NONE
+from experiments.reporting.table import Table
+
+OPERATIONS = {
+    **METHODS,
+    "dequantize": "Dequantize",
+    "amax": "Global scale from amax",
+    "block_hessians": "Block Hessians",
+}
+PEERS = {"qwantize": "qwantize", "modelopt": "ModelOpt"}
+MATRIX = ("rows", "columns", "dtype", "device")  # of a line of the benchmark
+CASE = ("kind", "tool", "operation", "format", "block_size", "backend", "global_scale")  # of a case of the benchmark
+
+
+def speed_tables(bench: pd.DataFrame) -> list[Table]:
+    """The benchmark's kernels beside a copy, PyTorch and the peers, one table a matrix; experiments/bench.py writes it.
+
+    The floor of a two-level kernel counts its one pass over the weight.
+    """
+    others = bench[bench["kind"] != "copy"]
+    copies = bench[bench["kind"] == "copy"].groupby(["device", "rows", "columns", "dtype"], sort=False)
+    found = (_speed_table(matrix, group, others) for matrix, group in copies)
+    return [table for table in found if table is not None]
+
+
+def _speed_table(matrix: tuple[Any, ...], copies: pd.DataFrame, others: pd.DataFrame) -> Table | None:
+    """matrix: device, rows, columns and dtype; copies: its lines of the copy. None where no kernel was timed."""
+    device, rows, columns, dtype = matrix
+    here = others[(others["device"] == device) & (others["columns"] == columns) & (others["dtype"] == dtype)]
+    here = here[(here["rows"] == rows) | (here["operation"] == "block_hessians")]
+    kernels = here[(here["tool"] == "quantkit") & (here["backend"] == "triton")]
+    ours = kernels[(kernels["global_scale"] != "amax") | (kernels["operation"] == "amax")]
+    lines = [_speed_line(line, here) for _, line in in_order(ours).iterrows()]
+    if not lines:
+        return None
+    return Table(f"{rows} × {columns}, {dtype}", _speed_notes(copies), pd.DataFrame(lines))
+
+
+def _speed_line(line: pd.Series, here: pd.DataFrame) -> dict[str, str]:
+    """One kernel; here: every line of the same matrix, with the reference, the peers and the kernel with amax."""
+    same = here[(here["operation"] == line["operation"]) & (here["format"] == line["format"])]
+    same = same[same["block_size"] == line["block_size"]]
+    amax = same["global_scale"] == "amax"
+    reference = same[(same["backend"] == "reference") & ~amax]
+    from_amax = same[(same["tool"] == "quantkit") & (same["backend"] == "triton") & amax]
+    return {
+        **case_labels(line),
+        "GPU time, µs": f"{line['gpu_us_median']:,.1f}",
+        "× copy": f"{line['ratio_to_copy']:.2f}",
+        "× copy, with amax": f"{from_amax['ratio_to_copy'].iloc[0]:.2f}" if len(from_amax) else NONE,
+        "Floor, µs": f"{line['floor_us']:,.1f}",
+        "Call, µs": f"{line['call_us_median']:,.0f}",
+        "PyTorch, µs": _microseconds(reference),
+        **{title: _microseconds(same[same["tool"] == tool]) for tool, title in PEERS.items()},
+    }
+
+
+def _speed_notes(copies: pd.DataFrame) -> tuple[str, ...]:
+    copy = copies.iloc[0]
+    return (
+        machine_note(copies, ("qwantize", "nvidia-modelopt")),
+        f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
+        f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
+        "A global scale, where the format has one, and the block Hessians are given, except in their own lines; "
+        "with amax: with the pass over the weight that finds its largest magnitude",
+        f"Call: from Python to the end on the GPU, check_finite=False; the copy {copy['call_us_median']:.0f} µs",
+        "ModelOpt's naive writes dequantized weights, its searches write one value a block and no codes; qwantize "
+        "writes float32 values, and its Hessian time includes the Hessian of 2,048 tokens",
+    )
+
+
+def in_order(lines: pd.DataFrame) -> pd.DataFrame:
+    order = [*OPERATIONS, "copy"]
+    return lines.sort_values(
+        ["block_size", "format", "operation"],
+        key=lambda column: column.map(order.index) if column.name == "operation" else column,
+        ascending=[True, False, True],
+        na_position="last",
+        kind="stable",
+    )
+
+
+def case_labels(line: pd.Series) -> dict[str, str]:
+    """The first columns of a line of the benchmark."""
+    return {
+        "Operation": OPERATIONS.get(line["operation"], str(line["operation"]).capitalize()),
+        "Format": FORMATS.get(line["format"], NONE) if isinstance(line["format"], str) else NONE,
+        "Block": f"{line['block_size']:.0f}" if pd.notna(line["block_size"]) else NONE,
+    }
+
+
+def machine_note(lines: pd.DataFrame, peers: Sequence[str] = ()) -> str:
+    """What lines of the benchmark were measured with, on one device."""
+    known = dict(word.split("=") for versions in lines["versions"] for word in versions.split())
+    used = [f"{name} {known[name]}" for name in ("torch", "triton", *peers) if name in known]
+    commits = dict.fromkeys(str(commit)[:10] for commit in lines["commit"])
+    return f"{lines['device'].iloc[0]}; {', '.join(used)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
+def _microseconds(rows: pd.DataFrame) -> str:
+    return f"{rows['gpu_us_median'].iloc[0]:,.0f}" if len(rows) else NONE

@@ -1,0 +1,27 @@
+"""A table of text, as Markdown or for a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    notes: tuple[str, ...]  # a line each: what every number in the table stands on
+    frame: pd.DataFrame  # text, ready to print
+
+    def markdown(self) -> str:
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return f"**{self.title}**\n\n{notes}\n{self._body('pipe')}\n"
+
+    def terminal(self) -> str:
+        notes = "".join(f"  {note}\n" for note in self.notes)
+        return f"{self.title}\n{notes}\n{self._body('simple')}\n"
+
+    def _body(self, style: str) -> str:
+        align = ["left" if name in ("Format", "Method") else "right" for name in self.frame.columns]
+        text = self.frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
+        return "\n".join(line.rstrip() for line in text.splitlines())
