@@ -166,14 +166,15 @@ class Factors:
         self.backend, self.tensors = backend, tensors
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return self.tensors[0].shape[0]
 
     def __getitem__(self, which: int | slice) -> Factors:
         if isinstance(which, int):
-            if not -len(self) <= which < len(self):
-                raise IndexError(f"no block column {which}: there are {len(self)}")
+            number = self.tensors[0].shape[0]
+            if not -number <= which < number:
+                raise IndexError(f"no block column {which}: there are {number}")
             which = slice(which, which + 1 or None)
-        return Factors(self.backend, tuple(tensor[which] for tensor in self.tensors))
+        return Factors(self.backend, tuple([tensor[which] for tensor in self.tensors]))
 
 
 def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian") -> Factors:

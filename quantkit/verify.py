@@ -104,13 +104,12 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
 
     step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
     starts = range(0, rows if num_blocks else 0, step)
-    found: dict[
-        int, tuple[int, Tensor, float]
-    ] = {}  # first row → wrong codes, (row, block) of violations, worst excess
+    # By the first row of a chunk: number of wrong codes, (row, block) of violations, worst excess.
+    found: dict[int, tuple[int, Tensor, float]] = {}
 
     def judge_rows(start: int) -> None:
         part = slice(start, start + step)
-        # [num_blocks, rows, block_size]: one product with H a block column
+        # [num_blocks, rows, block_size], so that a block column takes one product with its H
         blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size)).transpose(0, 1).contiguous()
         codes = scales[part].T.int()
         stored = QuantizedTensor(packed[part], scales[part], q.global_scale, q.format, block_size)

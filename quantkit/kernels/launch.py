@@ -407,8 +407,8 @@ def unpack_factors(factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_on_its_device
 def amax_parts(matrix: Tensor, /) -> Tensor:
-    """int32 ``[AMAX_PROGRAMS]``: float32 bits of the largest magnitudes of as many parts of ``matrix``, bf16, fp16 or
-    fp32 and contiguous: what quantize has made for its kernels, for a look at it."""
+    """int32 ``[AMAX_PROGRAMS]``: the largest magnitudes, as float32 bits, of as many parts of ``matrix``, contiguous
+    bf16, fp16 or fp32. The kernels of :func:`quantize` compute the global scale from them."""
     size, device = matrix.numel(), matrix.device
     parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
     _amax(False, size, _kind(matrix), device)(_stream(device), matrix, parts, size)
