@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from experiments import bench
+from experiments.measure.bench_cases import Case, sample_weight
+from experiments.measure.bench_rows import BenchRow, to_csv
 from experiments.report import ReportError, fill
 from experiments.reporting.scaling import scaling_tables
 from experiments.reporting.speed import speed_tables
@@ -67,18 +70,17 @@ def test_what_was_measured_before_an_interruption_is_shown_and_kept(
     assert pd.read_csv(out)["rows"].eq(8).all()
 
 
+def case(**values: Any) -> Case:
+    return Case(**{"kind": "kernel", "tool": "quantkit", "bytes": 0, "backend": "triton"} | values)
+
+
 def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processes together; none of them measures or writes."""
     called: list[str] = []
-    found = [
-        bench.Case("kernel", "quantkit", name, lambda name=name: called.append(name), 0, backend="triton")  # type: ignore[misc]
-        for name in "abcde"
-    ]
-    found.append(
-        bench.Case("kernel", "quantkit", "compiles nothing", lambda: called.append("f"), 0, backend="reference")
-    )
-    peer = bench.Case("peer", "other", "broken", lambda: 1 / 0, 0, backend="triton")
-    monkeypatch.setattr(bench, "cases_of", lambda shape, options: (found, [iter([peer])]))
+    found = [case(operation=name, call=lambda name=name: called.append(name)) for name in "abcde"]
+    found.append(case(operation="compiles nothing", call=lambda: called.append("f"), backend="reference"))
+    peer = case(kind="peer", tool="other", operation="broken", call=lambda: 1 / 0)
+    monkeypatch.setattr(bench, "cases_of", lambda shape, settings: (found, [iter([peer])]))
 
     def start(command: list[str]) -> SimpleNamespace:
         assert bench.main(command[2:]) == 0
@@ -112,7 +114,7 @@ def test_wrong_arguments_are_named(
 
 
 def row(**values: object) -> dict[str, object]:
-    line: dict[str, object] = dict.fromkeys((f.name for f in bench.dataclasses.fields(bench.BenchRow)), None)
+    line: dict[str, object] = dict.fromkeys((f.name for f in dataclasses.fields(BenchRow)), None)
     return line | {"device": "GPU", "rows": 8, "columns": 64, "dtype": "bfloat16", "versions": "torch=2"} | values
 
 
@@ -195,7 +197,7 @@ def test_the_scaling_table_tells_each_further_megabyte_from_the_whole_call() -> 
 
 
 def test_every_shape_has_one_global_scale() -> None:
-    small, large = (bench.sample_weight(rows, 1024) for rows in (1, 4096))
+    small, large = (sample_weight(rows, 1024) for rows in (1, 4096))
     assert small.abs().max() == large.abs().max() == small[0, 0] == pytest.approx(0.106)
     assert large.std() == pytest.approx(0.02, rel=0.01)
 
@@ -207,7 +209,7 @@ def test_a_missing_or_empty_benchmark_is_named(kind: str, tmp_path: Path) -> Non
         fill(text, "README.md", {}, _no_frames(), tmp_path)
     path = tmp_path / "results" / "bench" / "none.csv"
     path.parent.mkdir(parents=True)
-    path.write_text(bench.to_csv([]))
+    path.write_text(to_csv([]))
     with pytest.raises(ReportError, match=r"results/bench/none\.csv has no times for it; run .*bench\.py"):
         fill(text, "README.md", {}, _no_frames(), tmp_path)
 

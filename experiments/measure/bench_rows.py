@@ -1,0 +1,163 @@
+"""The benchmark of one weight: its cases timed in turns, a line of the CSV each.
+
+The cases take turns, so that a drift of the clocks meets all of them. A call is slower after the long calls of the
+reference and the peers, so these come last in a round; before the first case of the next round the device and the host
+settle on it, untimed. The calls of the kernels are timed in rounds of their own, before the reference has run and the
+peers are imported: afterwards every call costs the host more. The second of several shapes meets the same;
+`--no-peers --backends triton` avoids it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from experiments.measure.bench_cases import TOKENS, Case, block_hessian_cases, cases, sample_weight
+from experiments.measure.bench_clock import Clock, quantiles
+from experiments.measure.bench_peers import available, peer_cases, peer_versions
+from experiments.provenance import device_name, git_state, versions
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed on each weight. dtype: of torch, by name. rounds: times of each case."""
+
+    device: str
+    dtype: str
+    backends: Sequence[str]
+    block_sizes: Sequence[int]
+    rounds: int
+    peers: bool
+    block_hessians: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """A line of the CSV; times are microseconds, quantiles over `iterations`."""
+
+    kind: str  # kernel, copy, launch, or peer
+    tool: str
+    operation: str  # naive, sse, hessian, dequantize, amax, block_hessians, copy, launch
+    format: str
+    block_size: int | None
+    backend: str
+    rows: int
+    columns: int
+    dtype: str
+    global_scale: str
+    gpu_us_median: float | None
+    gpu_us_20: float | None
+    gpu_us_80: float | None
+    call_us_median: float | None
+    call_us_20: float | None
+    call_us_80: float | None
+    bytes: int
+    floor_us: float | None
+    ratio_to_copy: float | None
+    iterations: int
+    device: str
+    commit: str
+    dirty: bool | None
+    versions: str
+
+
+def cases_of(shape: tuple[int, int], settings: Settings) -> tuple[list[Case], list[Iterator[Case]]]:
+    """Our cases and each peer's."""
+    rows, columns = shape
+    weight = sample_weight(rows, columns).to(settings.device, getattr(torch, settings.dtype))
+    ours = list(cases(weight, settings.backends, settings.block_sizes))
+    if settings.block_hessians and weight.is_cuda:
+        ours += block_hessian_cases(columns, weight.dtype, settings.device)
+    return ours, peer_cases(weight) if settings.peers and weight.is_cuda else []
+
+
+def run_shape(shape: tuple[int, int], clock: Clock, bandwidth: float | None, settings: Settings) -> list[BenchRow]:
+    """bandwidth: bytes a second of a large copy, for the floor; None on a CPU."""
+    ours, peers = cases_of(shape, settings)
+    quick = [case for case in ours if case.backend != "reference"]  # kernels, the copy, the launch
+    slow = [case for case in ours if case.backend == "reference"]
+    for case in quick:
+        clock.prepare(case)
+    for _ in range(settings.rounds):
+        for case in quick:
+            clock.time_call(case)
+    others = [case for case in (*slow, *available(peers)) if _prepared(case, clock)]
+    for _ in range(settings.rounds):
+        clock.settle(quick[0])
+        for case in quick:
+            clock.time_gpu(case)
+        for case in others:
+            clock.time_gpu(case)
+            clock.time_call(case)
+    return bench_rows([*ours, *(case for case in others if case.kind == "peer")], shape, bandwidth, settings)
+
+
+def _prepared(case: Case, clock: Clock) -> bool:
+    """Whether the case can be timed. A peer that cannot run is left out; an error of ours is raised."""
+    try:
+        clock.prepare(case)
+    except Exception as error:
+        if case.kind != "peer":
+            raise
+        print(f"{case.tool} {case.operation} {case.format} left out: {error!r:.200}", file=sys.stderr)
+        return False
+    return True
+
+
+def bench_rows(
+    timed: list[Case], shape: tuple[int, int], bandwidth: float | None, settings: Settings
+) -> list[BenchRow]:
+    copy = next(case for case in timed if case.operation == "copy")
+    packages = versions() | peer_versions()
+    return [_row(case, copy, shape, bandwidth, settings, packages) for case in timed]
+
+
+def _row(
+    case: Case,
+    copy: Case,
+    shape: tuple[int, int],
+    bandwidth: float | None,
+    settings: Settings,
+    packages: dict[str, str],
+) -> BenchRow:
+    commit, dirty = git_state()
+    gpu, call, copied = (quantiles(times) for times in (case.gpu_us, case.call_us, copy.gpu_us))
+    return BenchRow(
+        kind=case.kind,
+        tool=case.tool,
+        operation=case.operation,
+        format=case.format,
+        block_size=case.block_size,
+        backend=case.backend,
+        rows=TOKENS if case.operation == "block_hessians" else shape[0],
+        columns=shape[1],
+        dtype=settings.dtype,
+        global_scale=case.global_scale,
+        gpu_us_median=gpu[0],
+        gpu_us_20=gpu[1],
+        gpu_us_80=gpu[2],
+        call_us_median=call[0],
+        call_us_20=call[1],
+        call_us_80=call[2],
+        bytes=case.bytes,
+        floor_us=None if bandwidth is None else round(1e6 * case.bytes / bandwidth, 3),
+        ratio_to_copy=None if copied[0] is None or gpu[0] is None else round(gpu[0] / copied[0], 3),
+        iterations=len(case.call_us),
+        device=device_name(settings.device),
+        commit=commit,
+        dirty=dirty,
+        versions=" ".join(f"{name}={version}" for name, version in packages.items()),
+    )
+
+
+def to_csv(lines: list[BenchRow]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(BenchRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in lines)
+    return text.getvalue()
