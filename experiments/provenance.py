@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.config import REPO_ROOT, BackendConfig
@@ -43,8 +44,14 @@ def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
 
 @functools.lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    """Package → version: Python and those of PACKAGES that are installed."""
+    return {"python": platform.python_version()} | installed(PACKAGES)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Package → version, of those that are installed."""
+    found = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

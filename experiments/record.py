@@ -56,7 +56,7 @@ class RunRecord:
     data: str | None = None
     data_hash: str | None = None
     data_split: str | None = None
-    substituted: bool | None = None  # an offline twin stands in for the model or the text asked for
+    substituted: bool | None = None  # an offline twin takes the place of the model or the text asked for
     layer_index: int | None = None
     layer_module: str | None = None
     out_features: int | None = None

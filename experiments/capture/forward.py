@@ -202,7 +202,7 @@ class _Capture:
 
 
 def _one_batch(tap: Any, writers: list[ShardWriter], split: str, first: int, ids: Tensor) -> None:
-    """ids [sequences, seq_len], of which the first is number `first`: run them for the writers that lack them."""
+    """Run ids [sequences, seq_len], whose first sequence has number `first`, for the writers that lack them."""
     lacking = {number for number, writer in enumerate(writers) if not writer.reread(split, first)}
 
     def consume(group: int, x: Tensor) -> None:

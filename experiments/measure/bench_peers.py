@@ -6,7 +6,6 @@ nvidia-modelopt: naive, the dequantized weight; sse and hessian, the best amax o
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -30,17 +29,6 @@ def available(peers: Iterable[Iterator[Case]]) -> Iterator[Case]:
             yield from peer
         except Exception as error:
             print(f"{getattr(peer, '__name__', 'peer')} left out: {error!r:.200}", file=sys.stderr)
-
-
-def peer_versions() -> dict[str, str]:
-    """Package → version, of those that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _qwantize_cases(weight: Tensor) -> Iterator[Case]:

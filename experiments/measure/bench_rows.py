@@ -19,8 +19,8 @@ import torch
 
 from experiments.measure.bench_cases import TOKENS, Case, block_hessian_cases, cases, sample_weight
 from experiments.measure.bench_clock import Clock, quantiles
-from experiments.measure.bench_peers import available, peer_cases, peer_versions
-from experiments.provenance import device_name, git_state, versions
+from experiments.measure.bench_peers import PACKAGES, available, peer_cases
+from experiments.provenance import device_name, git_state, installed, versions
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def bench_rows(
     timed: list[Case], shape: tuple[int, int], bandwidth: float | None, settings: Settings
 ) -> list[BenchRow]:
     copy = next(case for case in timed if case.operation == "copy")
-    packages = versions() | peer_versions()
+    packages = versions() | installed(PACKAGES)
     return [_row(case, copy, shape, bandwidth, settings, packages) for case in timed]
 
 
