@@ -33,33 +33,33 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## create .venv at the locked versions
 
-run: $(READY)  ## the main sweep (2 formats x 3 methods), then its tables; ARGS="..." adds Hydra overrides
+run: $(READY)  ## quantize a layer: 2 formats x 3 methods, then print the tables; ARGS="..." adds Hydra overrides
 	@status=0; \
 	$(BIN)/python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian $(ARGS) || status=$$?; \
 	$(BIN)/python experiments/report.py --runs || status=$$?; \
 	exit $$status
 
-# The order is from quick to slow. A sweep that was interrupted goes on where it stopped.
+# Quick experiments come first. An interrupted sweep continues where it stopped.
 EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers optimality timing
 
-paper: $(READY)  ## every experiment of conf/experiment, their records, then the report; resumable
+paper: $(READY)  ## run every experiment, collect its records, rebuild the report; can be resumed
 	@status=0; \
 	for name in $(EXPERIMENTS); do \
 	    echo "== $$name"; \
 	    $(BIN)/python experiments/run.py -m experiment=$$name $(ARGS) || status=$$?; \
 	    test $$status -ne 130 || exit 130; \
-	    $(BIN)/python experiments/report.py --collect $$name --from results/runs/$$name || status=$$?; \
+	    $(BIN)/python experiments/report.py --collect $$name --from results/runs/$$name --model all || status=$$?; \
 	done; \
 	$(BIN)/python experiments/report.py || status=$$?; \
 	exit $$status
 
-lint: $(READY)  ## ruff, mypy, import layers
+lint: $(READY)  ## ruff, mypy, and the contracts between import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint  ## lint, all tests, the notebooks, and the check that README and CSV files follow from the records
+test: lint  ## lint, all tests, the notebooks, and the check that pages and CSV files follow from the records
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --nbmake tests notebooks
 	$(BIN)/python experiments/report.py --check
 
@@ -68,13 +68,13 @@ figures: $(READY)  ## rebuild every table and figure from results/records, witho
 
 report: figures
 
-bench: $(READY)  ## time every kernel on this machine's GPU beside PyTorch and a copy
+bench: $(READY)  ## time every kernel on this machine's GPU, beside PyTorch and a copy
 	$(BIN)/python experiments/bench.py --backends triton,reference --block-hessians --out results/bench/local.csv
 
 notebooks: $(READY)  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
-# The pages stand in for torch, so their own environment is small.
+# The pages are built without torch, so their own environment is small.
 DOCS_READY := .venv-docs/.ready
 
 $(DOCS_READY): docs/requirements.txt
@@ -87,9 +87,9 @@ $(DOCS_READY): docs/requirements.txt
 docs: $(DOCS_READY)  ## build the documentation in docs/_build/html
 	$(MAKE) -C docs html SPHINXBUILD="$(CURDIR)/.venv-docs/bin/python -m sphinx"
 
-clean-runs:  ## remove the raw runs, those that failed among them (not their caches, nor results/records)
+clean-runs:  ## remove the raw runs, failed ones included (caches and results/records stay)
 	rm -rf results/runs
 
-clean:  ## remove .venv, raw runs and tool caches (not the activation cache)
+clean:  ## remove .venv, raw runs and tool caches (the activation cache stays)
 	rm -rf $(VENV) .venv-docs docs/_build docs/_generated results/runs multirun outputs wandb build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -15,7 +15,6 @@ from quantkit.bounds import sse_window_factors
 from quantkit.formats import FORMATS, BlockFormat, ElementGrid, ScaleGrid
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"<!-- BEGIN GENERATED: (\S+) -->\n(.*?)<!-- END GENERATED: \1 -->", re.DOTALL)
 
 
 def write(folder: Path) -> None:
@@ -139,14 +138,13 @@ def most_candidates(fmt: BlockFormat, block_size: int) -> int:
 
 
 def results(root: Path) -> str:
-    """The README's generated tables, all figures with their captions, and the CSV files, as far as each is there."""
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    text = "\n\n".join(b[2].strip() for b in BLOCK.finditer(readme) if not b[1].startswith("figure:"))
+    """All figures with their captions, and a list of the CSV files, as far as each is there."""
+    text = ""
     page = root / "results" / "figures" / "README.md"
     if page.exists():
         figures = re.sub(r"^#", "##", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
         # The page's links are relative to its own folder.
-        text += "\n\n" + re.sub(r"(!\[[^\]]*\]\()", r"\1/../results/figures/", figures)
+        text = re.sub(r"(!\[[^\]]*\]\()", r"\1/../results/figures/", figures)
     files = [path for folder in ("", "published") for path in sorted((root / "results" / folder).glob("*.csv"))]
     listed = markdown_table(("File", "Rows", "Columns"), (_csv_row(root, path) for path in files))
     return f"{text}\n\n## Files\n\n{listed}"

@@ -1,16 +1,16 @@
 """Records → CSV files, tables and figures. Imports no torch.
 
     python experiments/report.py                  rebuild results/*.csv, results/figures and the generated blocks
-                                                  of the README, from results/records
-    python experiments/report.py --check          exit 1 where they differ from the records; change nothing. Of figures
-                                                  the data are compared; that its picture is there is enough
-    python experiments/report.py --runs [DIR]     print the tables of the runs in DIR; write its table.csv and table.md
-    python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed
+                                                  of README.md and docs/results.md, from results/records
+    python experiments/report.py --check          exit 1 where they differ from the records; change nothing. The data
+                                                  of figures are compared; a picture must only exist
+    python experiments/report.py --runs [DIR]     print the tables of the runs in DIR, or of the single run in DIR;
+                                                  write table.csv and table.md there
+    python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed. Runs of
+                                                  other models than the file's are left out; --model takes them
     python experiments/report.py --track [GROUP]  log the CSV files and figures of results/ to W&B, offline by default
 
-A generated block of a document stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`; its
-name is that of a file in results/records, `published`, `figure:NAME`, or `bench:NAME` or `scaling:NAME` for
-results/bench/NAME.csv. Text outside is left alone.
+experiments/reporting/pages.py lists the generated blocks that a page can have.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,31 +30,18 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.files import write_atomically
-from experiments.record import FIELDS, RecordError, RunRecord, read_records
+from experiments.record import FIELDS, RECORD_NAME, RecordError, RunRecord, read_record, read_records
+from experiments.reporting import ReportError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.reporting.table import Table
-
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path("results/records")
 RUNS = Path("results/runs")
-DOCUMENTS = (Path("README.md"),)
-PUBLISHED = "published"
-OPTIMALITY = "optimality"  # its table is of what verify found
-FIGURE = "figure:"
-BENCH = "bench:"  # a CSV file of experiments/bench.py
-SCALING = "scaling:"  # likewise, of several numbers of rows
-HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling"
 FIGURES_PAGE = "README.md"  # in the figures' folder
-MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 DIFF_LINES = 40  # shown of each file
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
-
-
-class ReportError(ValueError):
-    """What the user can mend; the message says how."""
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -62,7 +50,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if arguments.runs:
             return report_runs(arguments.runs, root)
         if arguments.collect:
-            return collect(arguments.collect, arguments.source or root / RUNS, root)
+            return collect(arguments.collect, arguments.source or root / RUNS, root, arguments.models)
         if arguments.track is not None:
             return track(arguments.track, root)
         return check(root) if arguments.check else rebuild(root)
@@ -74,18 +62,30 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 def parse(argv: list[str] | None, root: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Rebuild the result tables from the committed records.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="exit 1 where documents and records differ; change nothing")
+    what.add_argument("--check", action="store_true", help="exit 1 where pages and records differ; change nothing")
     what.add_argument(
-        "--runs", metavar="DIR", nargs="?", type=Path, const=root / RUNS, help="print the tables of raw runs"
-    )
+        "--runs", metavar="DIR", nargs="?", type=Path, const=root / RUNS,
+        help="print the tables of raw runs, or of one run; default: results/runs",
+    )  # fmt: skip
     what.add_argument("--collect", metavar="NAME", help="copy raw runs to results/records/NAME.jsonl")
     what.add_argument(
         "--track", metavar="GROUP", nargs="?", const="", help="log tables and figures to W&B; default: the newest sweep"
     )
-    parser.add_argument("--from", dest="source", metavar="DIR", type=Path, help="with --collect: the runs' folder")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="DIR",
+        type=Path,
+        help="with --collect: the runs' folder; default: results/runs",
+    )
+    parser.add_argument(
+        "--model", dest="models", metavar="MODEL", action="append", default=[],
+        help="with --collect: take this model's runs, or `all`; may be repeated; default: the models that NAME has",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
-    if arguments.source and not arguments.collect:
-        parser.error("--from goes with --collect")
+    for option, value in (("--from", arguments.source), ("--model", arguments.models)):
+        if value and not arguments.collect:
+            parser.error(f"{option} goes with --collect")
     return arguments
 
 
@@ -112,8 +112,22 @@ def rebuild(root: Path) -> int:
         print(f"removed {path.relative_to(root)}: it follows from no record")
         changed = True
     if not changed:
-        print(f"Nothing to change: all follows from {RECORDS}. The tables of your own runs: --runs [DIR]")
+        print(f"Nothing to change: every file follows from {RECORDS}. The tables of your own runs: --runs [DIR]")
+    for line in unshown(root, groups):
+        print(line)
     return 0
+
+
+def unshown(root: Path, groups: dict[str, list[RunRecord]]) -> list[str]:
+    """For records that no page and no figure shows: where they are, and how a page gets their table."""
+    from experiments.reporting.figure_data import FIGURE_RECORDS
+    from experiments.reporting.pages import how_to_show, shown_on
+
+    return [
+        f"No page shows the records {name}. They are in results/{name}.csv; {how_to_show(name)}"
+        for name in groups
+        if name not in FIGURE_RECORDS and not shown_on(name, root)
+    ]
 
 
 def check(root: Path) -> int:
@@ -139,18 +153,20 @@ def check(root: Path) -> int:
         message = f"{differing} file{'s' * (differing > 1)} differ from the records"
         print(f"error: {message}; run `python experiments/report.py` and commit the result", file=sys.stderr)
         return 1
-    print("README, CSV files and figures agree with the records.")
+    print("Pages, CSV files and figures agree with the records.")
     return 0
 
 
 def report_runs(folder: Path, root: Path) -> int:
-    """Print the tables of the runs in `folder`, and write them beside the runs."""
+    """Print the tables of the runs in `folder`, or of the run that it is the folder of, and write them there."""
+    from experiments.reporting.pages import PUBLISHED, as_markdown
     from experiments.reporting.published import read_published
     from experiments.reporting.rows import make_rows, row_frame
     from experiments.reporting.tables import make_tables, unfinished
     from experiments.reporting.verification import verification_tables
 
-    records = read_records(folder)
+    own = folder / RECORD_NAME
+    records = [read_record(own)] if own.exists() else read_records(folder)
     if not records:
         raise ReportError(f"{folder} has no runs; run `make run` or `python experiments/run.py` first")
     tables = make_tables(records, read_published(root / "results" / PUBLISHED)) + verification_tables(records)
@@ -166,37 +182,15 @@ def report_runs(folder: Path, root: Path) -> int:
     return 0
 
 
-def collect(name: str, source: Path, root: Path) -> int:
-    """Merge the runs in `source` into the committed records `name`; a run that is known is replaced."""
-    from experiments.reporting.rows import record_order
+def collect(name: str, source: Path, root: Path, models: Sequence[str]) -> int:
+    """Merge the runs in `source` into the committed records `name`, and say what becomes of them."""
+    from experiments.reporting import collection, pages
 
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name == PUBLISHED:
-        raise ReportError(f"--collect {name}: use small letters, digits, - and _, and not the word {PUBLISHED}")
-    found = read_records(source)
-    if not found:
-        raise ReportError(f"{source} has no runs; run `make run` or `python experiments/run.py` first")
-    path = root / RECORDS / f"{name}.jsonl"
-    known = {(r.run_id, r.device_name): r for r in read_lines(path)}
-    before, kept = dict(known), 0
-    for record in found:
-        old = known.get(key := (record.run_id, record.device_name))
-        if old is not None and old.status == "ok" != record.status:
-            kept += 1
-        else:
-            known[key] = record
-    found = [known[key] for key in dict.fromkeys((r.run_id, r.device_name) for r in found)]
-    replaced = sum(known[key] is not record for key, record in before.items())
-    records = sorted(known.values(), key=record_order)
-    write_atomically(path, "".join(f"{record.to_json()}\n" for record in records))
-    print(f"{path.relative_to(root)}: {len(records)} records, {len(known) - len(before)} new, {replaced} replaced")
-    for count, what in (
-        (sum(r.status != "ok" for r in found), "without a result"),
-        (kept, "without a result, which earlier records have: these stay"),
-        (sum(bool(r.dirty) for r in found), "from uncommitted code"),
-    ):
-        if count:
-            print(f"  {count} of the runs are {what}")
-    print("Next: python experiments/report.py")
+    done = collection.collect(name, source, root, models)
+    print("\n".join(done.lines))
+    shown = ", ".join(map(str, pages.shown_on(name, root)))
+    where = f", and their table to {shown}" if shown else ""
+    print(f"Next: python experiments/report.py; it writes these records to results/{name}.csv{where}")
     return 0
 
 
@@ -230,6 +224,8 @@ def track(group: str, root: Path) -> int:
 
 def read_groups(root: Path) -> dict[str, list[RunRecord]]:
     """Name → the committed records of that name."""
+    from experiments.reporting.collection import read_lines
+
     groups = {path.stem: read_lines(path) for path in sorted((root / RECORDS).glob("*.jsonl"))}
     if not any(groups.values()):
         raise ReportError(f"{RECORDS} has no records; {HOW_TO_RECORD}")
@@ -246,6 +242,7 @@ def figure_frames(root: Path, groups: dict[str, list[RunRecord]]) -> dict[str, p
 def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> dict[Path, str]:
     """Path → the text that follows from the records. The CSV files come first."""
     from experiments.reporting.figures import FOLDER, figures_page, frame_csv
+    from experiments.reporting.pages import PAGES, Material, fill
     from experiments.reporting.records_csv import records_csv
 
     drawn = {name: frame for name, frame in frames.items() if len(frame)}
@@ -253,8 +250,10 @@ def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[
     files |= {root / FOLDER / f"{name}.csv": frame_csv(frame) for name, frame in drawn.items()}
     if drawn:
         files[root / FOLDER / FIGURES_PAGE] = figures_page(frames)
-    for document in DOCUMENTS:
-        files[root / document] = fill(read(root / document), str(document), groups, frames, root)
+    material = Material(root, groups, frames)
+    for page in PAGES:
+        if (root / page).exists():
+            files[root / page] = fill(read(root / page), str(page), material)
     return files
 
 
@@ -274,69 +273,6 @@ def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dic
         root / FOLDER / f"{name}.{kind}" for name in frames if not len(frames[name]) for kind in ("csv", *PICTURES)
     ]
     return [*(path for path in tables if path.stem not in groups), *(path for path in figures if path.exists())]
-
-
-def fill(
-    text: str, document: str, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame], root: Path
-) -> str:
-    """`text` with every generated block written anew."""
-    import pandas as pd
-
-    from experiments.reporting.figures import FIGURES, FOLDER
-    from experiments.reporting.published import published_tables, read_published
-    from experiments.reporting.scaling import scaling_tables
-    from experiments.reporting.speed import speed_tables
-    from experiments.reporting.tables import make_tables, unfinished
-    from experiments.reporting.verification import verification_tables
-
-    published = read_published(root / "results" / PUBLISHED)
-    drawn = {f"{FIGURE}{plot.name}": plot for plot in FIGURES if len(frames[plot.name])}
-    parts, position = [], 0
-    markers = list(MARKER.finditer(text))
-    for begin, end in zip(markers[::2], [*markers[1::2], None], strict=False):
-        name = begin[2]
-        if begin[1] != "BEGIN" or end is None or end[1] != "END" or end[2] != name:
-            line = text.count("\n", 0, begin.start()) + 1
-            raise ReportError(f"{document}:{line}: a generated block needs its BEGIN and then its END line ({name})")
-        if name == PUBLISHED:
-            block = as_markdown(published_tables(published))
-        elif name in groups and name == OPTIMALITY:
-            block = as_markdown(verification_tables(groups[name]), unfinished(groups[name]))
-        elif name.startswith((BENCH, SCALING)):
-            path = root / "results" / "bench" / f"{name.partition(':')[2]}.csv"
-            if not path.exists():
-                raise ReportError(f"{document} shows {name}, but there is no {path.relative_to(root)}; {HOW_TO_BENCH}")
-            found = (speed_tables if name.startswith(BENCH) else scaling_tables)(pd.read_csv(path))
-            if not found:
-                raise ReportError(
-                    f"{document} shows {name}, but {path.relative_to(root)} has no times for it; {HOW_TO_BENCH}"
-                )
-            block = as_markdown(found)
-        elif name in drawn:
-            block = drawn[name].markdown(frames[drawn[name].name], f"{FOLDER.as_posix()}/")
-        elif name.startswith(FIGURE):
-            raise ReportError(
-                f"{document} shows {name}, which no figure with data is called; see experiments/reporting/figures.py"
-            )
-        elif name in groups:
-            block = as_markdown(make_tables(groups[name], published), unfinished(groups[name]))
-        else:
-            raise ReportError(f"{document} shows {RECORDS / name}.jsonl, which does not exist; {HOW_TO_RECORD}")
-        parts += [text[position : begin.end()], f"\n\n{block}\n"]
-        position = end.start()
-    return "".join([*parts, text[position:]])
-
-
-def as_markdown(tables: list[Table], missing: list[str] | None = None) -> str:
-    blocks = [table.markdown() for table in tables]
-    if missing:
-        blocks.append("Runs without a result:\n\n" + "".join(f"- {line}\n" for line in missing))
-    return "\n".join(blocks)
-
-
-def read_lines(path: Path) -> list[RunRecord]:
-    lines = read(path).splitlines()
-    return [RunRecord.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
 
 
 def read(path: Path) -> str:

@@ -91,7 +91,7 @@ def _layer(overrides: list[str], config: Config) -> LayerConfig:
 
 
 def all_layers(*, _root_: DictConfig) -> str:
-    """`${all_layers:}`: every layer index of the configured model, or of the twin that stands in, as a sweep's values.
+    """`${all_layers:}`: every layer index of the configured model, or of its offline twin, as a sweep's values.
 
     Takes the model of the command line, not one that is itself swept. Where the model cannot be had, one index is
     left, so that its run says why.

@@ -1,1 +1,7 @@
 """Tables and figures from the records. Imports no torch."""
+
+from __future__ import annotations
+
+
+class ReportError(ValueError):
+    """An error that the user can mend; its message says how."""

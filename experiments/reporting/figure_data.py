@@ -23,6 +23,8 @@ from experiments.reporting.speed import MATRIX
 ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
 BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device
 
+# The files of results/records that a figure is made of.
+FIGURE_RECORDS = ("main", "block_size", "scale_distance", "layers", "calibration_size", "global_scale", "timing")
 SETTINGS = ("format", "block_size", "method")
 # What a figure's lines have in common, unless the figure compares it.
 SUBJECT = (

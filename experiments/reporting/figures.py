@@ -1,8 +1,8 @@
 """Frames → figures: `FIGURES` lists them all, with what each shows, where its data come from and how large it is.
 
 A figure is drawn at its final size in a two-column paper and written as PDF and PNG, beside the CSV file of its data.
-Method is told by colour and by hatch or marker, so that it is seen without colour too. Its subject stands in its
-caption, with the text of `figures_page`. Needs matplotlib (no window, no pyplot), not torch.
+Colour and hatch or marker tell the method, so that it is seen without colour too. The caption names the subject.
+Needs matplotlib (no window, no pyplot), not torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -63,6 +63,7 @@ MARKER = _Styles({"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4
 HATCH = _Styles({"naive": "", "sse": "//////", "hessian": "xxxxxx"}, ("......", "++++++", "oooooo"))
 LINE = _Styles({"naive": ":", "sse": "--", "hessian": "-", "nvfp4": "-", "mxfp4": "--"}, ("-.", ":"))
 GREY = "#666666"
+BETTER_OR_WORSE = "RdBu"  # diverging: blue is better than naive, red is worse
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,12 @@ class Plot:
                 files[f"{self.name}.{kind}"] = out.getvalue()
         return files
 
+    def text(self, frame: pd.DataFrame) -> str:
+        """The caption, and what the numbers stand on."""
+        return f"{self.caption} {stands_on(frame)}"
+
     def markdown(self, frame: pd.DataFrame, folder: str = "") -> str:
-        return f"![{self.title}]({folder}{self.name}.png)\n\n{self.caption} {stands_on(frame)}\n"
+        return f"![{self.title}]({folder}{self.name}.png)\n\n{self.text(frame)}\n"
 
 
 def make_frames(sources: Sources) -> dict[str, pd.DataFrame]:
@@ -252,14 +257,14 @@ def draw_layers(figure: Figure, frame: pd.DataFrame) -> None:
     formats, methods = list(frame["format"].unique()), list(frame["method"].unique())
     modules, indices = list(frame["layer_module"].unique()), sorted(frame["layer_index"].unique())
     grid = figure.subplots(len(formats), len(methods), sharex=True, sharey=True, squeeze=False)
-    percent = ScalarMappable(Normalize(100 * frame["reduction"].min(), 100 * frame["reduction"].max()))
+    percent = ScalarMappable(_around_zero(100 * frame["reduction"]), cmap=BETTER_OR_WORSE)
     for row, fmt in zip(grid, formats, strict=True):
         for axes, method in zip(row, methods, strict=True):
             part = frame[(frame["format"] == fmt) & (frame["method"] == method)]
             table = part.pivot(index="layer_module", columns="layer_index", values="reduction").reindex(
                 modules, columns=indices
             )
-            axes.imshow(100 * table.to_numpy(dtype=float), aspect="auto", norm=percent.norm)
+            axes.imshow(100 * table.to_numpy(dtype=float), aspect="auto", norm=percent.norm, cmap=percent.cmap)
             axes.grid(False)
             axes.set_title(f"{FORMATS.get(fmt, fmt)}, {METHODS.get(method, method)}")
             axes.set_yticks(range(len(modules)), [name.rpartition(".")[2].removesuffix("_proj") for name in modules])
@@ -269,7 +274,18 @@ def draw_layers(figure: Figure, frame: pd.DataFrame) -> None:
             axes.tick_params(length=0)
     for axes in grid[-1]:
         axes.set_xlabel("decoder layer")
-    figure.colorbar(percent, ax=grid, label="less output error than naive, %", aspect=30, pad=0.01)
+    bar = figure.colorbar(percent, ax=grid, label="output error below naive's, %", aspect=30, pad=0.01)
+    bar.ax.axhline(0, color="black", lw=0.8)
+    colors = matplotlib.colormaps[BETTER_OR_WORSE]
+    bar.ax.set_title("better", fontsize="medium", color=colors(0.9))
+    bar.ax.set_xlabel("worse", fontsize="medium", color=colors(0.1))
+
+
+def _around_zero(values: pd.Series) -> TwoSlopeNorm:
+    """White at zero; the least and the largest value have the strongest colours. Without values below zero, both sides
+    have one length."""
+    most = max(values.max(), 1.0)
+    return TwoSlopeNorm(0, vmin=values.min() if values.min() < 0 else -most, vmax=most)
 
 
 def draw_calibration_size(figure: Figure, frame: pd.DataFrame) -> None:
@@ -304,8 +320,8 @@ def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
         _plain_ticks(axes.yaxis, FixedLocator([8, 10, 15, 20, 30, 50, 100]))
     figure.axes[0].set_ylabel("weight error, %")
     styles = [
-        Line2D([], [], color=GREY, ls=line, label=label)
-        for line, label in (("-", "no global scale"), ("--", "global scale amax"))
+        Line2D([], [], color=GREY, ls=line, marker="o", mfc=fill, ms=3, label=label)
+        for line, fill, label in (("-", GREY, "filled: no global scale"), ("--", "white", "open: from amax"))
     ]
     _legend(figure, _method_markers(frame), styles)
 
@@ -360,15 +376,20 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
             style = OF_OPERATION.get(operation) or {"color": COLOR[operation], "marker": MARKER[operation]}
             axes.plot(rows["rows"], rows["us_per_mb"], ms=3, lw=0.9, **style)
             if operation != "copy":
-                axes.plot(rows["rows"], rows["us_per_further_mb"], ":", lw=0.9, color=style["color"])
+                further = rows.dropna(subset=["us_per_further_mb"])
+                axes.plot(further["rows"], further["us_per_further_mb"], ":", lw=0.9, color=style["color"])
         axes.set(title=FORMATS.get(name, name), xscale="log", yscale="log", xlabel="rows of the weight")
         _plain_ticks(axes.xaxis, FixedLocator([256, 1024, 4096, 16384, 65536]), ",.0f")
         _plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
-    figure.axes[0].set_ylabel("µs a MB read and written")
+    figure.axes[0].set_ylabel("µs per MB read and written")
     methods = kernels[kernels["operation"].isin(METHODS)].rename(columns={"operation": "method"})
     others = [Line2D([], [], ms=3, lw=0.9, label=name, **style) for name, style in OF_OPERATION.items()]
-    further = Line2D([], [], ls=":", lw=0.9, color=GREY, label="each further MB")
-    _legend(figure, [*_method_markers(methods), *others, further])
+    lines = [
+        Line2D([], [], marker="o", ms=3, lw=0.9, color=GREY, label="marks: a call's time over all its MB"),
+        Line2D([], [], ls=":", lw=0.9, color=GREY, label="dotted: time added by doubling the rows, over the MB added"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=2)
+    _legend(figure, [*_method_markers(methods), *others])
 
 
 GROUP, GAP = 0.87, 0.03  # widths of a format's bars together and of what parts them; formats are 1 apart
@@ -571,7 +592,8 @@ FIGURES = (
     Plot(
         "layers",
         "Output error saved in every layer and module",
-        "Share of the naive scales' output error, on held-out tokens, that the searched scales take away.",
+        "Share of the naive scales' output error, on held-out tokens, that the searched scales take away. Blue: less "
+        "error than naive; red: more. The two sides of the colour bar have their own lengths.",
         _experiment("layers"),
         figure_data.layers,
         draw_layers,
@@ -629,7 +651,7 @@ FIGURES = (
         "Median time on the GPU over the bytes that must be read and written, block size 16, beside PyTorch's copy of "
         "the weight, which in a CUDA graph slows down where more than 1 GB is read and written. Each time includes at "
         "least one launch (`launch` in the data), and Hessian's the factorization, which does not grow with the rows. "
-        "Dotted: the time that a call takes longer than on half the rows, over the bytes that it has more.",
+        "Dotted: the time that doubling the rows adds, over the bytes that it adds.",
         "results/bench has no timings of three or more numbers of rows; run `python experiments/bench.py --shapes rows "
         "--out results/bench/NAME.csv` on a GPU",
         figure_data.scaling,

@@ -57,9 +57,9 @@ def _scaling_notes(machine: str, doublings: int, launches: pd.Series) -> tuple[s
     least = f"; a launch alone takes {launches.median():.1f} µs" if len(launches) else ""
     return (
         machine,
-        "Each further MB: GPU time of a call less that on half the rows, over the bytes that it reads and writes "
-        f"more; the least and the most of the {doublings} doublings",
-        "With amax: with the pass over the weight that finds its largest magnitude",
+        "Each further MB: the GPU time that doubling the rows adds, over the bytes that it adds; the least and the "
+        f"most of the {doublings} doublings",
+        "With amax: plus the pass over the weight that finds its largest magnitude",
         f"All MB: GPU time of a call over all bytes that it reads and writes{least}",
     )
 

@@ -17,6 +17,11 @@ OPERATIONS = {
     "block_hessians": "Block Hessians",
 }
 PEERS = {"qwantize": "qwantize", "modelopt": "ModelOpt"}
+BRIEF_OPERATIONS = ("naive", "sse", "hessian", "dequantize")
+BRIEF_COLUMNS = {  # of a full table → of a brief one
+    **{name: name for name in ("Operation", "Format", "GPU time, µs", "× copy", "× copy, with amax", "Call, µs")},
+    **{"PyTorch, µs": "PyTorch, µs", "qwantize": "qwantize, µs", "ModelOpt": "ModelOpt, µs"},
+}
 MATRIX = ("rows", "columns", "dtype", "device")  # of a line of the benchmark
 CASE = ("kind", "tool", "operation", "format", "block_size", "backend", "global_scale")  # of a case of the benchmark
 
@@ -30,6 +35,21 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
     copies = bench[bench["kind"] == "copy"].groupby(["device", "rows", "columns", "dtype"], sort=False)
     found = (_speed_table(matrix, group, others) for matrix, group in copies)
     return [table for table in found if table is not None]
+
+
+def brief_speed_tables(bench: pd.DataFrame) -> list[Table]:
+    """The same in fewer rows and columns: the searches and dequantize, at the smallest block size."""
+    kernels = bench[bench["operation"].isin([*BRIEF_OPERATIONS, "copy"])]
+    sizes = kernels["block_size"]
+    found = speed_tables(kernels[sizes.isna() | (sizes == sizes.min())])
+    return [
+        Table(
+            f"{table.title}, block size {table.frame['Block'].iloc[0]}",
+            table.notes,
+            table.frame[list(BRIEF_COLUMNS)].rename(columns=BRIEF_COLUMNS),
+        )
+        for table in found
+    ]
 
 
 def _speed_table(matrix: tuple[Any, ...], copies: pd.DataFrame, others: pd.DataFrame) -> Table | None:
@@ -68,13 +88,14 @@ def _speed_notes(copies: pd.DataFrame) -> tuple[str, ...]:
     copy = copies.iloc[0]
     return (
         machine_note(copies, ("qwantize", "nvidia-modelopt")),
-        f"Median of {copy['iterations']} runs in turns, the caches overwritten before each; "
-        f"a copy of the weight takes {copy['gpu_us_median']:.1f} µs",
-        "A global scale, where the format has one, and the block Hessians are given, except in their own lines; "
-        "with amax: with the pass over the weight that finds its largest magnitude",
-        f"Call: from Python to the end on the GPU, check_finite=False; the copy {copy['call_us_median']:.0f} µs",
-        "ModelOpt's naive writes dequantized weights, its searches write one value a block and no codes; qwantize "
-        "writes float32 values, and its Hessian time includes the Hessian of 2,048 tokens",
+        f"Median of {copy['iterations']} runs in turns; the caches are overwritten before each. "
+        f"A copy of the weight takes {copy['gpu_us_median']:.1f} µs",
+        "Global scales and block Hessians are given, except in the lines that measure them. With amax: plus the pass "
+        "over the weight that finds its largest magnitude",
+        "Call: from the Python call to its end on the GPU, with check_finite=False. "
+        f"The copy takes {copy['call_us_median']:.0f} µs",
+        "ModelOpt's naive writes dequantized weights. Its searches write one value per block and no codes. "
+        "qwantize writes float32 values, and its Hessian time includes building the Hessian of 2,048 tokens",
     )
 
 

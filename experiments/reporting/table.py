@@ -15,13 +15,13 @@ class Table:
 
     def markdown(self) -> str:
         notes = "".join(f"- {note}\n" for note in self.notes)
-        return f"**{self.title}**\n\n{notes}\n{self._body('pipe')}\n"
+        return "\n".join(part for part in (f"**{self.title}**\n", notes, f"{self._body('pipe')}\n") if part)
 
     def terminal(self) -> str:
         notes = "".join(f"  {note}\n" for note in self.notes)
         return f"{self.title}\n{notes}\n{self._body('simple')}\n"
 
     def _body(self, style: str) -> str:
-        align = ["left" if name in ("Format", "Method") else "right" for name in self.frame.columns]
+        align = ["left" if name in ("Format", "Method", "Operation") else "right" for name in self.frame.columns]
         text = self.frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
         return "\n".join(line.rstrip() for line in text.splitlines())

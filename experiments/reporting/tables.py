@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, NONE, as_factor, as_percent
+from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, NONE, as_factor, as_number, as_percent
 from experiments.reporting.published import Published
 from experiments.reporting.rows import Row, Subject, commit_label, make_rows, record_order
 from experiments.reporting.table import Table
@@ -22,6 +22,24 @@ def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = (
         _subject_table(subject, rows, {(p.format, p.method): p for p in published if p.describes(subject)})
         for subject, rows in by_subject.items()
     ]
+
+
+def summary_table(runs: pd.DataFrame) -> Table:
+    """Of one subject's runs, those with the smallest block size: format, method and the three errors.
+
+    The columns of `runs`: format, block_size, method, the errors, model, layer_index, layer_module.
+    """
+    rows = runs[runs["block_size"] == runs["block_size"].min()]
+    first = rows.iloc[0]
+    columns = {
+        "Format": [FORMATS.get(name, name) for name in rows["format"]],
+        "Method": [METHODS.get(name, name) for name in rows["method"]],
+        "Weight error": [as_percent(value) for value in rows["weight_error"]],
+        "Output error": [as_percent(value) for value in rows["output_error"]],
+        "Output error, held out": [as_percent(value) for value in rows["output_error_heldout"]],
+    }
+    layer = f"layer {first['layer_index']} {first['layer_module']}"
+    return Table(f"{first['model']}, {layer}, block size {first['block_size']}", (), pd.DataFrame(columns))
 
 
 def unfinished(records: Sequence[RunRecord]) -> list[str]:
@@ -49,6 +67,7 @@ def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[
         "Output error": [as_percent(row.output_error) for row in rows],
         "Output error, held out": [as_percent(row.output_error_heldout) for row in rows],
         "Triton speed-up": [as_factor(row.speedup) for row in rows],
+        **_search_columns(rows),
     }
     if published:
 
@@ -68,6 +87,27 @@ def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[
     )
 
 
+def _search_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Where runs have counted their blocks (record.blocks=true): how far scales moved, and how many were evaluated."""
+    runs = [row.runs[0] for row in rows]
+    if all(run.scale_shifts is None for run in runs):
+        return {}
+    return {
+        "Scales moved": [as_percent(run.scales_moved) for run in runs],
+        "Shift from naive": [_range(run.scale_shifts) for run in runs],
+        "Candidates, mean": [NONE if run.candidates_mean is None else f"{run.candidates_mean:.1f}" for run in runs],
+        "Candidates, most": [as_number(run.candidates_max) for run in runs],
+    }
+
+
+def _range(counts: dict[str, int] | None) -> str:
+    """``−3 to +12``: the least and the largest number of a histogram."""
+    if not counts:
+        return NONE
+    found = [int(number) for number in counts]
+    return " to ".join(f"{number:+d}".replace("-", "−") if number else "0" for number in (min(found), max(found)))
+
+
 def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> list[str]:
     runs = [run for row in rows for run in row.runs]
     notes = list(dict.fromkeys(run.model_origin for run in runs if run.model_origin))
@@ -77,7 +117,7 @@ def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str
     sequences = f"{subject.sequences} sequences of up to {subject.seq_len} tokens: " if subject.sequences else ""
     notes.append(f"Data: {subject.data}{split}; {sequences}{tokens}, {held_out}; seed {subject.seed}")
     if any(run.substituted for run in runs):
-        notes.append("Without a hub, an offline twin stands in for the model or the text that was configured.")
+        notes.append("An offline twin replaced the configured model or text.")
     commits = dict.fromkeys(commit_label(run) for run in runs)
     notes.append(f"Device: {subject.device_name}; commit {', '.join(commits)}")
     settings = dict.fromkeys(
@@ -87,7 +127,7 @@ def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str
     )
     notes.append("; ".join(settings))
     if all(row.speedup is None for row in rows):
-        notes.append("No speed-up: Triton and the reference were not both timed on this device.")
+        notes.append("No speed-up: this device did not time both Triton and the reference.")
     notes += [f"Published figures: {source}" for source in dict.fromkeys(p.source for p in published.values())]
     disagree = [
         f"{_format_label(row, rows)} {METHODS.get(row.method, row.method)}" for row in rows if not row.backends_agree

@@ -14,10 +14,13 @@ import torch
 from experiments import bench
 from experiments.measure.bench_cases import Case, sample_weight
 from experiments.measure.bench_rows import BenchRow, to_csv
-from experiments.report import ReportError, fill
+from experiments.reporting import ReportError
+from experiments.reporting.pages import Material, fill
 from experiments.reporting.scaling import scaling_tables
-from experiments.reporting.speed import speed_tables
+from experiments.reporting.speed import brief_speed_tables, speed_tables
 from quantkit import FORMATS, METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 
@@ -157,8 +160,8 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
     assert (line["GPU time, µs"], line["× copy"], line["PyTorch, µs"]) == ("15.0", "1.50", "99")
     assert (line["ModelOpt"], line["qwantize"]) == ("45", "–")
     assert (line["× copy, with amax"], line["Call, µs"]) == ("2.50", "30")
-    assert "the copy 17 µs" in " ".join(table.notes)
-    assert "a copy of the weight takes 10.0 µs" in " ".join(table.notes)
+    assert "The copy takes 17 µs" in " ".join(table.notes)
+    assert "A copy of the weight takes 10.0 µs" in " ".join(table.notes)
 
 
 def scaled(us_per_row: dict[int, float], **case: Any) -> list[dict[str, Any]]:
@@ -196,22 +199,34 @@ def test_the_scaling_table_tells_each_further_megabyte_from_the_whole_call() -> 
     assert scaling_tables(pd.DataFrame(measured).assign(gpu_us_median=float("nan"))) == []
 
 
+def test_the_brief_speed_table_has_eight_rows_and_the_numbers_of_the_full_one() -> None:
+    measured = pd.read_csv(ROOT / "results" / "bench" / "h200.csv")
+    (brief,), (full,) = brief_speed_tables(measured), speed_tables(measured)
+    assert [tuple(row) for row in brief.frame[["Operation", "Format"]].to_numpy()] == [
+        (operation, fmt) for fmt in ("NVFP4", "MXFP4") for operation in ("Naive", "SSE", "Hessian", "Dequantize")
+    ]
+    assert brief.title == f"{full.title}, block size 16"
+    same = full.frame[(full.frame["Block"] == "16") & (full.frame["Operation"] != "Block Hessians")]
+    for shown, source in (("GPU time, µs", "GPU time, µs"), ("× copy, with amax",) * 2, ("qwantize, µs", "qwantize")):
+        assert brief.frame[shown].tolist() == same[source].tolist()
+
+
 def test_every_shape_has_one_global_scale() -> None:
     small, large = (sample_weight(rows, 1024) for rows in (1, 4096))
     assert small.abs().max() == large.abs().max() == small[0, 0] == pytest.approx(0.106)
     assert large.std() == pytest.approx(0.02, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["bench", "scaling"])
+@pytest.mark.parametrize("kind", ["bench", "speed", "scaling"])
 def test_a_missing_or_empty_benchmark_is_named(kind: str, tmp_path: Path) -> None:
     text = f"<!-- BEGIN GENERATED: {kind}:none -->\n<!-- END GENERATED: {kind}:none -->\n"
     with pytest.raises(ReportError, match=r"no results/bench/none\.csv; run .*bench\.py"):
-        fill(text, "README.md", {}, _no_frames(), tmp_path)
+        fill(text, "README.md", Material(tmp_path, {}, _no_frames()))
     path = tmp_path / "results" / "bench" / "none.csv"
     path.parent.mkdir(parents=True)
     path.write_text(to_csv([]))
     with pytest.raises(ReportError, match=r"results/bench/none\.csv has no times for it; run .*bench\.py"):
-        fill(text, "README.md", {}, _no_frames(), tmp_path)
+        fill(text, "README.md", Material(tmp_path, {}, _no_frames()))
 
 
 def _no_frames() -> dict[str, pd.DataFrame]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,124 @@ def test_check_shows_the_difference_and_changes_nothing(root: Path, capsys: pyte
     assert "12.35 %" in capsys.readouterr().out
 
 
+@pytest.fixture
+def pages(root: Path) -> Path:
+    """The same repository, with results on a page of their own."""
+    docs = root / "docs"
+    docs.mkdir()
+    (docs / "results.md").write_text(block("main") + block("figure:output_error"), encoding="utf-8")
+    (root / "README.md").write_text("# Title\n" + block("summary"), encoding="utf-8")
+    runs = write_runs(
+        root / "new", *(make(m, output_error=0.1, output_error_heldout=0.11) for m in ("naive", "sse", "hessian"))
+    )
+    assert report.main(["--collect", "main", "--from", str(runs)], root) == 0
+    assert report.main([], root) == 0
+    return root
+
+
+def block(name: str) -> str:
+    return f"<!-- BEGIN GENERATED: {name} -->\n<!-- END GENERATED: {name} -->\n"
+
+
+def test_each_page_has_its_own_blocks(pages: Path):
+    readme, results = ((pages / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+    assert "![Output error by format and method](../results/figures/output_error.png)" in results
+    assert "**tiny, layer 0 mlp.down_proj (None × None), block size 16**" in results
+    assert '<img src="results/figures/output_error.png" alt="Output error by format and method" width=' in readme
+    rows = [line.split("|")[1:-1] for line in readme.splitlines() if line.startswith("| NVFP4")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["NVFP4", method, "12.34 %", "10.00 %", "11.00 %"] for method in ("Naive", "SSE", "Hessian")
+    ]
+
+
+@pytest.mark.parametrize(("page", "number"), [("README.md", "11.00 %"), ("docs/results.md", "12.34 %")])
+def test_check_fails_where_a_block_of_any_page_is_edited(page: str, number: str, pages: Path):
+    assert report.main(["--check"], pages) == 0
+    path = pages / page
+    path.write_text(path.read_text(encoding="utf-8").replace(number, "0.01 %", 1), encoding="utf-8")
+    assert report.main(["--check"], pages) == 1
+    assert report.main([], pages) == report.main(["--check"], pages) == 0
+
+
+def test_the_summary_has_one_block_size_and_one_model(pages: Path):
+    others = [make("sse", run_id=f"r{n}", block_size=32, output_error=0.1, output_error_heldout=0.1) for n in range(2)]
+    others.append(make("sse", run_id="other", model="other", output_error=0.2, output_error_heldout=0.2))
+    before = [line for line in (pages / "README.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    runs = write_runs(pages / "others", *others)
+    assert report.main(["--collect", "main", "--from", str(runs), "--model", "all"], pages) == 0
+    assert report.main([], pages) == 0
+    after = (pages / "README.md").read_text(encoding="utf-8")
+    assert [line for line in after.splitlines() if "|" in line] == before and "other" not in after
+    assert "other, layer 0" in (pages / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_records_of_a_new_name_say_where_they_went_and_how_a_page_gets_them(
+    pages: Path, capsys: pytest.CaptureFixture[str]
+):
+    runs = write_runs(pages / "mine", make("sse", model="other"))
+    readme = (pages / "README.md").read_bytes()
+    capsys.readouterr()
+    assert report.main(["--collect", "mine", "--from", str(runs)], pages) == 0
+    assert (
+        "Next: python experiments/report.py; it writes these records to results/mine.csv\n" in capsys.readouterr().out
+    )
+    assert report.main([], pages) == 0
+    out = capsys.readouterr().out
+    assert "wrote results/mine.csv" in out and "No page shows the records mine." in out
+    assert (pages / "README.md").read_bytes() == readme
+
+    results = pages / "docs" / "results.md"
+    results.write_text(results.read_text(encoding="utf-8") + "\n".join(out.splitlines()[-2:]) + "\n", encoding="utf-8")
+    assert report.main([], pages) == 0
+    assert "No page shows" not in capsys.readouterr().out
+    assert "**other, layer 0" in results.read_text(encoding="utf-8")
+    assert report.main(["--collect", "mine", "--from", str(runs)], pages) == 0
+    assert "results/mine.csv, and their table to docs/results.md" in capsys.readouterr().out
+
+
+def test_records_of_a_figure_need_no_block(pages: Path, capsys: pytest.CaptureFixture[str]):
+    runs = write_runs(pages / "layers", make("naive", output_error=0.1, output_error_heldout=0.1))
+    assert report.main(["--collect", "layers", "--from", str(runs)], pages) == 0
+    capsys.readouterr()
+    assert report.main([], pages) == 0
+    assert "No page shows" not in capsys.readouterr().out
+
+
+def test_every_committed_record_is_shown_by_a_page_or_a_figure():
+    assert report.unshown(ROOT, report.read_groups(ROOT)) == []
+
+
+def test_collect_names_what_it_takes_and_leaves_other_models_out(root: Path, capsys: pytest.CaptureFixture[str]):
+    path = root / "results" / "records" / "main.jsonl"
+    more = write_runs(root / "more", make("hessian"), make("sse", run_id="x", model="other"))
+    capsys.readouterr()
+    assert report.main(["--collect", "main", "--from", str(more)], root) == 0
+    out = capsys.readouterr().out
+    assert "taken: tiny on text: 1 run, NVFP4 × Hessian × block size 16 × reference" in out
+    assert "left out: other (1 run); to take them: --model MODEL, or --model all" in out
+    assert {record.model for record in read_records(path.parent)} == {"tiny"}
+
+    assert report.main(["--collect", "main", "--from", str(more), "--model", "other"], root) == 0
+    assert "left out: tiny (1 run)" in capsys.readouterr().out
+    assert {record.model for record in read_records(path.parent)} == {"tiny", "other"}
+
+    assert report.main(["--collect", "main", "--from", str(more), "--model", "third"], root) == 1
+    said = capsys.readouterr().err
+    assert "has no runs of third, only of " in said and "other (1 run)" in said and "tiny (1 run)" in said
+
+
+def test_collect_of_a_new_name_takes_the_model_of_the_newest_run(root: Path, capsys: pytest.CaptureFixture[str]):
+    old, new = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
+    runs = write_runs(
+        root / "two", make("sse", run_id="a", model="old", started_at=old), make("sse", run_id="b", started_at=new)
+    )
+    assert report.main(["--collect", "mine", "--from", str(runs)], root) == 0
+    assert "left out: old (1 run)" in capsys.readouterr().out
+    assert report.main(["--collect", "all-of-them", "--from", str(runs), "--model", "all"], root) == 0
+    records = root / "results" / "records"
+    assert [(records / f"{name}.jsonl").read_text().count("\n") for name in ("mine", "all-of-them")] == [1, 2]
+
+
 def test_a_changed_record_is_found_by_check(root: Path):
     report.main([], root)
     path = root / "results" / "records" / "main.jsonl"
@@ -187,6 +306,29 @@ def test_runs_prints_tables_and_writes_beside_the_runs(root: Path, capsys: pytes
     assert report.main(["--runs", str(folder)], root) == 0
 
 
+def test_runs_takes_the_folder_of_one_run(root: Path, capsys: pytest.CaptureFixture[str]):
+    run = root / "results" / "runs" / make("sse").run_id
+    capsys.readouterr()
+    assert report.main(["--runs", str(run)], root) == 0
+    out = capsys.readouterr().out
+    assert "SSE" in out and "Naive" not in out
+    assert {path.name for path in run.iterdir()} == {"record.json", "table.csv", "table.md"}
+
+
+def test_runs_shows_shifts_and_candidates_where_blocks_were_counted(root: Path, capsys: pytest.CaptureFixture[str]):
+    counted = {"scales_moved": 0.25, "candidates_mean": 9.25, "candidates_max": 10}
+    histograms = {"scale_shifts": {"-2": 5, "0": 75, "1": 20}, "candidate_counts": {"9": 75, "10": 25}}
+    runs = write_runs(root / "counted", make("sse", **counted, **histograms), make("naive"))
+    capsys.readouterr()
+    assert report.main(["--runs", str(runs)], root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "Scales moved" in line)
+    assert re.split(r"  +", header)[-4:] == ["Scales moved", "Shift from naive", "Candidates, mean", "Candidates, most"]
+    assert next(line for line in lines if "SSE" in line).split()[-7:] == ["25.00", "%", "−2", "to", "+1", "9.2", "10"]
+    assert report.main(["--runs"], root) == 0
+    assert "Scales moved" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["--check"], ["--runs"], ["--collect", "main"]])
 def test_without_records_one_line_says_what_to_run(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -213,7 +355,7 @@ def test_a_broken_block_is_an_error(text: str, said: str, root: Path, capsys: py
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../main", "Main", "published"])
+@pytest.mark.parametrize("name", ["../main", "Main", "published", "summary"])
 def test_collect_refuses_a_name_that_is_none(name: str, root: Path):
     assert report.main(["--collect", name], root) == 1
 

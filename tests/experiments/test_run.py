@@ -64,7 +64,7 @@ def layer_inputs(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Simpl
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the runs. Sources and inputs are stand-ins: these tests are about what happens around them."""
+    """The folder of the runs. Sources and inputs are fakes: these tests are about what happens around them."""
     monkeypatch.setattr("experiments.sources.resolved.choose_sources", Choice)
     monkeypatch.setattr("experiments.sources.resolved.source_identity", lambda *_: {"text": "0"})
     monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 import pytest
 
@@ -349,6 +350,32 @@ def test_a_caption_names_what_the_figure_stands_on(full: Sources):
         "From a 4-bit release. Commit 0123456789."
     )
     assert "Timed on a 64 × 128 bfloat16 matrix, Some GPU." in figures.stands_on(figure_data.time_error(full))
+
+
+def test_the_map_of_layers_is_white_at_naive_and_red_where_it_is_worse() -> None:
+    values = pd.Series([-10.0, 20.0, 60.0])
+    norm = figures._around_zero(values)
+    assert [float(norm(value)) for value in (-10.0, 0.0, 60.0)] == [0.0, 0.5, 1.0]
+    only_better = figures._around_zero(pd.Series([20.0, 60.0]))
+    assert float(only_better(0.0)) == 0.5 and float(only_better(20.0)) > 0.5
+    worse, better = (matplotlib.colormaps[figures.BETTER_OR_WORSE](side) for side in (0.0, 1.0))
+    assert worse[0] > worse[2] and better[2] > better[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("scaling", ["marks: a call's time over all its MB", "dotted: time added by doubling the rows"]),
+        ("global_scale", ["filled: no global scale", "open: from amax"]),
+        ("layers", ["better", "worse"]),
+    ],
+)
+def test_marks_and_lines_are_explained_on_the_picture(name: str, said: list[str], full: Sources):
+    from matplotlib.text import Text
+
+    figure = PLOTS[name].figure(PLOTS[name].data(full))
+    texts = " ".join(text.get_text() for text in figure.findobj(Text))
+    assert all(part in texts for part in said)
 
 
 # What report.py makes of them.

@@ -131,7 +131,7 @@ def test_models_and_block_sizes_and_devices_never_share_a_table():
     assert any("none held out" in note for table in found for note in table.notes)
 
 
-def test_a_stand_in_that_was_pinned_shares_the_table():
+def test_a_pinned_offline_twin_shares_the_table():
     table = only_table([make(substituted=True), make(method="naive")])
     assert len(table.frame) == 2
     assert sum("offline twin" in note for note in table.notes) == 1
