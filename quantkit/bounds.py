@@ -30,7 +30,7 @@ from quantkit.formats import ElementGrid, ScaleGrid
 
 __all__ = [
     "SLACK",
-    "first_that_matters",
+    "first_useful_code",
     "has_windows",
     "hessian_window",
     "sse_window",
@@ -105,7 +105,7 @@ def hessian_window(
     return first, torch.minimum(last, zeroing_code(magnitudes.amax(-1).float(), scale, global_scale))
 
 
-def first_that_matters(
+def first_useful_code(
     zero_error: Tensor,
     error: Tensor,
     sum_of_norms: Tensor,

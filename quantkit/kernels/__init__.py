@@ -10,7 +10,7 @@ from types import ModuleType
 
 __all__ = ["BLOCK_SIZES", "available", "launcher"]
 
-BLOCK_SIZES = (16, 32)  # that the kernels are written and measured for
+BLOCK_SIZES = (16, 32)  # of the kernels
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def available() -> bool:
 
 @functools.cache
 def launcher() -> ModuleType:
-    """The module that starts the kernels, which needs Triton; found once, since an import statement looks each time."""
+    """The module that starts the kernels; it needs Triton. Cached: an import statement costs time at each call."""
     from quantkit.kernels import launch
 
     return launch

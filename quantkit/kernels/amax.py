@@ -2,9 +2,9 @@
 
     global scale = amax(W) / (6 · 448)
 
-Each program takes its share of W in strides and writes one largest magnitude. The kernel after finds the largest of
-these (``global_scale_of``), so nothing has to be zeroed before, and no program waits for another.
-Magnitudes are compared as integers, which orders floats, and puts NaN last.
+Each program reads its share of W in strides and writes one partial amax. The next kernel takes the maximum of these
+(``global_scale_of``), so no memory has to be zeroed first and no program waits for another. Magnitudes are compared as
+integers: that is the order of floats, with NaN above all.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.device import larger_by_twos, larger_twos, let_next_start, wait_for_previous
+from quantkit.kernels.device import max_magnitude_x2, pdl_launch_dependents, pdl_wait, row_amax_x2
 
 __all__ = ["amax_kernel"]
 
 
 @triton.jit
-def larger_in_groups(largest, weight, GROUP: tl.constexpr, BY_TWOS: tl.constexpr):
-    """largest, after a look at weight, GROUP elements to each of its places: two 16-bit magnitudes, or float32 bits."""
+def update_group_amax(largest, weight, GROUP: tl.constexpr, X2: tl.constexpr):
+    """Running amax of groups of GROUP weights: [groups, 2] of the weight's type if X2, else [groups] float32 bits."""
     groups = tl.reshape(weight, [weight.shape[0] // GROUP, GROUP])
-    if BY_TWOS:
-        return larger_by_twos(largest, larger_twos(groups))
+    if X2:
+        return max_magnitude_x2(largest, row_amax_x2(groups))
     else:
         magnitude = groups.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         return tl.maximum(largest, tl.max(magnitude, axis=1))
@@ -33,28 +33,28 @@ def amax_kernel(
     weight_ptr,  # [size] bf16, fp16 or fp32
     parts_ptr,  # [programs] int32, bits of the float32 largest magnitudes
     size,
-    BLOCK_N: tl.constexpr,  # elements a step
+    BLOCK_N: tl.constexpr,  # elements per step
     TARGET: tl.constexpr,
-    OVERLAP: tl.constexpr,  # with the kernel after
-    AFTER: tl.constexpr,  # started while the kernel before still runs; ends after it, on which the one after relies
+    PDL: tl.constexpr,  # programmatic dependent launch: the next kernel may start before this one has ended
+    PDL_WAIT: tl.constexpr,  # this kernel is such a next one itself
 ):
-    let_next_start(OVERLAP)
-    # With evict_first, lines in the cache that wait to be written stay there: the next kernel has more time for them.
-    GROUP: tl.constexpr = 8  # elements that a thread folds at once, so that it need not keep them apart
-    BY_TWOS: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
+    pdl_launch_dependents(PDL)
+    # evict_first keeps dirty cache lines of earlier kernels in the cache, so they are written back later.
+    GROUP: tl.constexpr = 8  # elements that a thread reduces to one register before the next step
+    X2: tl.constexpr = TARGET == "cuda" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     stride = tl.num_programs(0).to(tl.int64) * BLOCK_N
     lane = tl.arange(0, BLOCK_N)
-    if BY_TWOS:
+    if X2:
         largest = tl.zeros([BLOCK_N // GROUP, 2], weight_ptr.dtype.element_ty)
     else:
         largest = tl.zeros([BLOCK_N // GROUP], tl.int32)
     for offset in range(start, size, stride):
         position = offset + lane
         weight = tl.load(weight_ptr + position, mask=position < size, other=0.0, eviction_policy="evict_first")
-        largest = larger_in_groups(largest, weight, GROUP, BY_TWOS)
-    if BY_TWOS:
+        largest = update_group_amax(largest, weight, GROUP, X2)
+    if X2:
         magnitudes = largest.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.reshape(magnitudes, [BLOCK_N // GROUP * 2])
-    wait_for_previous(AFTER)
+    pdl_wait(PDL_WAIT)  # the next kernel relies on this one ending after the kernel before it
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, axis=0))

@@ -1,8 +1,8 @@
 """Block Hessians ``H_j = X_jᵀ X_j`` of activations in one pass; the twin of calibration.hessians_from_activations.
 
-A tensor core's tile is wider than a block, so a program multiplies WIDTH columns with themselves and keeps the blocks
-on the diagonal. Tokens are split among programs: float32 sums of a tensor core are cut, not rounded, and shorter ones
-lose less; the parts are added in a fixed order afterwards, so the result does not vary from run to run.
+A tensor core's tile is wider than a block, so a program computes the Gram matrix of WIDTH columns and keeps the blocks
+on its diagonal. Tokens are split among programs: tensor cores truncate float32 sums, and short sums lose less. The
+partial results are added in a fixed order, so the result is deterministic.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def block_hessians_kernel(
     in_features,
     tokens_per_split,
     QBLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,  # columns a program
-    BLOCK_T: tl.constexpr,  # tokens a step
-    UPCAST: tl.constexpr,  # multiply in float32: the interpreter has no bf16 product
+    WIDTH: tl.constexpr,  # columns per program
+    BLOCK_T: tl.constexpr,  # tokens per step
+    UPCAST: tl.constexpr,  # multiply in float32, because the interpreter has no bf16 product
 ):
     NUM: tl.constexpr = WIDTH // QBLOCK
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)

@@ -1,7 +1,7 @@
 """The weight that codes and scales stand for, ``value · (scale · global_scale)`` in float32; the twin of
 QuantizedTensor.dequantize.
 
-A thread takes four bytes of codes, so that its eight values leave in one or two stores of full width.
+A thread reads four bytes of codes and writes its eight values in one or two stores of full width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["dequantize_kernel"]
 
 @triton.jit
 def element_values(nibbles, FMT: tl.constexpr):
-    """Float32 signed element values of int32 codes: moved to float32's place for them, then scaled to its bias."""
+    """Float32 signed values of int32 element codes: the code's fields as float32's, then scaled to float32's bias."""
     magnitude = (nibbles & ((1 << FMT.element_sign_shift) - 1)) << (23 - FMT.element_mantissa)
     sign = (nibbles & (1 << FMT.element_sign_shift)) << (31 - FMT.element_sign_shift)
     return (magnitude | sign).to(tl.float32, bitcast=True) * 2.0 ** (127 - FMT.element_bias)
@@ -28,9 +28,9 @@ def dequantize_kernel(
     scales_ptr,  # [num_blocks] uint8
     global_scale_ptr,  # [1] fp32
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    num_chunks,  # of eight elements
+    num_chunks,  # chunks of eight elements
     FMT: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # chunks a program
+    BLOCK_N: tl.constexpr,  # chunks per program
 ):
     CHUNK: tl.constexpr = 8
     chunk = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

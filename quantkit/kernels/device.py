@@ -3,12 +3,12 @@
 They restate formats.py, bounds.py and reference/common.py for tiles of float32. A format reaches the device as a
 ``FormatConstants``, derived from its description, so no kernel knows a format by name.
 
-Searches work on magnitudes scaled by a power of two a block, so that amax lies in [1, 2): squares then neither
-overflow nor vanish, and no rounding is added. Residuals are exact: fma on the GPU, float64 under the interpreter,
-whose fma rounds twice.
+Each block is scaled by a power of two that brings its amax to [1, 2). Squares then neither overflow nor vanish, and
+the scaling rounds nothing. Residuals are exact: by fma on a GPU, in float64 under the interpreter, whose fma rounds
+twice.
 
-TARGET is "cuda", "plain" or "interpreter". A few operations are written in PTX for "cuda", where the compiler does not
-find the instructions by itself; "plain", for GPUs that do not know them, computes the same without.
+TARGET is "cuda", "plain" or "interpreter". "cuda" uses PTX (ptx.py) where the compiler does not select an instruction
+by itself. "plain" computes the same without PTX, for GPUs that lack these instructions.
 """
 
 from __future__ import annotations
@@ -87,14 +87,13 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
         scale_max=scale.max_value,
         scale_last_without_half=scale.last_code_without_half,
         scale_last_doubling=last_doubling,
-        # Scales times this range stay normal numbers. A grid as wide as float32's has no global scale to fear.
+        # Products of a scale and a unit in this range are normal. A single-level unit is a power of two.
         unit_min=2.0**-100 if fmt.two_level else 2.0**-126,
         unit_max=2.0**125 / scale.max_value if fmt.two_level else 2.0**127,
         sse_lower=lower * (1 - bounds.SLACK),
         sse_upper=upper * (1 + bounds.SLACK),
         zeroing=4 * (1 + bounds.SLACK),
-        # The grid's next value would lie one more step above the largest; up to the tie between them nothing is
-        # clipped.
+        # Nothing is clipped up to the tie between the largest value and the next, one more step above it.
         clip_free=(1 + bounds.SLACK) / (1.5 * element.max_value - element.value(element.max_code - 1) / 2),
     )
 
@@ -106,15 +105,15 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
 def round_to_grid(y, mantissa: tl.constexpr, min_exponent: tl.constexpr, SIGNED: tl.constexpr = False):
     """Nearest value with the grid's mantissa of float32 0 ≤ y < 2^(104 + mantissa), ties to even; not saturated.
 
-    SIGNED, on "cuda" only: y may be negative; a zero may come back with either sign.
+    SIGNED ("cuda" only) allows y < 0; a zero may then have either sign.
 
-    y · 2^(23 - mantissa) has the very quantum in its last place that y is to be rounded to, and an even last place
-    where y is a tie; so subtracting y from it rounds. Below the normal range the smallest normal value takes y's
-    place, a little enlarged to keep the difference in its binade. (The sum instead of the difference would leave the
-    binade upwards, to a coarser quantum.) The product is exact, whether or not it is fused.
+    The last place of magic = y · 2^(23 - mantissa) is the quantum that y is rounded to, and it is even where y is a
+    tie. So magic - y rounds y. Below the normal range magic comes from the smallest normal value instead, enlarged a
+    little to keep the difference in its binade. (A sum would leave the binade upwards, to a coarser quantum.) The
+    product is exact, fused or not.
     """
     smallest: tl.constexpr = 2.0**min_exponent * (1 + 2.0 ** (mantissa - 22))
-    magic = (_larger_magnitude(y, smallest) if SIGNED else tl.maximum(y, smallest)) * 2.0 ** (23 - mantissa)
+    magic = (max_magnitude(y, smallest) if SIGNED else tl.maximum(y, smallest)) * 2.0 ** (23 - mantissa)
     return magic - (magic - y)
 
 
@@ -122,8 +121,8 @@ def round_to_grid(y, mantissa: tl.constexpr, min_exponent: tl.constexpr, SIGNED:
 def encode_magnitude(value, mantissa: tl.constexpr, bias: tl.constexpr):
     """int32 code of a float32 grid value ≥ 0; a value between two codes gets the smaller one.
 
-    Scaled to float32's own bias, the grid's subnormals are float32's. There the product is rounded: a value less than
-    2^-20 of a code's own value below it may get that code, which the windows' slack covers.
+    The product has float32's bias, so the grid's subnormals become float32's and are rounded there. A value within a
+    relative 2^-20 below a code's value may get that code; the windows' slack covers it.
     """
     return (value * 2.0 ** (bias - 127)).to(tl.int32, bitcast=True) >> (23 - mantissa)
 
@@ -140,7 +139,7 @@ def scale_value(code, FMT: tl.constexpr):
 
 @triton.jit
 def scale_floor_code(value, FMT: tl.constexpr):
-    """int32 largest scale code whose value is ≤ float32 value ≥ 0; scale_min_code - 1 where there is none."""
+    """int32 largest scale code with a value ≤ float32 ``value`` ≥ 0; scale_min_code - 1 where there is none."""
     if FMT.scale_subnormals:
         code = encode_magnitude(tl.minimum(value, FMT.scale_max), FMT.scale_mantissa, FMT.scale_bias)
     else:
@@ -151,7 +150,7 @@ def scale_floor_code(value, FMT: tl.constexpr):
 
 @triton.jit
 def scale_ceil_code(value, FMT: tl.constexpr):
-    """int32 smallest scale code whose value is ≥ float32 value ≥ 0; scale_max_code where there is none."""
+    """int32 smallest scale code with a value ≥ float32 ``value`` ≥ 0; scale_max_code where there is none."""
     floor = scale_floor_code(value, FMT)
     exact = (floor >= FMT.scale_min_code) & (scale_value(tl.maximum(floor, 0), FMT) == value)
     return tl.minimum(tl.where(exact, floor, floor + 1), FMT.scale_max_code)
@@ -164,8 +163,8 @@ def scale_ceil_code(value, FMT: tl.constexpr):
 def load_blocks(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr, POLICY: tl.constexpr):
     """[n, WIDTH] elements from [n] pointers, zero where not inside, every row in one thread.
 
-    A thread loads at most VECTOR elements at once, so the row is put together from halves. POLICY: "evict_first" for
-    what is read only once, or "".
+    One instruction loads VECTOR elements at most, so a longer row is joined from two halves. POLICY: the cache eviction
+    policy, "evict_first" for data that is read once, or "".
     """
     if WIDTH <= VECTOR:
         return tl.load(
@@ -189,17 +188,18 @@ def columns(x, WIDTH: tl.constexpr):
 
 @triton.jit
 def pairs(blocks):
-    """The elements of even and of odd index of an [n, block_size] tile, which share a byte of codes, as two tiles."""
+    """(even, odd) columns of an [n, block_size] tile, two tiles [n, block_size / 2]; a pair shares a byte of codes."""
     return tl.split(tl.reshape(blocks, [blocks.shape[0], blocks.shape[1] // 2, 2]))
 
 
 @triton.jit
-def larger_or_nan(a, b):
+def max_or_nan(a, b):
+    """Elementwise maximum; NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def flag_not_finite(amax, flag_ptr):
+def flag_nonfinite(amax, flag_ptr):
     """Sets the flag where an amax is NaN or Inf."""
     if tl.max(amax.to(tl.int32, bitcast=True), axis=0) >= 0x7F800000:
         tl.store(flag_ptr, 1)
@@ -209,10 +209,10 @@ def flag_not_finite(amax, flag_ptr):
 def block_amax(blocks, flag_ptr, TARGET: tl.constexpr):
     """Float32 largest magnitude of each row of an [n, block_size] tile; sets the flag where one holds NaN or Inf."""
     if TARGET == "cuda" and blocks.dtype.primitive_bitwidth == 16:
-        blocks = larger_twos(blocks)
+        blocks = row_amax_x2(blocks)
     even, odd = pairs(blocks.to(tl.float32))
-    amax = tl.reduce(larger_or_nan(tl.abs(even), tl.abs(odd)), 1, larger_or_nan)
-    flag_not_finite(amax, flag_ptr)
+    amax = tl.reduce(max_or_nan(tl.abs(even), tl.abs(odd)), 1, max_or_nan)
+    flag_nonfinite(amax, flag_ptr)
     return amax
 
 
@@ -220,46 +220,51 @@ MAX_MAGNITUDE_X2 = tl.constexpr({tl.bfloat16: ptx.max_magnitude_x2("bf16"), tl.f
 
 
 @triton.jit
-def larger_by_twos(a, b):
-    """Of bf16 or fp16 tiles, on "cuda": the larger magnitude with either sign, or NaN, two elements an instruction."""
+def max_magnitude_x2(a, b):
+    """Larger magnitude of bf16 or fp16 tiles, with either sign, NaN if either is; bf16x2 or fp16x2, on "cuda" only."""
     return tl.inline_asm_elementwise(
         MAX_MAGNITUDE_X2[a.dtype].text, MAX_MAGNITUDE_X2[a.dtype].constraints, [a, b], a.dtype, is_pure=True, pack=2
     )
 
 
 @triton.jit
-def larger_twos(x):
-    """[n, 2], of bf16 or fp16 [n, 2^k]: largest magnitudes of the even and of the odd columns, signs aside, or NaN.
+def row_amax_x2(x):
+    """[n, 2] amax of the even and of the odd columns of bf16 or fp16 [n, 2^k], with either sign; NaN if any is.
 
-    Neighbours share a register and an instruction. (So they are parted last: a tile that load_blocks put together has
-    them side by side in its parts only.)
+    Neighbouring columns share a register, so they are never split. load_blocks joins a tile from parts whose neighbours
+    already share one.
     """
     if x.shape[1] == 2:
         return x
     else:
         low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-        return larger_by_twos(larger_twos(low), larger_twos(high))
+        return max_magnitude_x2(row_amax_x2(low), row_amax_x2(high))
 
 
 @triton.jit
-def wait_for_previous(OVERLAP: tl.constexpr):
-    """Until the kernel before has ended, where this one may start earlier: to be called before anything is read that it
-    wrote, or written that it reads."""
-    if OVERLAP:
+def pdl_wait(PDL: tl.constexpr):
+    """Waits for the end of the previous kernel, under programmatic dependent launch.
+
+    It precedes every read of that kernel's outputs, and every write to its inputs.
+    """
+    if PDL:
         gdc_wait()
 
 
 @triton.jit
-def let_next_start(OVERLAP: tl.constexpr):
-    """Lets the kernel after start as soon as all programs of this one have come here."""
-    if OVERLAP:
+def pdl_launch_dependents(PDL: tl.constexpr):
+    """Lets the next kernel start once all programs have called this, under programmatic dependent launch."""
+    if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def global_scale_of(amax_ptr, PARTS: tl.constexpr, LARGEST_PRODUCT: tl.constexpr):
-    """Float32 decode multiplier: the largest of PARTS magnitudes (int32 bits) over LARGEST_PRODUCT, of an element and a
-    scale. A zero weight has no scale, so 1 will do; below float32's normal range a multiplier would lose precision."""
+    """Float32 decode multiplier: amax / LARGEST_PRODUCT, from PARTS partial amax values (int32 bits).
+
+    LARGEST_PRODUCT is the largest element times the largest scale. The multiplier is 1 for a zero weight, and at least
+    float32's smallest normal number, because a subnormal multiplier would lose precision.
+    """
     amax = tl.max(tl.load(amax_ptr + tl.arange(0, PARTS)), axis=0).to(tl.float32, bitcast=True)
     quotient = tl.div_rn(amax, amax * 0.0 + LARGEST_PRODUCT)
     return tl.where(amax > 0, tl.maximum(quotient, SMALLEST_NORMAL), 1.0)
@@ -267,8 +272,11 @@ def global_scale_of(amax_ptr, PARTS: tl.constexpr, LARGEST_PRODUCT: tl.constexpr
 
 @triton.jit
 def load_global_scale(global_scale_ptr, amax_ptr, FMT: tl.constexpr, AMAX_PARTS: tl.constexpr):
-    """Float32 decode multiplier: what the pointer holds; or, written there, that of AMAX_PARTS magnitudes, if there are
-    any, or 1 for a single-level format."""
+    """Float32 decode multiplier.
+
+    A two-level format without AMAX_PARTS is given it. Otherwise it is global_scale_of AMAX_PARTS partial amax values,
+    or 1 for a single-level format, and the first program stores it.
+    """
     if FMT.two_level and not AMAX_PARTS:
         return tl.load(global_scale_ptr)
     else:
@@ -281,7 +289,7 @@ def load_global_scale(global_scale_ptr, amax_ptr, FMT: tl.constexpr, AMAX_PARTS:
 
 
 @triton.jit
-def ratio_to(amax, global_scale, FMT: tl.constexpr):
+def amax_ratio(amax, global_scale, FMT: tl.constexpr):
     """Float32 amax / global_scale, correctly rounded."""
     if FMT.two_level:
         return tl.div_rn(amax, tl.zeros_like(amax) + global_scale)
@@ -291,7 +299,7 @@ def ratio_to(amax, global_scale, FMT: tl.constexpr):
 
 @triton.jit
 def normalizer(amax):
-    """Float32 power of two that brings amax to [1, 2), as far as float32 reaches."""
+    """Float32 power of two whose product with amax lies in [1, 2), clamped to float32's normal range."""
     exponent = amax.to(tl.int32, bitcast=True) & 0x7F800000
     return tl.minimum(tl.maximum(0x7F000000 - exponent, 0x00800000), 0x7F000000).to(tl.float32, bitcast=True)
 
@@ -317,9 +325,10 @@ def sse_window(ratio, FMT: tl.constexpr):
 
 @triton.jit
 def search_steps(ratio, first, last, FMT: tl.constexpr):
-    """(clipped, all) int32 steps from first on that a tile of blocks needs, a block past its last code repeating it.
+    """(clipped, all) int32 numbers of steps from ``first`` on that a tile of blocks needs.
 
-    After the clipped ones no element is clipped. A block that is clipped at its last code, too, makes all of them so.
+    After the clipped steps no element of the tile is clipped. If a block is clipped even at its last code, all steps
+    are clipped ones.
     """
     clip_free = scale_floor_code(ratio * FMT.clip_free, FMT) + 1
     steps = tl.max(last - first, axis=0) + 1
@@ -331,10 +340,10 @@ def search_steps(ratio, first, last, FMT: tl.constexpr):
 
 @triton.jit
 def search_unit(global_scale, normalize, FMT: tl.constexpr):
-    """global_scale times the block's normalizer, a power of two, so it rounds as the effective scale itself does.
+    """Float32 global_scale times the block's normalizer, by whose power of two no rounding changes.
 
-    Clamped to where the scales of a search and their reciprocals are finite. Beyond, a scale is so large that every
-    element rounds to zero, or so small that no float32 error tells it from zero.
+    The clamp keeps the scales of a search and their reciprocals finite. Scales beyond it are so large that every
+    element rounds to zero, or so small that no float32 error differs from that of scale zero.
     """
     return tl.minimum(tl.maximum(global_scale * normalize, FMT.unit_min), FMT.unit_max)
 
@@ -347,7 +356,7 @@ def reciprocal_near(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
     """Float32 1/scale within an ulp, exact for powers of two; scale and its reciprocal are normal numbers."""
     if FMT.scale_exact_reciprocal:
         return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    elif TARGET == "cuda":  # a division would first see whether it may be done so
+    elif TARGET == "cuda":  # IEEE division would first branch on the operand's range
         return tl.inline_asm_elementwise(
             RECIPROCAL[scale.dtype].text, RECIPROCAL[scale.dtype].constraints, [scale], tl.float32, is_pure=True, pack=1
         )
@@ -365,15 +374,15 @@ def reciprocal_of(scale, FMT: tl.constexpr, TARGET: tl.constexpr):
         leading = tl.fma(tl.fma(scale, -near, 1.0), near, near)
         error = tl.fma(scale, -leading, 1.0)
         rest = error * leading
-        return leading, tl.fma(error * 1.5, rest, rest)  # 1.5 is what the enumeration in docs/theory.md wants
+        return leading, tl.fma(error * 1.5, rest, rest)  # the factor 1.5: see the enumeration in docs/theory.md
 
 
 @triton.jit
 def rounded_quotient(x, scale, reciprocal, rest, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """Float32 x / scale from reciprocal_of(scale), rounded so that it is at a tie where the correctly rounded one is.
+    """Float32 x / scale from reciprocal_of(scale), on the same side of every tie as the correctly rounded quotient.
 
-    docs/theory.md says why two multiplications are enough. x is normalized or zero, or small enough beside the others
-    of its block not to matter; the scale and its reciprocal may broadcast to it.
+    docs/theory.md proves that two multiplications suffice. x is normalized or zero, or negligible beside other elements
+    of its block. scale and its reciprocal broadcast to x.
     """
     if TARGET == "interpreter":
         return tl.div_rn(x, tl.broadcast_to(scale, x.shape))
@@ -385,9 +394,9 @@ def rounded_quotient(x, scale, reciprocal, rest, FMT: tl.constexpr, TARGET: tl.c
 
 @triton.jit
 def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """Float32 element value Q(y), times 2^SHIFT, of a quotient y ≥ 0 times 2^SHIFT.
+    """Float32 2^SHIFT · Q(y / 2^SHIFT) of y ≥ 0, 2^SHIFT times a quotient.
 
-    CLIPPED=False leaves the clamp to the largest level out, for scales at which no quotient reaches the tie above it.
+    CLIPPED=False omits the clamp to the largest level, for scales at which no quotient reaches the tie above it.
     """
     if CLIPPED:
         y = tl.minimum(y, FMT.element_max * 2.0**SHIFT)
@@ -395,12 +404,14 @@ def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constex
 
 
 @triton.jit
-def nearest_multiple(x, scale, FMT: tl.constexpr):
-    """Float32 scale · Q(x / scale) of signed x on "cuda", for scales that are powers of two: as nearest_signed_level,
-    with all numbers multiplied by the scale, which rounds none of them."""
+def nearest_scaled_level(x, scale, FMT: tl.constexpr):
+    """Float32 scale · Q(x / scale) of signed x, for power-of-two scales; on "cuda" only.
+
+    It is nearest_signed_level with every number multiplied by the scale, which is exact.
+    """
     SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 22))
-    magic = _larger_magnitude(x, scale * SMALLEST) * 2.0 ** (23 - FMT.element_mantissa)
-    return _smaller_magnitude(magic - (magic - x), scale * FMT.element_max)
+    magic = max_magnitude(x, scale * SMALLEST) * 2.0 ** (23 - FMT.element_mantissa)
+    return min_magnitude(magic - (magic - x), scale * FMT.element_max)
 
 
 MAX_MAGNITUDE = tl.constexpr(ptx.magnitude("max"))
@@ -408,8 +419,8 @@ MIN_MAGNITUDE = tl.constexpr(ptx.magnitude("min"))
 
 
 @triton.jit
-def _larger_magnitude(y, least):
-    """max(|y|, least) with y's sign, of a float32 tensor, in one instruction of sm_86 and later."""
+def max_magnitude(y, least):
+    """Float32 max(|y|, least) with y's sign, one instruction; on "cuda" only."""
     least = tl.zeros_like(y) + least
     return tl.inline_asm_elementwise(
         MAX_MAGNITUDE.value.text, MAX_MAGNITUDE.value.constraints, [y, least], tl.float32, is_pure=True, pack=1
@@ -417,8 +428,8 @@ def _larger_magnitude(y, least):
 
 
 @triton.jit
-def _smaller_magnitude(y, most):
-    """min(|y|, most) with y's sign, likewise."""
+def min_magnitude(y, most):
+    """Float32 min(|y|, most) with y's sign, one instruction; on "cuda" only."""
     most = tl.zeros_like(y) + most
     return tl.inline_asm_elementwise(
         MIN_MAGNITUDE.value.text, MIN_MAGNITUDE.value.constraints, [y, most], tl.float32, is_pure=True, pack=1
@@ -427,13 +438,13 @@ def _smaller_magnitude(y, most):
 
 @triton.jit
 def nearest_signed_level(y, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """Float32 element value Q(y) of a signed quotient, with its sign (a zero may have either); see nearest_level.
+    """Float32 element value Q(y) of a signed quotient; a zero may have either sign. See nearest_level.
 
-    On "cuda" the rounding keeps the sign, and the level is clamped, not the quotient.
+    On "cuda" rounding keeps the sign, and the level is clamped instead of the quotient.
     """
     if TARGET == "cuda":
         level = round_to_grid(y, FMT.element_mantissa, FMT.element_min_exponent, SIGNED=True)
-        return _smaller_magnitude(level, FMT.element_max)
+        return min_magnitude(level, FMT.element_max)
     else:
         return with_sign_of(nearest_level(tl.abs(y), FMT, True), y)
 
@@ -449,18 +460,18 @@ def with_sign_of(magnitude, x):
 def residual(x, level, scale, TARGET: tl.constexpr):
     """Float32 ``x − S·level`` of a tile, exact up to one rounding."""
     if TARGET != "interpreter":
-        return tl.fma(level, -scale, x)  # Triton's -x is a subtraction: one a block, not one an element
+        return tl.fma(level, -scale, x)  # Triton's -x is a subtraction: negate once per block
     else:
         return (x.to(tl.float64) - level.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
-def sum_by_pairs(x):
-    """Sums of the rows of float32 [n, 2^k], in k roundings."""
+def pairwise_sum(x):
+    """Pairwise sums of the rows of float32 [n, 2^k]: k roundings each."""
     if x.shape[1] == 1:
         return tl.reshape(x, [x.shape[0]])
     else:
-        return sum_by_pairs(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2))
+        return pairwise_sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2))
 
 
 @triton.jit
@@ -470,7 +481,7 @@ def squared_error(even, odd):
     groups: tl.constexpr = even.shape[1] // CHAIN
     even = tl.sum(tl.reshape(even * even, [even.shape[0], groups, CHAIN]), axis=2)
     odd = tl.sum(tl.reshape(odd * odd, [odd.shape[0], groups, CHAIN]), axis=2)
-    return sum_by_pairs(even + odd)
+    return pairwise_sum(even + odd)
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
@@ -484,10 +495,10 @@ PACK_QUOTIENTS = tl.constexpr(ptx.pack_quotients(E2M1))
 def packed_codes(even, odd, code, unit, BITS: tl.constexpr, FMT: tl.constexpr, TARGET: tl.constexpr):
     """uint8 [tile, block_size / 2] element codes of float32 normalized pairs at int32 scale codes [tile].
 
-    unit: global_scale times the normalizer [tile], not clamped. BITS: of the weight's type; elements of 16 have 11
-    significant ones at most, so where the effective scales are powers of two half precision holds the quotients.
+    unit: global_scale times the normalizer [tile], not clamped. BITS: the width of the weight's type. A 16-bit element
+    has 11 significant bits at most, so fp16 holds its quotient by an effective scale that is a power of two.
     """
-    # Levels for a grid of E4M3's bias.
+    # Levels are element values times 2^SHIFT, so that their codes have E4M3's bias.
     SHIFT: tl.constexpr = FMT.element_bias - 7
     TO_E2M1: tl.constexpr = TARGET == "cuda" and FMT.element_mantissa == 1 and FMT.element_sign_shift == 3
     scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT

@@ -2,10 +2,10 @@
 
     H / mean(diag H) = A Aᵀ, A lower triangular,   and the bounds' √(H⁻¹)_ii
 
-Each program runs a Cholesky factorization of the equilibrated matrix (unit diagonal), in float64. Where it fails,
-because rounding made H singular or indefinite, the diagonal is raised, by FIRST_SHIFT and then four times as much each
-time, until it succeeds: less than what float32 sums of activations leave undecided. The reference takes eigenvalues
-there instead. No host synchronisation is needed.
+Each program factorizes one equilibrated matrix (unit diagonal) by Cholesky in float64. It fails where rounding made H
+singular or indefinite. The diagonal is then raised by FIRST_SHIFT, and by four times as much at each further failure.
+Such a shift is below the rounding of float32 sums of activations. The reference clips eigenvalues instead. The host
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels import ptx
-from quantkit.kernels.device import RECIPROCAL, let_next_start
+from quantkit.kernels.device import RECIPROCAL, pdl_launch_dependents
 
 __all__ = ["EXTRA_ROWS", "FIRST_SHIFT", "factorize_kernel", "factors_of", "rounded_up"]
 
@@ -24,8 +24,10 @@ EXTRA_ROWS = tl.constexpr(2)
 
 @triton.jit
 def factors_of(factors_ptr, block, QBLOCK: tl.constexpr):
-    """Pointers to what there is of a block in float32 ``[num_blocks, QBLOCK + EXTRA_ROWS, QBLOCK]``: Aᵀ, the norms of
-    A's rows, and √(H⁻¹)_ii in half precision (QBLOCK of them, at the beginning of the last row)."""
+    """Pointers to a block's factors in float32 ``[num_blocks, QBLOCK + EXTRA_ROWS, QBLOCK]``.
+
+    They are Aᵀ, the norms of A's rows, and QBLOCK fp16 values √(H⁻¹)_ii at the start of the last row.
+    """
     factor_ptr = factors_ptr + block * ((QBLOCK + EXTRA_ROWS) * QBLOCK)
     norm_ptr = factor_ptr + QBLOCK * QBLOCK
     return factor_ptr, norm_ptr, (norm_ptr + QBLOCK).to(tl.pointer_type(tl.float16))
@@ -33,14 +35,14 @@ def factors_of(factors_ptr, block, QBLOCK: tl.constexpr):
 
 @triton.jit
 def rounded_up(x):
-    """Float32 that half precision's rounding leaves no less than x ≥ 0, nor zero."""
+    """Float32 that is still ≥ x after rounding to fp16, and not zero; x ≥ 0."""
     return tl.fma(x, 1 + 2.0**-10, 2.0**-24)
 
 
 @triton.jit
 def reciprocal(x, TARGET: tl.constexpr):
     """Float64 1/x of values in float32's normal range, within an ulp or two."""
-    if TARGET == "cuda":  # a division would first see whether it may be done so
+    if TARGET == "cuda":  # IEEE division would first branch on the operands' range
         near = tl.inline_asm_elementwise(
             RECIPROCAL[x.dtype].text, RECIPROCAL[x.dtype].constraints, [x], tl.float64, is_pure=True, pack=1
         )
@@ -55,7 +57,7 @@ RECIPROCAL_ROOT = tl.constexpr(ptx.reciprocal_root())
 
 @triton.jit
 def inverse_root(x, TARGET: tl.constexpr):
-    """Float64 1/√x of values in float32's normal range, likewise."""
+    """Float64 1/√x of values in float32's normal range, within an ulp or two."""
     if TARGET == "cuda":
         near = tl.inline_asm_elementwise(
             RECIPROCAL_ROOT.value.text, RECIPROCAL_ROOT.value.constraints, [x], tl.float64, is_pure=True, pack=1
@@ -68,31 +70,31 @@ def inverse_root(x, TARGET: tl.constexpr):
 
 ROTATE = tl.constexpr({size: ptx.rotate(size) for size in (16, 32)})
 ROTATE_TYPES = tl.constexpr({size: (tl.float64,) * size for size in (16, 32)})
-ROTATE_BUFFER = tl.constexpr({size: ptx.shared_memory("turn", 8 * size, alignment=16) for size in (16, 32)})
+ROTATION_BUFFER = tl.constexpr({size: ptx.shared_memory("rotation", 8 * size, alignment=16) for size in (16, 32)})
 
 
 @triton.jit
-def places_in_turn(lane, SIZE: tl.constexpr, TARGET: tl.constexpr):
-    """What in_turn needs, found once: on "cuda" an address in shared memory."""
+def rotation_buffer(lane, SIZE: tl.constexpr, TARGET: tl.constexpr):
+    """The buffer of broadcast_rotated: an address in shared memory on "cuda", else unused."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise(
-            ROTATE_BUFFER[SIZE].text, ROTATE_BUFFER[SIZE].constraints, [lane], tl.int32, is_pure=True, pack=1
+            ROTATION_BUFFER[SIZE].text, ROTATION_BUFFER[SIZE].constraints, [lane], tl.int32, is_pure=True, pack=1
         )
     else:
         return lane
 
 
 @triton.jit
-def in_turn(x, index, places, SIZE: tl.constexpr, TARGET: tl.constexpr):
-    """Of float64 x [SIZE], as a tuple of [SIZE], the elements index + 1, index + 2, … index + SIZE, modulo SIZE.
+def broadcast_rotated(x, index, buffer, SIZE: tl.constexpr, TARGET: tl.constexpr):
+    """Tuple of SIZE tensors [SIZE]: elements index + 1 … index + SIZE, modulo SIZE, of float64 x [SIZE], broadcast.
 
-    On "cuda" through shared memory: shuffles would be four times as many instructions.
+    On "cuda" they pass through shared memory; shuffles would take four times as many instructions.
     """
     lane = tl.arange(0, SIZE)
     if TARGET == "cuda":
-        own = places + ((lane - index - 1) & (SIZE - 1)) * 8
+        own = buffer + ((lane - index - 1) & (SIZE - 1)) * 8
         return tl.inline_asm_elementwise(
-            ROTATE[SIZE].text, ROTATE[SIZE].constraints, [x, own, places], ROTATE_TYPES[SIZE], is_pure=False, pack=1
+            ROTATE[SIZE].text, ROTATE[SIZE].constraints, [x, own, buffer], ROTATE_TYPES[SIZE], is_pure=False, pack=1
         )
     else:
         elements = ()
@@ -102,17 +104,17 @@ def in_turn(x, index, places, SIZE: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def turned_by(x, COUNT: tl.constexpr):
-    """A tuple without its first COUNT elements, and these after the rest."""
-    turned = ()
+def rotate_tuple(x, COUNT: tl.constexpr):
+    """A tuple rotated left by COUNT."""
+    rotated = ()
     for place in tl.static_range(len(x)):
-        turned = turned + (x[(place + COUNT) % len(x)],)  # noqa: RUF005
-    return turned
+        rotated = rotated + (x[(place + COUNT) % len(x)],)  # noqa: RUF005
+    return rotated
 
 
 @triton.jit
 def symmetric_column(pointer, index, SIZE: tl.constexpr):
-    """A column of float64 (H + Hᵀ) / 2, [SIZE], of [SIZE, SIZE] elements."""
+    """Float64 column ``index`` of (H + Hᵀ) / 2, [SIZE]; pointer: H, [SIZE, SIZE]."""
     lane = tl.arange(0, SIZE)
     return (tl.load(pointer + lane * SIZE + index).to(tl.float64) + tl.load(pointer + index * SIZE + lane)) * 0.5
 
@@ -121,33 +123,33 @@ def symmetric_column(pointer, index, SIZE: tl.constexpr):
 def factorize_kernel(
     hessian_ptr,  # [num_blocks, block_size, block_size] fp32 or fp64, symmetric up to rounding
     factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
-    flags_ptr,  # [2] int32, the second of which is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
+    flags_ptr,  # [2] int32; the second is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
     QBLOCK: tl.constexpr,
     DAMPING: tl.constexpr,
     DEAD: tl.constexpr,
     SHIFT: tl.constexpr,
     MAX_NEGATIVE: tl.constexpr,
     TARGET: tl.constexpr,
-    OVERLAP: tl.constexpr,  # with the kernel after
+    PDL: tl.constexpr,  # programmatic dependent launch: the next kernel may start before this one has ended
 ):
-    let_next_start(OVERLAP)
-    UNROLL: tl.constexpr = 4  # steps after which the columns change registers, so that the next one is the first
+    pdl_launch_dependents(PDL)
+    UNROLL: tl.constexpr = 4  # steps per iteration, which ends by rotating the tuple of columns
     base = tl.program_id(0).to(tl.int64) * QBLOCK * QBLOCK
     factor_ptr, norm_ptr, inverse_root_ptr = factors_of(factors_ptr, tl.program_id(0).to(tl.int64), QBLOCK)
     lane = tl.arange(0, QBLOCK)
     diagonal = tl.load(hessian_ptr + base + lane * (QBLOCK + 1)).to(tl.float64)
     mean = tl.sum(diagonal, axis=0) / QBLOCK
-    # NaN fails every comparison. Off the diagonal it makes a pivot fail, as does what no diagonal can outweigh.
+    # NaN fails every comparison. NaN off the diagonal makes a pivot fail, and so does an indefinite H.
     sound = tl.where(mean < 1e300, tl.min(diagonal, axis=0), -1.0) >= 0
-    # Equilibrated: S H S with S_i = 1/√H_ii, and the other way round for the factor.
+    # Equilibrated: S H S with S_i = 1/√H_ii; the factor is scaled back by 1/S_i.
     per_mean = 1 / tl.where(mean > 0, mean, 1.0)
     relative = tl.where(mean > 0, diagonal * per_mean, 1.0)
     root = tl.sqrt(tl.where(relative > 0, relative, DEAD))
     per_root = 1 / root
 
-    places = places_in_turn(lane, QBLOCK, TARGET)
+    buffer = rotation_buffer(lane, QBLOCK, TARGET)
     shift = DAMPING
-    failed = tl.where(sound, 1, 0)  # pivots; what is not sound is not tried
+    failed = tl.where(sound, 1, 0)  # number of failed pivots; 0 skips a matrix that is not sound
     bound = diagonal
     added = mean
     while failed > 0:
@@ -159,32 +161,32 @@ def factorize_kernel(
         added = mean * 0 + shift
         bound = diagonal * 0
         failures = lane * 0
-        remaining = bound + (1 + shift)  # of the diagonal: has the next pivot before the columns do
+        remaining = bound + (1 + shift)  # the remaining diagonal, which knows the next pivot before its column does
         pivot = remaining
         per_pivot = reciprocal(pivot, TARGET)
         for start in range(0, QBLOCK, UNROLL):
             for turn in tl.static_range(UNROLL):
                 index = start + turn
                 step = rest[turn]  # type: ignore[var-annotated]
-                # In this row pivot · across is what is there, and − across what comes there.
+                # This row holds pivot · across; the sweep replaces it by −across.
                 across = step * per_pivot
                 swept = step + tl.where(lane == index, 1.0, 0.0)
                 remaining -= step * across
                 next_pivot = tl.gather(remaining, lane * 0 + (index + 1) % QBLOCK, 0)
                 next_pivot = tl.where(next_pivot > DAMPING / 16, next_pivot, DAMPING / 32)
                 per_next = reciprocal(next_pivot, TARGET)
-                by = in_turn(across, index, places, QBLOCK, TARGET)
-                turned = ()
+                by = broadcast_rotated(across, index, buffer, QBLOCK, TARGET)
+                rotated = ()
                 for place in tl.static_range(QBLOCK):
-                    turned = turned + (rest[place] - swept * by[(place - turn - 1) % QBLOCK],)  # noqa: RUF005
+                    rotated = rotated + (rest[place] - swept * by[(place - turn - 1) % QBLOCK],)  # noqa: RUF005
                 # Back from the equilibrated matrix to H / mean.
                 column_of_factor = tl.where(lane >= index, step * inverse_root(pivot, TARGET) * root, 0.0)
                 tl.store(factor_ptr + index * QBLOCK + lane, column_of_factor.to(tl.float32))
                 solved = tl.where(lane == index, 1.0, step)
                 bound += tl.where(lane <= index, solved * solved * per_pivot, 0.0)
                 failures += (pivot < DAMPING / 16).to(tl.int32)
-                rest, pivot, per_pivot = turned, next_pivot, per_next
-            rest = turned_by(rest, UNROLL)
+                rest, pivot, per_pivot = rotated, next_pivot, per_next
+            rest = rotate_tuple(rest, UNROLL)
         failed = tl.max(failures, axis=0)
         shift = tl.maximum(shift * 4, SHIFT)
         if (failed > 0) & (shift > MAX_NEGATIVE * QBLOCK * 16):

@@ -124,12 +124,12 @@ def _at_most(registers: int | None, device: torch.device) -> dict[str, int]:
 
 
 @functools.cache
-def _overlap(device: torch.device) -> dict[str, Any]:
+def _pdl(device: torch.device) -> dict[str, Any]:
     """Options of a kernel that starts while the one before it, on the same stream, still runs; none where the device
     cannot."""
     if target_of(device) == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 # ---- the kernels with grids, constants and tiles ---------------------------------------------------------------------
@@ -137,7 +137,7 @@ def _overlap(device: torch.device) -> dict[str, Any]:
 
 def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
     """Options of a kernel that takes the global scale from so many largest magnitudes, or is given it for none."""
-    return {"AMAX_PARTS": parts, **(_overlap(device) if parts else {"OVERLAP": False})}
+    return {"AMAX_PARTS": parts, **(_pdl(device) if parts else {"PDL": False})}
 
 
 @functools.cache
@@ -201,7 +201,7 @@ def _hessian(
         TILES=tiles,
         AMAX_PARTS=parts,
         num_warps=1,
-        **(_overlap(device) if after else {"OVERLAP": False}),
+        **(_pdl(device) if after else {"PDL": False}),
         **_at_most(HESSIAN_REGISTERS[block_size], device),
     )
 
@@ -219,7 +219,7 @@ def _factorize(block_size: int, num_blocks: int, kind: Kind, device: torch.devic
         SHIFT=FIRST_SHIFT,
         MAX_NEGATIVE=MAX_RELATIVE_NEGATIVE,
         TARGET=target_of(device),
-        OVERLAP=_overlap(device)["OVERLAP"],
+        PDL=_pdl(device)["PDL"],
         num_warps=1,
     )
 
@@ -227,15 +227,15 @@ def _factorize(block_size: int, num_blocks: int, kind: Kind, device: torch.devic
 @functools.cache
 def _amax(after: bool, size: int, kind: Kind, device: torch.device) -> Kernel:
     """after: may start while the kernel before still runs, and ends after it."""
-    overlap = _overlap(device)
+    pdl = _pdl(device)
     return Kernel(
         amax_kernel,
         (AMAX_PROGRAMS, 1),
         BLOCK_N=AMAX_ELEMENTS,
         TARGET=target_of(device),
-        AFTER=after and overlap["OVERLAP"],
+        PDL_WAIT=after and pdl["PDL"],
         num_warps=AMAX_WARPS,
-        **(overlap if after else {"OVERLAP": overlap["OVERLAP"]}),
+        **(pdl if after else {"PDL": pdl["PDL"]}),
     )
 
 

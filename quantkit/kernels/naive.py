@@ -13,11 +13,11 @@ from quantkit.kernels.device import (
     normalizer,
     packed_codes,
     pairs,
+    pdl_wait,
     reciprocal_of,
     round_to_grid,
     rounded_quotient,
     scale_ceil_code,
-    wait_for_previous,
 )
 
 __all__ = ["naive_codes", "naive_kernel"]
@@ -25,7 +25,7 @@ __all__ = ["naive_codes", "naive_kernel"]
 
 @triton.jit
 def largest_product(global_scale, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """(divisor, normalize, reciprocal, rest): element_max · global_scale, [1], brought to [1, 2) by normalize."""
+    """(divisor, normalize, reciprocal, rest) [1]: divisor = element_max · global_scale · normalize lies in [1, 2)."""
     product = tl.full([1], FMT.element_max, tl.float32) * global_scale
     normalize = normalizer(product)
     reciprocal, rest = reciprocal_of(product * normalize, FMT, TARGET)
@@ -34,7 +34,7 @@ def largest_product(global_scale, FMT: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl.constexpr):
-    """int32 scale codes for float32 amax; largest: largest_product."""
+    """int32 scale codes of float32 amax; largest: see largest_product."""
     if FMT.scale_mantissa > 0:
         divisor, normalize, reciprocal, rest = largest
         # Beyond the bound lie quotients that no scale reaches.
@@ -60,7 +60,7 @@ def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl
 @triton.jit
 def naive_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
+    global_scale_ptr,  # [1] fp32; an output for single-level formats and with AMAX_PARTS
     amax_ptr,  # [AMAX_PARTS] int32; None without them
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
@@ -69,20 +69,20 @@ def naive_kernel(
     FMT: tl.constexpr,
     RULE: tl.constexpr,
     TARGET: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # blocks a program
-    AMAX_PARTS: tl.constexpr,  # parts of the weight whose largest magnitudes give the global scale; 0: it is given
-    OVERLAP: tl.constexpr,  # with the kernel before, which takes the amax
+    BLOCK_N: tl.constexpr,  # blocks per program
+    AMAX_PARTS: tl.constexpr,  # partial amax values for the global scale; 0: the global scale is given
+    PDL: tl.constexpr,  # programmatic dependent launch: starts before the amax kernel has ended
 ):
     QBLOCK: tl.constexpr = FMT.block_size
-    # From the end: of a weight whose amax was taken just before, that is what the cache still holds.
+    # Last blocks first: the amax kernel read them last, so they are in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
-    VECTOR: tl.constexpr = 128 // BITS  # what one load instruction takes
-    wait_for_previous(OVERLAP)
+    VECTOR: tl.constexpr = 128 // BITS  # elements per load instruction
+    pdl_wait(PDL)
     global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
-    largest = largest_product(global_scale, FMT, TARGET)  # here, because the kernel then needs fewer registers
+    largest = largest_product(global_scale, FMT, TARGET)  # before the loads, which saves registers
     blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR, "evict_first")
 
     amax = block_amax(blocks, flag_ptr, TARGET)

@@ -1,9 +1,9 @@
 """The representable scale of least squared error; the twin of reference/sse.py, where the formula is.
 
-A program holds a tile of blocks in registers and walks the steps that the widest window among them needs, first those
-at which some element of the tile may be clipped. Errors are float32 sums of residuals with one rounding; docs/theory.md
-says what that costs. The first search takes quotients for products with the reciprocal. Where its second least error is
-too near for that, the tile is searched again with rounded quotients.
+A program holds a tile of blocks in registers. It takes as many steps as the tile's widest window has codes, first those
+at which some element may be clipped. Residuals are rounded once and their squares summed in float32; docs/theory.md
+bounds the error. The first search approximates quotients by products with the reciprocal. Where the two least errors
+are too close for that, the tile is searched again with rounded quotients.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.device import (
+    amax_ratio,
     block_amax,
     load_blocks,
     load_global_scale,
@@ -19,7 +20,7 @@ from quantkit.kernels.device import (
     normalizer,
     packed_codes,
     pairs,
-    ratio_to,
+    pdl_wait,
     reciprocal_near,
     reciprocal_of,
     residual,
@@ -29,12 +30,11 @@ from quantkit.kernels.device import (
     search_unit,
     squared_error,
     sse_window,
-    wait_for_previous,
 )
 
 __all__ = ["sse_kernel"]
 
-CLOSE = tl.constexpr(1e-5)  # relative; twice what a quotient on the other side of a tie changes an error by
+CLOSE = tl.constexpr(1e-5)  # relative; twice the change of an error by a quotient on the wrong side of a tie
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def step_error(
 ):
     """Float32 squared error of each block at its scale code, from magnitudes.
 
-    Without EXACT a quotient is the product with the reciprocal, which may fall on the other side of a tie: the error is
-    then that of the level on that side, larger by 5e-6 at most.
+    EXACT=False multiplies by the reciprocal. Such a quotient may fall on the wrong side of a tie, which raises the
+    error by a relative 5e-6 at most.
     """
     scale = scale_value(code, FMT) * unit
     if EXACT:
@@ -81,10 +81,10 @@ def search(
     EXACT: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """(code, error, next_error) of least error among the codes first … last of each block; next_error: second least.
+    """(code, error, next_error): the least error among codes first … last of each block, and the second least error.
 
-    The tile takes the steps that its widest window needs, the first stop of them clipped; past its last code a block
-    repeats it. Codes rise and a tie is no improvement, so ties go to the smaller code.
+    The tile takes ``steps`` steps, the first ``stop`` of them with clipping. A block repeats its last code once its
+    window ends. Codes ascend and only a smaller error replaces the best, so ties go to the smaller code.
     """
     best_code = first
     best_error = tl.full(first.shape, float("inf"), tl.float32)
@@ -105,7 +105,7 @@ def search(
 @triton.jit
 def best_scale(first, last, ratio, even, odd, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
     """int32 code of least error among first … last of each block, from magnitudes."""
-    if FMT.scale_mantissa == 0:  # at most two
+    if FMT.scale_mantissa == 0:  # at most two codes
         at_first = step_error(even, odd, first, unit, FMT, True, True, TARGET)
         at_last = step_error(even, odd, last, unit, FMT, True, True, TARGET)
         return tl.where(at_last < at_first, last, first)
@@ -120,7 +120,7 @@ def best_scale(first, last, ratio, even, odd, unit, FMT: tl.constexpr, TARGET: t
 @triton.jit
 def sse_kernel(
     weight_ptr,  # [num_blocks, block_size] bf16, fp16 or fp32
-    global_scale_ptr,  # [1] fp32; written where the format has none, or from amax
+    global_scale_ptr,  # [1] fp32; an output for single-level formats and with AMAX_PARTS
     amax_ptr,  # [AMAX_PARTS] int32; None without them
     codes_ptr,  # [num_blocks, block_size / 2] uint8
     scales_ptr,  # [num_blocks] uint8
@@ -130,19 +130,19 @@ def sse_kernel(
     FMT: tl.constexpr,
     COUNT: tl.constexpr,
     TARGET: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # blocks a program
-    AMAX_PARTS: tl.constexpr,  # parts of the weight whose largest magnitudes give the global scale; 0: it is given
-    OVERLAP: tl.constexpr,  # with the kernel before, which takes the amax
+    BLOCK_N: tl.constexpr,  # blocks per program
+    AMAX_PARTS: tl.constexpr,  # partial amax values for the global scale; 0: the global scale is given
+    PDL: tl.constexpr,  # programmatic dependent launch: starts before the amax kernel has ended
 ):
     QBLOCK: tl.constexpr = FMT.block_size
-    # From the end: of a weight whose amax was taken just before, that is what the cache still holds.
+    # Last blocks first: the amax kernel read them last, so they are in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = block < num_blocks
     BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
-    VECTOR: tl.constexpr = 128 // BITS  # what one load instruction takes
+    VECTOR: tl.constexpr = 128 // BITS  # elements per load instruction
     blocks = load_blocks(weight_ptr + block * QBLOCK, inside, QBLOCK, VECTOR, "evict_first")
-    wait_for_previous(OVERLAP)
+    pdl_wait(PDL)
     global_scale = load_global_scale(global_scale_ptr, amax_ptr, FMT, AMAX_PARTS)
 
     amax = block_amax(blocks, flag_ptr, TARGET)
@@ -150,7 +150,7 @@ def sse_kernel(
     even, odd = pairs(blocks.to(tl.float32))
     even, odd = even * normalize[:, None], odd * normalize[:, None]
     unit = search_unit(global_scale, normalize, FMT)
-    ratio = ratio_to(amax, global_scale, FMT)
+    ratio = amax_ratio(amax, global_scale, FMT)
     first, last = sse_window(ratio, FMT)
     code = best_scale(first, last, ratio, tl.abs(even), tl.abs(odd), unit, FMT, TARGET)
 

@@ -64,7 +64,7 @@ def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factor
         block = (first <= last).nonzero().squeeze(1)
         if len(block):
             zero_error, error = errors(search.blocks[block].double(), block), search.error[block]
-            matters = bounds.first_that_matters(
+            matters = bounds.first_useful_code(
                 zero_error, error, sums_of_norms[block // rows], fmt.element, fmt.scale, global_scale
             )
             first = first.index_copy(0, block, torch.maximum(first[block], matters))

@@ -120,7 +120,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     from quantkit.kernels import launch
 
     monkeypatch.setattr(launch, "target_of", lambda device: "plain")
-    for name in ("_overlap", "_naive", "_sse", "_hessian", "_factorize", "_amax"):
+    for name in ("_pdl", "_naive", "_sse", "_hessian", "_factorize", "_amax"):
         monkeypatch.setattr(launch, name, getattr(launch, name).__wrapped__)
     assert launch._amax(False, 64, (torch.float32, True), torch.device("cuda")).constants["TARGET"] == "plain"
 

@@ -62,7 +62,7 @@ def test_hessian_window_holds_every_better_scale(family: str, format: str, block
         first, last = bounds.hessian_window(
             magnitudes, torch.tensor(error[incumbent]), factors.inverse_diagonal, E2M1, FORMATS[format].scale, ONE
         )
-        matters = bounds.first_that_matters(
+        matters = bounds.first_useful_code(
             zero_error, torch.tensor(error[incumbent]), sum_of_norms, E2M1, FORMATS[format].scale, ONE
         )
         first = torch.maximum(first, matters)

@@ -20,7 +20,7 @@ from quantkit.kernels import launch
 
 target, capability, format, block_size, dtype, *names = sys.argv[1:]
 launch.target_of = lambda device: target
-launch._overlap = lambda device: {"OVERLAP": int(capability) >= 90}
+launch._pdl = lambda device: {"PDL": int(capability) >= 90}
 fmt, size, any_kind = FORMATS[format], int(block_size), ((torch.float32, True), torch.device("cpu"))
 kernels = {
     "naive": lambda: launch._naive(fmt, size, fmt.scale_rules[0], 256, 64, *any_kind),

@@ -14,13 +14,13 @@ from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
 from quantkit.kernels.device import columns, format_constants, load_blocks, round_to_grid
 from quantkit.kernels.hessian import (
-    farthest,
-    farthest_by_twos,
-    full_error,
-    half_norm,
-    load_halves,
-    norm_of_twos,
-    twos_of,
+    columns_to_fp16x2,
+    fp16_norm,
+    fp16_norm_x2,
+    fp32_error,
+    hessian_bounds,
+    hessian_bounds_x2,
+    load_fp16_factor,
 )
 from quantkit.reference.amax import global_scale_of
 from tests.inputs import all_families, correlated_tokens
@@ -66,13 +66,13 @@ def _product_kernel(
     r_ptr, factor_ptr, row_norm_ptr, norm_ptr, margin_ptr, error_ptr, QBLOCK: tl.constexpr, TARGET: tl.constexpr
 ):
     lane = tl.arange(0, 32)
-    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, False, TARGET)
+    fp16_factor = load_fp16_factor(factor_ptr, row_norm_ptr, 32, QBLOCK, False, TARGET)
     r = columns(load_blocks(r_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
-    norm, margin = half_norm(r, halves, TARGET)
+    norm, margin = fp16_norm(r, fp16_factor, TARGET)
     tl.store(norm_ptr + lane, norm)
     tl.store(margin_ptr + lane, margin)
     same = columns(load_blocks(r_ptr + (lane >> 2) * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
-    tl.store(error_ptr + lane, full_error(same, factor_ptr, TARGET))
+    tl.store(error_ptr + lane, fp32_error(same, factor_ptr, TARGET))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
@@ -220,7 +220,7 @@ def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_si
 
 
 @triton.jit
-def _by_twos_kernel(
+def _fp16x2_kernel(
     x_ptr,
     factor_ptr,
     row_norm_ptr,
@@ -235,25 +235,25 @@ def _by_twos_kernel(
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     lane = tl.arange(0, 32)
-    halves = load_halves(factor_ptr, row_norm_ptr, 32, QBLOCK, True, TARGET)
+    fp16_factor = load_fp16_factor(factor_ptr, row_norm_ptr, 32, QBLOCK, True, TARGET)
     x = columns(load_blocks(x_ptr + lane * QBLOCK, lane >= 0, QBLOCK, 4, ""), QBLOCK)
-    twos = twos_of(x)
-    norm, margin = norm_of_twos(twos, tl.load(code_ptr + lane), 1.0, halves, FMT)
+    x_fp16x2 = columns_to_fp16x2(x)
+    norm, margin = fp16_norm_x2(x_fp16x2, tl.load(code_ptr + lane), 1.0, fp16_factor, FMT)
     tl.store(norm_ptr + lane, norm)
     tl.store(margin_ptr + lane, margin)
     radius = tl.load(radius_ptr + lane)
-    clipping, beyond = farthest_by_twos(twos, radius, inverse_root_ptr)
+    clipping, dead_zone = hessian_bounds_x2(x_fp16x2, radius, inverse_root_ptr)
     tl.store(bounds_ptr + lane, clipping)
-    tl.store(bounds_ptr + 32 + lane, beyond)
-    clipping, beyond = farthest(x, radius, inverse_root_ptr)
+    tl.store(bounds_ptr + 32 + lane, dead_zone)
+    clipping, dead_zone = hessian_bounds(x, radius, inverse_root_ptr)
     tl.store(bounds_ptr + 64 + lane, clipping)
-    tl.store(bounds_ptr + 96 + lane, beyond)
+    tl.store(bounds_ptr + 96 + lane, dead_zone)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_two_elements_an_instruction_are_within_the_margin_and_the_bounds(block_size: int, spread: float) -> None:
+def test_fp16x2_is_within_the_margin_and_the_bounds(block_size: int, spread: float) -> None:
     """Of bfloat16 elements from 2 down to far below what half precision holds; radii from far below to far above."""
     fmt = FORMATS["mxfp4"]
     generator = torch.Generator().manual_seed(1)
@@ -269,7 +269,7 @@ def test_two_elements_an_instruction_are_within_the_margin_and_the_bounds(block_
     norm, margin = torch.empty(2, 32, device="cuda")
     found = torch.empty(4, 32, device="cuda")
     given = (x, factor.T.contiguous(), factor.norm(dim=1), roots, codes, radius)
-    _by_twos_kernel[(1,)](
+    _fp16x2_kernel[(1,)](
         *(tensor.cuda() for tensor in given),
         norm,
         margin,
@@ -285,10 +285,10 @@ def test_two_elements_an_instruction_are_within_the_margin_and_the_bounds(block_
     assert margin.isfinite().sum() >= 16
     reach = radius.double()[:, None] * roots.double()
     clipping = (x.abs() - reach).amax(1).clamp(min=0)
-    beyond = torch.where(x.abs() > reach, x.abs() + reach, torch.inf).amin(1)
-    by_twos, by_ones = found.cpu().double().view(2, 2, 32)
-    for lower, upper in (by_twos, by_ones):
-        assert (lower <= clipping * (1 + 1e-6)).all() and (upper >= beyond * (1 - 1e-6)).all()
-    assert (by_twos[0] >= clipping * (1 - 2**-7) - 2**-9).all()
-    near = beyond < 4
-    assert near.sum() > 8 and (by_twos[1][near] <= beyond[near] * (1 + 2**-7) + 2**-9).double().mean() > 0.9
+    dead_zone = torch.where(x.abs() > reach, x.abs() + reach, torch.inf).amin(1)
+    fp16x2, float32 = found.cpu().double().view(2, 2, 32)
+    for lower, upper in (fp16x2, float32):
+        assert (lower <= clipping * (1 + 1e-6)).all() and (upper >= dead_zone * (1 - 1e-6)).all()
+    assert (fp16x2[0] >= clipping * (1 - 2**-7) - 2**-9).all()
+    near = dead_zone < 4
+    assert near.sum() > 8 and (fp16x2[1][near] <= dead_zone[near] * (1 + 2**-7) + 2**-9).double().mean() > 0.9

@@ -100,7 +100,7 @@ class Kernels:
         self.constants: dict[str, Any] = {}  # of the last one made
 
     def make(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> Callable[..., None]:
-        name = kernel.__name__.removesuffix("_kernel") + ("_after" if constants.get("AFTER") else "")
+        name = kernel.__name__.removesuffix("_kernel") + ("_after" if constants.get("PDL_WAIT") else "")
         self.made.append(name)
         self.constants = constants
         return lambda stream, *arguments: self.started.append(name)
@@ -120,7 +120,7 @@ class Kernels:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels()
     monkeypatch.setattr(launch, "Kernel", kernels.make)
-    monkeypatch.setattr(launch, "_overlap", lambda device: {"OVERLAP": True})
+    monkeypatch.setattr(launch, "_pdl", lambda device: {"PDL": True})
     for name in ("_naive", "_sse", "_hessian", "_factorize", "_amax", "_dequantize", "_block_hessians"):
         monkeypatch.setattr(launch, name, functools.cache(getattr(launch, name).__wrapped__))
     return kernels
@@ -161,11 +161,11 @@ def test_a_search_with_factors_is_one_launch_that_waits_for_what_came_before(ker
         return lambda: search.quantize_matrix(columns, NVFP4, 16, "hessian", factors=factors[index], global_scale=scale)
 
     assert kernels(run(0)) == (["hessian"], ["hessian"])
-    assert kernels.constants["OVERLAP"] is False
+    assert kernels.constants["PDL"] is False
     for index in range(1, 4):
         assert kernels(run(index)) == ([], ["hessian"])
     assert kernels(run(0, None)) == (["amax", "hessian"], ["amax", "hessian"])
-    assert kernels.constants["OVERLAP"] is True
+    assert kernels.constants["PDL"] is True
 
 
 @pytest.mark.parametrize("method", ["naive", "sse"])

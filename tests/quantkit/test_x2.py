@@ -1,7 +1,6 @@
-"""What MXFP4's kernels find two an instruction, in half precision: every element and scale.
+"""The fp16x2 arithmetic of MXFP4's kernels, for every element and scale.
 
-The instructions are those of ``kernels/hessian.py`` and ``kernels/device.py``, each rounded once, as the GPU rounds
-them.
+NumPy executes the instructions of ``kernels/ptx.py`` in their order, and rounds each once, as the GPU does.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import torch
 
 from quantkit import E2M1
 
-# Where norm_of_twos answers: the smallest tie well above half precision's subnormals, the largest level far below its
-# end.
+# Scales that fp16_norm_x2 evaluates: the smallest tie is well above fp16's subnormals, and the largest level far below
+# its largest number.
 SCALES = [2.0**k for k in range(-40, 40) if 2.0**k / 4 > 2.0**-13 and 2.0**k * E2M1.max_value < 2.0**9]
 
 
