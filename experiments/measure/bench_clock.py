@@ -111,5 +111,7 @@ def quantiles(times: list[float]) -> tuple[float | None, float | None, float | N
     """(median, 20 %, 80 %)."""
     if not times:
         return None, None, None
-    values = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    values = torch.tensor(times, dtype=torch.float64, device="cpu").quantile(
+        torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64, device="cpu")
+    )
     return tuple(round(float(v), 3) for v in values)  # type: ignore[return-value]

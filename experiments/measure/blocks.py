@@ -1,4 +1,4 @@
-"""What each block became: one line a block, in the order of the weight's blocks. For histograms, beside the record.
+"""Statistics of the blocks: one line for each block, in the order of the weight's blocks, kept beside the record.
 
 shift                  index of the chosen scale minus that of the naive one, in steps of representable scales
 candidates             scales evaluated; absent where nothing was searched
@@ -34,8 +34,8 @@ def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTenso
     residual = result.dequantize().unflatten(1, (num_blocks, size)) - blocks
     hessians = block_hessians(gram, size).to(residual.device)
     columns = {
-        "row": torch.arange(rows, dtype=torch.int32).repeat_interleave(num_blocks),
-        "block": torch.arange(num_blocks, dtype=torch.int32).repeat(rows),
+        "row": torch.arange(rows, dtype=torch.int32, device="cpu").repeat_interleave(num_blocks),
+        "block": torch.arange(num_blocks, dtype=torch.int32, device="cpu").repeat(rows),
         "scale": result.scales,
         "shift": result.scales.short() - naive.scales.short(),
         "squared_error": residual.square().sum(-1),
@@ -48,8 +48,10 @@ def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTenso
 
 
 def histograms(columns: Mapping[str, Tensor]) -> dict[str, tuple[list[int], list[float]]]:
-    """Name → (counts, edges) of what block_columns() made: a bin a whole number for the shift of the scale and the
-    candidates, 64 bins from 0 for the relative error ‖q − w‖ / ‖w‖. Blocks of zeros have error 0. Empty without blocks.
+    """Name → (counts, edges), from what block_columns() returns; empty without blocks.
+
+    The shift of the scale and the candidates have one bin for each whole number, the relative error ‖q − w‖ / ‖w‖ has
+    64 bins from 0. The error of a block of zeros is 0.
     """
     if not len(columns["shift"]):
         return {}

@@ -39,20 +39,21 @@ Fields = dict[str, Any]  # field of RunRecord → value
 class Quantized:
     """A layer on the run's device. `quantize` is quantkit's, with the run's weight and options filled in.
 
+    result: by the run's method; naive: by the naive one, for comparison.
     weight [out_features, in_features]; hessian [num_blocks, block_size, block_size], where the method needs it.
     """
 
     weight: Tensor
     hessian: Tensor | None
     result: QuantizedTensor
-    seconds: float  # that making the result took
+    seconds: float  # what `result` took
     quantize: Callable[..., QuantizedTensor]
     naive: QuantizedTensor
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """fields: of the record. histograms: makes the distributions over the blocks, for whoever wants them."""
+    """fields: of the record. histograms: computes the distributions over the blocks when it is called."""
 
     fields: Fields
     histograms: Callable[[], Histograms]
@@ -82,13 +83,20 @@ def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
 
 
 def check_options(config: Config) -> None:
-    """Let the library judge format, block size, method, scale and the backend's name on a weight of no rows: a capture
-    may take minutes. Raises its ValueError."""
+    """Raise the library's ValueError for options that it refuses, before a capture that may take minutes.
+
+    The library judges format, block size, method, scale and the backend's name on a weight without rows.
+    """
     if config.backend.name not in BACKENDS:
         resolve_backend(config.backend.name, "cpu")
     size = config.block_size
-    hessian = torch.eye(size).unsqueeze(0) if get_method(config.method.name).needs_hessian else None
-    quantize(torch.empty(0, size), method=config.method.name, hessian=hessian, backend="reference", **options(config))
+    hessian = (
+        torch.eye(size, dtype=torch.float32, device="cpu").unsqueeze(0)
+        if get_method(config.method.name).needs_hessian
+        else None
+    )
+    weight = torch.empty(0, size, dtype=torch.float32, device="cpu")
+    quantize(weight, method=config.method.name, hessian=hessian, backend="reference", **options(config))
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -116,7 +124,7 @@ def quantize_layer(resolved: Resolved, inputs: LayerInputs) -> Quantized:
 
 
 def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
-    """What was really used: the sources behind the names, the format's defaults behind null."""
+    """The sources that were really used, and the format's defaults where the configuration says null."""
     used, layout = inputs.provenance, work.result.format
     scale = config.format.global_scale
     return {
@@ -168,8 +176,8 @@ def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
 
 
 def verify_scales(config: Config, work: Quantized) -> Fields:
-    """Judge every scale against all representable ones. Where a method promises no optimum, the count is what it
-    loses."""
+    """Compare every scale with all representable ones. For a method that promises no optimum, the violations count the
+    blocks that have a better scale."""
     found = verify(work.result, work.weight, work.hessian)
     log.info("verified: %s", found)
     if not found.ok and get_method(config.method.name).is_optimal:

@@ -46,9 +46,9 @@ def measure(
 ) -> Timing:
     """Time `call`, which works on `device`.
 
-    On a CPU that takes min_run_s and one call, or two calls. A call known to be slower than max_call_s is not timed:
-    nothing but the timer's name is returned. expected_s: what a call took before, on a CPU; on a GPU one more is made,
-    because the first compiles.
+    On a CPU that takes min_run_s and one call, or two calls. A call slower than max_call_s is not timed: the result
+    has the timer's name alone. expected_s: what a call took before, on a CPU. On a GPU one call is made to find out,
+    after a first one that compiles.
     """
     if not config.enabled:
         return Timing()
@@ -96,7 +96,7 @@ def _too_slow(seconds: float, config: TimingConfig) -> bool:
 
 
 def _summary(times_ms: list[float], calls_per_time: int, timer: str, device: str) -> Timing:
-    median, p20, p80 = torch.tensor(times_ms, dtype=torch.float64).quantile(
-        torch.tensor(QUANTILES, dtype=torch.float64)
+    median, p20, p80 = torch.tensor(times_ms, dtype=torch.float64, device="cpu").quantile(
+        torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
     )
     return Timing(float(median), float(p20), float(p80), len(times_ms) * calls_per_time, timer, device)

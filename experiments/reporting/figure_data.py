@@ -172,7 +172,7 @@ def layers(sources: Sources) -> pd.DataFrame:
 
 
 def calibration_size(sources: Sources) -> pd.DataFrame:
-    """The Hessian scales of each number of tokens and seed; with them SSE's, which need no tokens (written as 0)."""
+    """The Hessian method for each number of tokens and seed, and SSE, which needs no tokens: its number is 0."""
     by = ["format", "method", "tokens_calibration", "seed"]
     values = ["output_error", "output_error_heldout"]
     runs = sources.runs("calibration_size", by, values)
@@ -229,10 +229,10 @@ def time_error(sources: Sources) -> pd.DataFrame:
 
 
 def timings(sources: Sources, kind: str) -> pd.DataFrame:
-    """SETTINGS, backend, TIMES, floor_us, MATRIX, commit; of one matrix on one device, of those with the most times the
-    last. The benchmark's, else records'.
+    """The times of one matrix on one device; columns: SETTINGS, backend, TIMES, floor_us, MATRIX, commit.
 
-    kind: gpu_us or call_us, the benchmark's two measurements; records have the whole call alone.
+    They are the benchmark's where it has any, else those of the records. The matrix is the one with the most times, and
+    the last of several. kind: gpu_us or call_us, the benchmark's two measurements; records have the whole call alone.
     """
     columns = [*SETTINGS, "backend", *TIMES, "floor_us", *MATRIX, "commit"]
     times = _bench_timings(sources.bench, kind)
@@ -267,11 +267,12 @@ def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
 
 
 def scaling(sources: Sources) -> pd.DataFrame:
-    """operation, format, rows, bytes, us_per_mb, us_per_further_mb, TIMES, columns, dtype, device, commit: the
-    benchmark's kernels on weights of one width on one device, of those with the most numbers of rows the last, global
-    scales given, with the copy's and the launch's lines; block size 16.
+    """The benchmark's kernels on weights of one width on one device, with the copy's and the launch's lines.
 
-    us_per_further_mb: what a call takes longer than on half the rows, over the bytes that it has more."""
+    Columns: operation, format, rows, bytes, us_per_mb, us_per_further_mb, TIMES, columns, dtype, device, commit. Block
+    size 16, global scales given. The width and device are those with the most numbers of rows, and the last of several.
+    us_per_further_mb: the time of a call less that on half the rows, over the difference of their bytes.
+    """
     columns = ["operation", "format", "rows", "bytes", "us_per_mb", "us_per_further_mb", *TIMES]
     columns += ["columns", "dtype", "device", "commit"]
     bench = sources.bench
@@ -294,7 +295,7 @@ def scaling(sources: Sources) -> pd.DataFrame:
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:
-    """Of the records whose settings both backends were timed with, by one timer on one device."""
+    """The times of the records, for settings that both backends were timed with, by one timer on one device."""
     runs = [
         run
         for name in ("timing", "main")

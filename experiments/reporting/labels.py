@@ -4,7 +4,7 @@ from __future__ import annotations
 
 NONE = "–"
 FORMATS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4"}  # name → label, in the order of the rows
-# The default global scale and naive rule, those of the main tables; another choice is for a figure that compares it.
+# The default global scale and naive rule, which the main tables use. Figures that compare them show the others.
 DEFAULTS = {"nvfp4": ("amax", "nearest"), "mxfp4": ("none", "floor")}
 METHODS = {
     "naive": "Naive",
@@ -12,7 +12,7 @@ METHODS = {
     "hessian": "Hessian",
     "gptq": "GPTQ, blocks ordered, Hessian scales",  # published alone
 }
-OPTIMAL = ("sse", "hessian")  # methods that promise the least error; what others miss breaks no contract
+OPTIMAL = ("sse", "hessian")  # methods that promise the least error
 BACKENDS = {"reference": "reference", "triton": "Triton"}
 
 

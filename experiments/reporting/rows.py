@@ -88,9 +88,9 @@ class Row:
 
 
 def make_rows(records: Iterable[RunRecord]) -> list[Row]:
-    """The rows of the runs that ended well, in the order of the tables: of each, the newest run.
+    """The rows of the runs that ended well, in the order of the tables. A row has the newest run of each backend.
 
-    One that was not timed (timing=none) has the time of the one before it, of the same code and with the same errors.
+    A run that was not timed (timing=none) takes the time of an earlier run of the same code with the same errors.
     """
     newest: dict[tuple[Subject, str, str | float | None, str | None, str], dict[str, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at or ""):
@@ -151,7 +151,7 @@ def commit_label(record: RunRecord) -> str:
 
 
 def _sortable(values: Iterable[Any]) -> list[tuple[str, Any]]:
-    """None, numbers and text do not compare with each other; of two kinds, the kinds do."""
+    """Keys that sort None, numbers and text together, which Python does not compare with each other."""
     return [
         ("", 0) if value is None else ("number", value) if isinstance(value, int | float) else ("text", str(value))
         for value in values

@@ -65,7 +65,7 @@ def _scaling_notes(machine: str, doublings: int, launches: pd.Series) -> tuple[s
 
 
 def _spread(times: pd.DataFrame) -> dict[str, Any]:
-    """The settings of one case, and the least and the most that its further and its whole megabytes take."""
+    """The settings of one case, and how far its time per megabyte varies over the numbers of rows."""
     further = us_per_further_mb(times).dropna()
     whole = times["gpu_us_median"] / times["bytes"]
     return {
@@ -79,8 +79,10 @@ def _spread(times: pd.DataFrame) -> dict[str, Any]:
 
 
 def us_per_further_mb(times: pd.DataFrame, column: str = "gpu_us_median") -> pd.Series:
-    """Of one case at several numbers of rows: its time less that with half the rows, over the bytes that it reads and
-    writes more. NaN where half the rows were not timed."""
+    """The time of a call less that on half the rows, over the difference of the bytes that they read and write.
+
+    times: one case at several numbers of rows. NaN where half the rows were not timed.
+    """
     halves = times.set_index("rows")[[column, "bytes"]].reindex(times["rows"] / 2).set_index(times.index)
     further = times["bytes"] - halves["bytes"]
     return (times[column] - halves[column]) / (further.where(further > 0) / 1e6)

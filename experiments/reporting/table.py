@@ -10,7 +10,7 @@ import pandas as pd
 @dataclass(frozen=True)
 class Table:
     title: str
-    notes: tuple[str, ...]  # a line each: what every number in the table stands on
+    notes: tuple[str, ...]  # one line each: data, device, settings and sources of the numbers
     frame: pd.DataFrame  # text, ready to print
 
     def markdown(self) -> str:

@@ -85,7 +85,7 @@ def _in_memory(name: str, split: str, text: str) -> Text:
 
 
 def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load: Callable[[], str]) -> Text:
-    """Keeps the plain text in the cache: a later run needs neither the hub nor the datasets library."""
+    """The text, kept in the cache as plain text: a later run needs neither the hub nor the datasets library."""
     meta = _kept(identity, cache)
     file = meta.with_suffix(".txt")
 
@@ -118,7 +118,7 @@ def _python_docs() -> str:
 
 
 def _join(rows: Iterable[str | None]) -> str:
-    """Rows of a table as the text they were cut from: WikiText's keep their line ends, other sets' do not."""
+    """Rows of a table, joined to their text. Rows of WikiText end with a line break, those of other sets do not."""
     return "".join(row if row.endswith("\n") else row + "\n" for row in rows if row is not None)
 
 
