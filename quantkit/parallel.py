@@ -1,8 +1,8 @@
-"""Independent pieces of work on a CPU's cores, a piece a core.
+"""Independent pieces of work on a CPU's cores, one piece per core at a time.
 
-PyTorch's own threads share every single operation and wait for each other at its end. The searches consist of many
-short operations, where that costs more than it gains, and very much more when another process wants a core. Here each
-thread of Python works through pieces of its own, with one thread of PyTorch.
+PyTorch's threads split each operation and synchronize at its end. The searches consist of many short operations, for
+which this costs more than it gains, above all when another process uses a core. Here each Python thread works on pieces
+of its own with one PyTorch thread.
 """
 
 from __future__ import annotations

@@ -25,23 +25,23 @@ from quantkit.kernels.sse import sse_kernel
 __all__ = ["Quantized", "amax_parts", "block_hessians", "dequantize", "factorize", "quantize", "unpack_factors"]
 
 INTERPRETED = triton.knobs.runtime.interpret
-PTX_CAPABILITY = (8, 9)  # NVIDIA GPUs that know all instructions which the kernels spell out
-# Sizes that were fastest on an H200 or H100 (docs/log.md); the interpreter pays by the operation, not the element.
-NAIVE_ELEMENTS = dict.fromkeys((16, 32), 8192) if INTERPRETED else {16: 2048, 32: 1024}  # a program, one warp
+PTX_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with all instructions of ptx.py
+# Fastest on an H200 or H100 (docs/log.md). The interpreter's cost is per operation, so it gets large tiles.
+NAIVE_ELEMENTS = dict.fromkeys((16, 32), 8192) if INTERPRETED else {16: 2048, 32: 1024}  # per program, one warp
 NAIVE_REGISTERS = {16: None, 32: 56}
-SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # likewise
+SSE_ELEMENTS = 8192 if INTERPRETED else 1024  # per program, one warp
 SSE_REGISTERS = {16: 80, 32: 96}
 AMAX_PROGRAMS = 1 if INTERPRETED else 256
-AMAX_ELEMENTS = 8192 if INTERPRETED else 16384  # a step of a program
+AMAX_ELEMENTS = 8192 if INTERPRETED else 16384  # per step of a program
 AMAX_WARPS = 16
 HESSIAN_REGISTERS = {16: 80, 32: 128}
-HESSIAN_ROWS = 512 if INTERPRETED else 32  # a tile
-# Tiles a program, where scales are powers of two and where not: a short search pays more for a program's beginning.
+HESSIAN_ROWS = 512 if INTERPRETED else 32  # per tile
+# Tiles per program, by whether scales are powers of two: a short search amortizes a program's start over more tiles.
 HESSIAN_TILES = {True: 1, False: 1} if INTERPRETED else {True: 4, False: 1}
-ALIGNED = 16  # bytes: for an address that divides, Triton compiles wider loads
-DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # of eight elements, a program
-BLOCK_HESSIANS_WIDTH = 64  # columns, and tokens, a program
-BLOCK_HESSIANS_TOKENS = 2048
+ALIGNED = 16  # bytes; for addresses that are multiples of it, Triton compiles wider loads
+DEQUANTIZE_CHUNKS = 4096 if INTERPRETED else 256  # chunks of eight elements per program
+BLOCK_HESSIANS_WIDTH = 64  # columns per program
+BLOCK_HESSIANS_TOKENS = 2048  # tokens per program
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -2,8 +2,8 @@
 
 S = scale · global_scale   (float32),   y = x / S   (float32, IEEE),   r = x − S·Q(y)   (float64, exact)
 
-The blocks' windows differ in length, a few of them by a factor of ten. So what is evaluated is not one scale after
-another for all blocks, but a list of pairs (block, scale code) that holds each block's window and nothing else.
+Windows differ in length between blocks, some by a factor of ten. So the search evaluates a list of (block, scale code)
+pairs, which holds each block's window and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantkit.formats import BlockFormat
 
 __all__ = ["ScaleChoice", "Search", "effective_scale", "residual"]
 
-# Weights evaluated at a time: on a CPU few enough that the arrays stay in a core's cache.
+# Weights evaluated at once. On a CPU the arrays must fit a core's cache.
 CPU_ELEMENTS = 1 << 17
 GPU_ELEMENTS = 1 << 22
 # Errors closer than this are equal: a matrix product may round one row differently at another place in the matrix.

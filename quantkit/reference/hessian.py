@@ -6,8 +6,8 @@ With H = A Aᵀ the error is ‖r A‖², which stays accurate where r lies in H
 2. window: the codes that the incumbent's error does not rule out;
 3. the rest of that window: what lies above, then what lies below, downwards.
 
-Below it goes a few codes at a time. Where more are left, the bound by magnitude, for which x A is needed, is asked with
-the best error so far.
+Below, it evaluates a few codes at a time. Where more remain, the magnitude bound excludes some, given the best error so
+far. That bound needs x A.
 
 The codes are round-to-nearest at the chosen scale; H picks the scale alone (no error feedback as in GPTQ).
 """
