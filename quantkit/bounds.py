@@ -10,7 +10,9 @@ so the optimum of the squared error lies between, at most 10 codes (n = 16) or 1
 two powers of two for UE8M0. Where a scale has no half in the grid (E4M3's subnormals) codes up to the first that is ≥
 4a are kept, at which every element rounds to zero.
 
-For ``r H rᵀ`` these bounds are wrong. With an incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥
+These two are proven for E2M1 elements and any scale grid. For other elements all codes are the window.
+
+For ``r H rᵀ`` they are wrong. For any elements, 6 being the largest and 1/2 the smallest nonzero one, and with an incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥
 r_i²/(H⁻¹)_ii:
 
     clipping   s ≥ max_i (|x_i| − t_i) / 6
@@ -36,13 +38,14 @@ __all__ = [
     "sse_window",
     "sse_window_factors",
     "zeroing_code",
+    "zeroing_factor",
 ]
 
 SLACK = 2.0**-18
 
 
 def has_windows(element: ElementGrid) -> bool:
-    """Whether the windows are proven for these elements."""
+    """Whether the squared error's window is proven for these elements."""
     return (element.exponent_bits, element.mantissa_bits, element.bias) == (2, 1, 1)
 
 
@@ -59,9 +62,15 @@ def sse_window_factors(element: ElementGrid, block_size: int) -> tuple[float, fl
     return 24 / (28 + (block_size - 1) / 4) / 6, 1 / 3.5
 
 
-def zeroing_code(amax: Tensor, scale: ScaleGrid, global_scale: Tensor) -> Tensor:
-    """int32 smallest code at which every element rounds to zero (scale ≥ 4·amax); float32 ``amax`` of any shape."""
-    return scale.ceil_code(amax / global_scale * (4 * (1 + SLACK))).clamp(min=scale.min_code)
+def zeroing_factor(element: ElementGrid) -> float:
+    """Scale over amax from which on every element rounds to zero: amax is then half the smallest level, a tie."""
+    return 2 / element.value(1)
+
+
+def zeroing_code(amax: Tensor, element: ElementGrid, scale: ScaleGrid, global_scale: Tensor) -> Tensor:
+    """int32 smallest code at which every element rounds to zero; float32 ``amax`` of any shape."""
+    factor = zeroing_factor(element) * (1 + SLACK)
+    return scale.ceil_code(amax / global_scale * factor).clamp(min=scale.min_code)
 
 
 def sse_window(
@@ -69,15 +78,19 @@ def sse_window(
 ) -> tuple[Tensor, Tensor]:
     """(first, last) int32 codes, of ``amax``'s shape, between which a scale of least squared error lies.
 
-    amax: float32 largest magnitude of each block, in the weight's unit; global_scale: float32 scalar.
+    amax: float32 largest magnitude of each block, in the weight's unit; global_scale: float32 scalar. All codes where
+    no window is proven for the elements.
     """
+    if not has_windows(element):
+        first = torch.full_like(amax, scale.min_code, dtype=torch.int32)
+        return first, torch.full_like(first, scale.max_code)
     lower, upper = sse_window_factors(element, block_size)
     ratio = amax / global_scale
     # Codes above this one cannot be doubled, so the lower bound says nothing of them.
     last_doubling = int(scale.floor_code(torch.tensor(scale.max_value / 2)))
     first = (scale.floor_code(ratio * (lower * (1 - SLACK))) + 1).clamp(scale.min_code, last_doubling + 1)
     last = scale.floor_code(ratio * (upper * (1 + SLACK)))
-    without_half = zeroing_code(amax, scale, global_scale).clamp(max=scale.last_code_without_half)
+    without_half = zeroing_code(amax, element, scale, global_scale).clamp(max=scale.last_code_without_half)
     return first, torch.maximum(torch.maximum(last, without_half), first)
 
 
@@ -102,7 +115,7 @@ def hessian_window(
     dead_zone = beyond.amin(-1) / ratio
     first = scale.ceil_code((clipping * (1 - SLACK)).float()).clamp(min=scale.min_code)
     last = scale.floor_code((dead_zone * (1 + SLACK)).float()).clamp(min=scale.min_code)
-    return first, torch.minimum(last, zeroing_code(magnitudes.amax(-1).float(), scale, global_scale))
+    return first, torch.minimum(last, zeroing_code(magnitudes.amax(-1).float(), element, scale, global_scale))
 
 
 def first_useful_code(

@@ -10,13 +10,20 @@ Codes of one sign are ordered like their values, so a window of scales is a rang
 naive scale and the search windows are derived from this description; a new format is a new entry at the foot of this
 file.
 
+An integer grid is the same thing without exponent bits: all its codes are subnormal.
+
 Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and UE8M0, OCP 8-bit Floating Point v1.0 for E4M3, NVIDIA's NVFP4
-for their pairing with a float32 global scale. Differences from hardware: a scale never rounds to zero (the smallest
-positive scale is taken instead), and block size 32 with E4M3 scales has no tensor-core support.
+for their pairing with a float32 global scale. UE5M3 scales without a global scale: Hu et al., "Elucidating the Design
+Space of FP4 Training", arXiv 2509.17791. UE4M4 scales: Killian, "Scaled Outer Product", arXiv 2605.14929. No standard
+fixes these two; they follow E4M3 here: bias 2^(exponent bits - 1) - 1, subnormals, no infinity, the top code is NaN.
+NVINT4: Chen et al., "INT v.s. FP", arXiv 2510.25602; integers from -7 to 7, the symmetric range that they recommend.
+Differences from hardware: a scale never rounds to zero (the smallest positive scale is taken instead), INT4 is stored
+as sign and magnitude, and block size 32 with E4M3 scales has no tensor-core support.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +36,14 @@ __all__ = [
     "E2M1",
     "E4M3",
     "FORMATS",
+    "FP4_UE4M4",
+    "FP4_UE5M3",
+    "INT4",
     "MXFP4",
     "NVFP4",
+    "NVINT4",
+    "UE4M4",
+    "UE5M3",
     "UE8M0",
     "BlockFormat",
     "ElementGrid",
@@ -42,6 +55,11 @@ FLOAT32_MANTISSA = 23
 FLOAT32_BIAS = 127
 FLOAT32_EXPONENT_MASK = 0x7F800000
 FLOAT32_SMALLEST_NORMAL = 2.0**-126
+LARGEST_BYTE = 255  # a scale's code and a block's number of candidates are stored in one byte each
+ELEMENT_BITS = 4  # a code with its sign; two share a byte
+# Elements whose codes, scaled to any bias in this range, are float32 numbers for every scale that a kernel meets.
+ELEMENT_BIASES = range(-2, 16)
+FRACTIONAL_SCALES = (FLOAT32_SMALLEST_NORMAL, 2.0**126)  # twice the largest scale is a float32 number, too
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,8 @@ class ElementGrid(_Grid):
 
     @property
     def max_exponent(self) -> int:
-        return (self.max_code >> self.mantissa_bits) - self.bias
+        """Exponent of the largest value, ⌊log₂ max_value⌋."""
+        return math.frexp(self.max_value)[1] - 1
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:
@@ -185,6 +204,63 @@ class ScaleGrid(_Grid):
         return torch.where(exact, floor, floor + 1).clamp(max=self.max_code)
 
 
+def _wrong_codes(grid: _Grid) -> str | None:
+    """Why the grid's codes are none, in words, or None."""
+    if min(grid.exponent_bits, grid.mantissa_bits) < 0:
+        return f"{grid.name} has a negative number of bits"
+    most = 2 ** (grid.exponent_bits + grid.mantissa_bits) - 1
+    if not 1 <= grid.max_code <= most:
+        return (
+            f"{grid.name} has max_code {grid.max_code}; with {grid.exponent_bits} exponent and {grid.mantissa_bits} "
+            f"mantissa bits it is from 1 to {most}"
+        )
+    return None
+
+
+def _wrong_element(grid: ElementGrid) -> str | None:
+    """Why no method could work with these elements, in words, or None."""
+    if grid.bits != ELEMENT_BITS:
+        return f"{grid.name} has {grid.bits} bits; codes are packed by four"
+    if grid.mantissa_bits == 0:
+        return f"{grid.name} has no mantissa bit, and ties could not go to the even code; give it one"
+    if grid.bias not in ELEMENT_BIASES:
+        return (
+            f"{grid.name} has bias {grid.bias}; give it one from {ELEMENT_BIASES[0]} to {ELEMENT_BIASES[-1]}, "
+            "scales take the difference"
+        )
+    return _wrong_codes(grid)
+
+
+def _wrong_scale(grid: ScaleGrid) -> str | None:
+    """Why no method could work with these scales, in words, or None."""
+    if grid.max_code > LARGEST_BYTE:
+        return f"{grid.name} has max_code {grid.max_code}; a scale is stored in a byte, so it is {LARGEST_BYTE} at most"
+    if (wrong := _wrong_codes(grid)) is not None:
+        return wrong
+    if not grid.subnormals and not grid.is_power_of_two:
+        return f"{grid.name} has subnormals=False, which is for scales without mantissa bits; leave it out"
+    smallest = 1 if grid.subnormals else 0
+    if not smallest <= grid.min_code <= grid.max_code:
+        zero = ", since code 0 is the value 0" if grid.min_code == 0 else ""
+        return f"{grid.name} has min_code {grid.min_code}; it is from {smallest} to max_code {grid.max_code}{zero}"
+    if grid.is_power_of_two:
+        if grid.bias != FLOAT32_BIAS:
+            return (
+                f"{grid.name} has bias {grid.bias}; powers of two are read off float32's exponent, so their bias is "
+                f"{FLOAT32_BIAS}"
+            )
+        if grid.max_code == LARGEST_BYTE:
+            return f"{grid.name} has max_code {grid.max_code}, which is 2^128, beyond float32; it is 254 at most"
+        return None
+    least, most = FRACTIONAL_SCALES
+    if grid.value(1) < least or grid.max_value > most or grid.bias < 1:
+        return (
+            f"{grid.name} has scales from {grid.value(1):.3g} to {grid.max_value:.3g} and bias {grid.bias}; they are "
+            f"computed in float32, so give it a bias from 1 on for which they lie between {least:.3g} and {most:.3g}"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class BlockFormat:
     """Elements that share one scale a block. ``two_level`` formats have a float32 global scale besides.
@@ -206,13 +282,9 @@ class BlockFormat:
                 raise ValueError(f"{self.name}: block size {size!r} is not an even number from 2 on")
         if not self.block_sizes:
             raise ValueError(f"{self.name} has no block size; give some, such as (16, 32)")
-        if self.element.bits != 4:
-            raise ValueError(f"{self.name}: {self.element.name} has {self.element.bits} bits; codes are packed by four")
-        if self.scale.is_power_of_two and self.scale.bias != FLOAT32_BIAS:
-            raise ValueError(
-                f"{self.name}: {self.scale.name} has bias {self.scale.bias}; powers of two are read off float32's "
-                f"exponent, so their bias is {FLOAT32_BIAS}"
-            )
+        for wrong in (_wrong_element(self.element), _wrong_scale(self.scale)):
+            if wrong is not None:
+                raise ValueError(f"{self.name}: {wrong}")
         known = self.scale.naive_rules
         if not self.scale_rules or not set(self.scale_rules) <= set(known):
             raise ValueError(
@@ -239,14 +311,22 @@ class BlockFormat:
 
 E2M1 = ElementGrid("e2m1", exponent_bits=2, mantissa_bits=1, bias=1, max_code=7)
 E4M3 = ScaleGrid("e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max_code=126)
+INT4 = ElementGrid("int4", exponent_bits=0, mantissa_bits=3, bias=-2, max_code=7)  # the spacing is 2^(1 - bias - 3) = 1
+UE5M3 = ScaleGrid("ue5m3", exponent_bits=5, mantissa_bits=3, bias=15, max_code=254)
+UE4M4 = ScaleGrid("ue4m4", exponent_bits=4, mantissa_bits=4, bias=7, max_code=254)
 UE8M0 = ScaleGrid("ue8m0", exponent_bits=8, mantissa_bits=0, bias=127, max_code=254, min_code=0, subnormals=False)
 
 NVFP4 = BlockFormat("nvfp4", E2M1, E4M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=True)
 MXFP4 = BlockFormat(
     "mxfp4", E2M1, UE8M0, block_sizes=(16, 32), scale_rules=("floor", "ceil", "even", "rceil"), two_level=False
 )
+FP4_UE5M3 = BlockFormat("fp4_ue5m3", E2M1, UE5M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=False)
+FP4_UE4M4 = BlockFormat("fp4_ue4m4", E2M1, UE4M4, block_sizes=(16, 32), scale_rules=("nearest",), two_level=False)
+NVINT4 = BlockFormat("nvint4", INT4, E4M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=True)
 
-FORMATS: Mapping[str, BlockFormat] = MappingProxyType({fmt.name: fmt for fmt in (NVFP4, MXFP4)})
+FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP4_UE5M3, FP4_UE4M4, NVINT4)}
+)
 
 
 def get_format(name: str | BlockFormat) -> BlockFormat:

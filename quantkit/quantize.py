@@ -120,7 +120,7 @@ def _without_kernel(method: Method | None, block_size: int | None, fmt: BlockFor
     """The first of the three that the kernels do not cover, in words; None if they cover all that are given."""
     if method is not None and not method.has_kernel:
         return f"method {method.name!r}"
-    return without_kernel(None, block_size, fmt)
+    return without_kernel(None if method is None else method.objective, block_size, fmt)
 
 
 def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule: str | None) -> str:
@@ -252,5 +252,6 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Ten
 
 
 def _is_multiplier(value: float, fmt: BlockFormat) -> bool:
-    """Whether value is normal in float32 and its product with the largest scale does not overflow."""
-    return FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / fmt.scale.max_value
+    """Whether value is a normal number whose products with the largest scale and the largest element are finite."""
+    largest = max(fmt.scale.max_value, fmt.element.max_value)
+    return FLOAT32_SMALLEST_NORMAL <= value <= torch.finfo(torch.float32).max / largest

@@ -118,8 +118,14 @@ def without_kernel(objective: Objective | None, block_size: int | None, fmt: Blo
         return f"objective {objective.name!r}"
     if block_size is not None and block_size not in kernels.BLOCK_SIZES:
         return f"block size {block_size}"
-    if fmt is not None and not bounds.has_windows(fmt.element):
-        return f"elements {fmt.element.name}"
+    if fmt is None or objective is None or not objective.is_optimal:
+        return None
+    if not bounds.has_windows(fmt.element):
+        return f"elements {fmt.element.name} in the search of objective {objective.name!r}"
+    least, most = kernels.SEARCHED_SCALES
+    if not fmt.scale.is_power_of_two and not least <= fmt.scale.min_value <= fmt.scale.max_value <= most:
+        reach = f"{fmt.scale.min_value:.3g} to {fmt.scale.max_value:.3g}"
+        return f"scales {fmt.scale.name}, from {reach}, in the search of objective {objective.name!r}"
     return None
 
 

@@ -9,9 +9,9 @@ slack is 0 for squared error. With a Hessian it is 1e-7·λ_max(H)·‖r‖², f
 of the residuals of both scales, since rounding of H affects E(s) as it affects E(stored). The objective uses the given
 H, not the factors that the searches work with. The stored codes must be round-to-nearest at the stored scale.
 
-Scales are skipped only where their error is known from another one: above 4·amax every code is zero and the error no
-longer changes; while 6·s is below the smallest nonzero magnitude, every nonzero element is clipped and the error falls
-as s grows.
+Scales are skipped only where their error is known from another one: where amax is at most half the smallest level times
+s (for E2M1, from 4·amax on) every code is zero and the error no longer changes; while the largest level times s is
+below the smallest nonzero magnitude, every nonzero element is clipped and the error falls as s grows.
 
 This contract is one of nearest codes. Where a method moves codes away from nearest (``nearest_codes`` is False), a
 block's error is no longer a function of its scale, and the method aims at a target that the tensor does not hold. None
@@ -176,7 +176,7 @@ class _Judge:
         if not len(nonzero):
             return self.codes[:1]
         scales = self.scale(self.codes).double()
-        all_zero = scales >= 4 * nonzero.max().double()
+        all_zero = scales * (self.fmt.element.value(1) / 2) >= nonzero.max().double()
         all_clipped = scales * self.fmt.element.max_value <= nonzero.min().double()
         if self.hessian is not None:
             all_clipped[:] = False  # r H rᵀ need not fall as every residual shrinks

@@ -6,7 +6,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.oracle import E4M3_VALUES, MAGNITUDES
+from quantkit.formats import BlockFormat
+from tests.oracle import E4M3_VALUES, MAGNITUDES, values_of
+
+# (format, method): searches that the reference has alone; test_methods.py shows that these are all, and are refused.
+WITHOUT_KERNEL = {("nvint4", "sse"), ("nvint4", "hessian")}
 
 
 def weight_family(name: str, block_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -76,6 +80,34 @@ WEIGHT_FAMILIES = (
 def all_families(block_size: int, rng: np.random.Generator) -> np.ndarray:
     """Every family below one another, ``[n, block_size]``: for single-level scales, where no block sees another."""
     return np.concatenate([weight_family(name, block_size, rng) for name in WEIGHT_FAMILIES])
+
+
+def inputs_of(fmt: BlockFormat, block_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Float32 blocks ``[n, block_size]``, n about 170, at the ends, the subnormals and the ties of one format's grids."""
+    scales, levels = values_of(fmt.scale)[fmt.scale.min_code :], values_of(fmt.element)
+    ties = (levels[1:] + levels[:-1]) / 2
+    first, last, shape = scales[0], scales[-1], (24, block_size)
+    signs = rng.choice([-1.0, 1.0], size=shape)
+    some = rng.choice(scales, size=(24, 1))
+    low = np.linspace(0.3, 1.5 * fmt.scale.last_code_without_half, 24)[:, None] * first
+    one = np.zeros(shape)
+    one[np.arange(24), rng.integers(0, block_size, 24)] = np.geomspace(first / 100, last * levels[-1] * 100, 24)
+    blocks = [
+        rng.standard_normal(shape) * np.geomspace(first, last, 24)[:, None],
+        some
+        * rng.choice(levels, size=shape)
+        * signs
+        * (1 + rng.uniform(-2e-6, 2e-6, shape)),  # near one scale's points
+        some * rng.choice(ties, size=shape) * signs * (1 + rng.choice([0.0, 6e-8, -6e-8], shape)),
+        low * signs,  # constant, where scales have no half
+        low * rng.standard_normal(shape),
+        last * levels[-1] * rng.uniform(-1, 1, shape) * np.geomspace(0.2, 1e4, 24)[:, None],  # to beyond the largest
+        one,
+        np.zeros((1, block_size)),
+        first * rng.standard_normal(shape) * np.geomspace(1e-4, 1, 24)[:, None],
+    ]
+    result = np.concatenate(blocks).astype(np.float32)
+    return result[np.isfinite(result).all(1)]
 
 
 def hessian_family(name: str, block_size: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,9 +8,12 @@ import functools
 import importlib.util
 from types import ModuleType
 
-__all__ = ["BLOCK_SIZES", "available", "launcher"]
+__all__ = ["BLOCK_SIZES", "SEARCHED_SCALES", "available", "launcher"]
 
 BLOCK_SIZES = (16, 32)  # of the kernels
+# Fractional scales that the searches' float32 reaches: times any unit in which scales and their reciprocals are normal
+# numbers, a scale beside amax is then large enough to leave zeros alone, or too small to tell its error from theirs.
+SEARCHED_SCALES = (2.0**-40, 2.0**60)
 
 
 @functools.cache

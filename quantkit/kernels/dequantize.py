@@ -16,10 +16,15 @@ __all__ = ["dequantize_kernel"]
 
 @triton.jit
 def element_values(nibbles, FMT: tl.constexpr):
-    """Float32 signed values of int32 element codes: the code's fields as float32's, then scaled to float32's bias."""
+    """Float32 signed values of int32 element codes: the code's fields as float32's, then scaled to float32's bias, in
+    two steps where one factor would be beyond float32."""
     magnitude = (nibbles & ((1 << FMT.element_sign_shift) - 1)) << (23 - FMT.element_mantissa)
     sign = (nibbles & (1 << FMT.element_sign_shift)) << (31 - FMT.element_sign_shift)
-    return (magnitude | sign).to(tl.float32, bitcast=True) * 2.0 ** (127 - FMT.element_bias)
+    values = (magnitude | sign).to(tl.float32, bitcast=True)
+    if FMT.element_bias < 0:
+        return values * 2.0**127 * 2.0 ** (-FMT.element_bias)
+    else:
+        return values * 2.0 ** (127 - FMT.element_bias)
 
 
 @triton.jit

@@ -21,10 +21,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit import bounds
-from quantkit.formats import E2M1, FLOAT32_SMALLEST_NORMAL, BlockFormat
+from quantkit.formats import E2M1, FLOAT32_SMALLEST_NORMAL, BlockFormat, ScaleGrid
 from quantkit.kernels import ptx
 
-__all__ = ["FormatConstants", "format_constants"]
+__all__ = ["FormatConstants", "format_constants", "search_constants"]
 
 SMALLEST_NORMAL = tl.constexpr(FLOAT32_SMALLEST_NORMAL)
 
@@ -54,17 +54,21 @@ class FormatConstants(NamedTuple):
     scale_last_doubling: int
     unit_min: float
     unit_max: float
-    sse_lower: float
-    sse_upper: float
+    sse_lower: float | None
+    sse_upper: float | None
     zeroing: float
     clip_free: float
+    largest_quotient: float
 
 
 @functools.cache
 def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
-    """What the kernels need to know of ``fmt`` at ``block_size``."""
+    """What the kernels need to know of ``fmt`` at ``block_size``; without a proven window, those that search none."""
     element, scale = fmt.element, fmt.scale
-    lower, upper = bounds.sse_window_factors(element, block_size)
+    lower = upper = None
+    if bounds.has_windows(element):
+        lower, upper = bounds.sse_window_factors(element, block_size)
+    unit_min, unit_max = _units(scale)
     last_doubling = max(code for code in range(scale.max_code + 1) if 2 * scale.value(code) <= scale.max_value)
     return FormatConstants(
         block_size=block_size,
@@ -87,15 +91,35 @@ def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
         scale_max=scale.max_value,
         scale_last_without_half=scale.last_code_without_half,
         scale_last_doubling=last_doubling,
-        # Products of a scale and a unit in this range are normal. A single-level unit is a power of two.
-        unit_min=2.0**-100 if fmt.two_level else 2.0**-126,
-        unit_max=2.0**125 / scale.max_value if fmt.two_level else 2.0**127,
-        sse_lower=lower * (1 - bounds.SLACK),
-        sse_upper=upper * (1 + bounds.SLACK),
-        zeroing=4 * (1 + bounds.SLACK),
+        unit_min=unit_min,
+        unit_max=unit_max,
+        sse_lower=None if lower is None else lower * (1 - bounds.SLACK),
+        sse_upper=None if upper is None else upper * (1 + bounds.SLACK),
+        zeroing=bounds.zeroing_factor(element) * (1 + bounds.SLACK),
         # Nothing is clipped up to the tie between the largest value and the next, one more step above it.
         clip_free=(1 + bounds.SLACK) / (1.5 * element.max_value - element.value(element.max_code - 1) / 2),
+        largest_quotient=2 * scale.max_value,
     )
+
+
+def search_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
+    """As format_constants, for kernels that search. Raises ValueError for elements without a proven window."""
+    if not bounds.has_windows(fmt.element):
+        raise ValueError(
+            f"the kernels search proven windows, and {fmt.name} has none: use backend='reference', for factors too"
+        )
+    return format_constants(fmt, block_size)
+
+
+def _units(scale: ScaleGrid) -> tuple[float, float]:
+    """(least, most) that a search multiplies its scales with, so that they and their reciprocals stay normal numbers.
+
+    Powers of two take no global scale, so a unit there is one block's normalizer, and products near the ends of float32
+    belong to scales that are not searched.
+    """
+    if scale.is_power_of_two:
+        return 2.0**-126, 2.0**127
+    return max(2.0**-100, FLOAT32_SMALLEST_NORMAL / scale.min_value), min(2.0**125 / scale.max_value, 2.0**125)
 
 
 # ---- grids (formats.py) ----------------------------------------------------------------------------------------------
@@ -489,6 +513,7 @@ def squared_error(even, odd):
 
 PACK_LEVELS = tl.constexpr(ptx.pack_levels())
 PACK_QUOTIENTS = tl.constexpr(ptx.pack_quotients(E2M1))
+PACK_QUOTIENTS_BIAS = tl.constexpr(E2M1.bias)
 
 
 @triton.jit
@@ -504,7 +529,7 @@ def packed_codes(even, odd, code, unit, BITS: tl.constexpr, FMT: tl.constexpr, T
     scale = tl.minimum(tl.maximum(scale_value(code, FMT) * unit, 2.0**-118), 2.0**118) * 2.0**-SHIFT
     reciprocal, rest = reciprocal_of(scale, FMT, TARGET)
     scale, reciprocal, rest = scale[:, None], reciprocal[:, None], rest[:, None]
-    if TO_E2M1 and BITS == 16 and FMT.scale_exact_reciprocal:
+    if TO_E2M1 and FMT.element_bias == PACK_QUOTIENTS_BIAS and BITS == 16 and FMT.scale_exact_reciprocal:
         even, odd = even * reciprocal, odd * reciprocal
         return tl.inline_asm_elementwise(
             PACK_QUOTIENTS.value.text, PACK_QUOTIENTS.value.constraints, [even, odd], tl.uint8, is_pure=True, pack=4

@@ -16,7 +16,7 @@ from quantkit.formats import BlockFormat
 from quantkit.kernels.amax import amax_kernel
 from quantkit.kernels.block_hessians import block_hessians_kernel
 from quantkit.kernels.dequantize import dequantize_kernel
-from quantkit.kernels.device import format_constants
+from quantkit.kernels.device import format_constants, search_constants
 from quantkit.kernels.factorize import EXTRA_ROWS, FIRST_SHIFT, factorize_kernel
 from quantkit.kernels.hessian import hessian_kernel
 from quantkit.kernels.naive import naive_kernel
@@ -166,7 +166,7 @@ def _sse(
     return Kernel(
         sse_kernel,
         (_ceil_div(num_blocks, per_program), 1),
-        FMT=format_constants(fmt, block_size),
+        FMT=search_constants(fmt, block_size),
         COUNT=count,
         TARGET=target_of(device),
         BLOCK_N=per_program,
@@ -193,7 +193,7 @@ def _hessian(
     return Kernel(
         hessian_kernel,
         (column_blocks * _ceil_div(rows, HESSIAN_ROWS * tiles), 1),
-        FMT=format_constants(fmt, block_size),
+        FMT=search_constants(fmt, block_size),
         COUNT=count,
         TARGET=target_of(device),
         SLACK=bounds.SLACK,

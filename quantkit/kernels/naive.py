@@ -20,7 +20,11 @@ from quantkit.kernels.device import (
     scale_ceil_code,
 )
 
-__all__ = ["naive_codes", "naive_kernel"]
+__all__ = ["MULTIPLIED_MANTISSA", "naive_codes", "naive_kernel"]
+
+# Scale grids of up to so many mantissa bits have no tie on whose other side rounded_quotient could be (docs/theory.md);
+# for UE4M4's there are such quotients.
+MULTIPLIED_MANTISSA = tl.constexpr(3)
 
 
 @triton.jit
@@ -37,8 +41,12 @@ def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl
     """int32 scale codes of float32 amax; largest: see largest_product."""
     if FMT.scale_mantissa > 0:
         divisor, normalize, reciprocal, rest = largest
-        # Beyond the bound lie quotients that no scale reaches.
-        wanted = rounded_quotient(tl.minimum(amax * normalize, 2.0**24), divisor, reciprocal, rest, FMT, TARGET)
+        # The divisor is below 2: beyond twice the largest scale lie quotients that no scale reaches.
+        dividend = tl.minimum(amax * normalize, FMT.largest_quotient)
+        if FMT.scale_mantissa > MULTIPLIED_MANTISSA:
+            wanted = tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))
+        else:
+            wanted = rounded_quotient(dividend, divisor, reciprocal, rest, FMT, TARGET)
         wanted = round_to_grid(tl.minimum(wanted, FMT.scale_max), FMT.scale_mantissa, FMT.scale_min_exponent)
         return encode_magnitude(tl.maximum(wanted, FMT.scale_min), FMT.scale_mantissa, FMT.scale_bias)
     elif RULE == "rceil":

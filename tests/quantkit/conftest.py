@@ -5,6 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.inputs import WITHOUT_KERNEL
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out the Triton cases of searches without a kernel."""
+    items[:] = [item for item in items if not _lacks_kernel(item)]
+
+
+def _lacks_kernel(item: pytest.Item) -> bool:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if params.get("backend") != "triton":
+        return False
+    methods = [params["method"]] if "method" in params else [name for name in ("sse", "hessian") if name in item.name]
+    return any((params.get("format"), method) in WITHOUT_KERNEL for method in methods)
+
 
 @pytest.fixture(params=["reference", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:

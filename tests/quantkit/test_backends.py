@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantkit import FORMATS, METHODS, QuantizedTensor, quantize
-from tests.inputs import all_families
+from tests.inputs import WITHOUT_KERNEL, all_families
 
 CUDA = torch.cuda.is_available()
 
@@ -56,7 +56,13 @@ def given(method: str, columns: int, block_size: int) -> dict[str, torch.Tensor]
 
 each = pytest.mark.parametrize(
     ("format", "block_size", "method"),
-    [(f, b, m) for f in FORMATS for b in FORMATS[f].block_sizes for m in METHODS if METHODS[m].has_kernel],
+    [
+        (f, b, m)
+        for f in FORMATS
+        for b in FORMATS[f].block_sizes
+        for m in METHODS
+        if METHODS[m].has_kernel and (f, m) not in WITHOUT_KERNEL
+    ],
 )
 
 

@@ -10,7 +10,7 @@ from quantkit import bounds, quantize
 from quantkit.calibration import factorize, hessians_from_activations
 from quantkit.formats import E2M1, FORMATS
 from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, correlated_tokens, hessian_family, weight_family
-from tests.oracle import SCALE_CODES, error_table
+from tests.oracle import error_table, scale_codes
 
 ONE = torch.ones(())
 
@@ -20,11 +20,11 @@ ONE = torch.ones(())
 @pytest.mark.parametrize("family", WEIGHT_FAMILIES)
 def test_sse_window_holds_a_minimum(family: str, format: str, block_size: int) -> None:
     blocks = weight_family(family, block_size, np.random.default_rng(3))
-    grid = FORMATS[format].scale
+    fmt = FORMATS[format]
     amax = torch.tensor(np.abs(blocks).max(1))
-    first, last = bounds.sse_window(amax, E2M1, grid, ONE, block_size)
+    first, last = bounds.sse_window(amax, fmt.element, fmt.scale, ONE, block_size)
     error, _ = error_table(blocks, format, 1.0)
-    codes = SCALE_CODES[format][:, None]
+    codes = scale_codes(format)[:, None]
     within = (codes >= first.numpy()) & (codes <= last.numpy())
     assert np.all(np.where(within, error, np.inf).min(0) <= error.min(0) * (1 + 1e-6))
 
@@ -38,7 +38,7 @@ def test_sse_window_misses_a_hessian_minimum_that_the_hessian_window_holds(famil
     each = np.broadcast_to(hessian.astype(np.float64), (len(blocks), 16, 16))
     error, _ = error_table(blocks, "nvfp4", 1.0, each)
     first, last = bounds.sse_window(torch.tensor(np.abs(blocks).max(1)), E2M1, FORMATS["nvfp4"].scale, ONE, 16)
-    best = SCALE_CODES["nvfp4"][error.argmin(0)]
+    best = scale_codes("nvfp4")[error.argmin(0)]
     assert ((best < first.numpy()) | (best > last.numpy())).any()
 
 
@@ -54,16 +54,16 @@ def test_hessian_window_holds_every_better_scale(family: str, format: str, block
     regularized = (factors.factor[0] @ factors.factor[0].T).numpy()  # what the methods minimise
     each = np.broadcast_to(regularized, (len(blocks), *hessian.shape))
     error, _ = error_table(blocks, format, 1.0, each)
-    codes = SCALE_CODES[format]
+    codes, (element, scale) = scale_codes(format), (FORMATS[format].element, FORMATS[format].scale)
     magnitudes = torch.tensor(np.abs(blocks)).double()
     zero_error = torch.tensor(np.einsum("bi,ij,bj->b", blocks, regularized, blocks, dtype=np.float64))
     sum_of_norms = factors.factor[0].norm(dim=-1).sum()
     for incumbent in range(0, len(codes), 9):
         first, last = bounds.hessian_window(
-            magnitudes, torch.tensor(error[incumbent]), factors.inverse_diagonal, E2M1, FORMATS[format].scale, ONE
+            magnitudes, torch.tensor(error[incumbent]), factors.inverse_diagonal, element, scale, ONE
         )
         matters = bounds.first_useful_code(
-            zero_error, torch.tensor(error[incumbent]), sum_of_norms, E2M1, FORMATS[format].scale, ONE
+            zero_error, torch.tensor(error[incumbent]), sum_of_norms, element, scale, ONE
         )
         first = torch.maximum(first, matters)
         outside = (codes[:, None] < first.numpy()) | (codes[:, None] > last.numpy())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.formats import E2M1, E4M3, FORMATS, UE8M0, BlockFormat, ElementGrid, ScaleGrid, get_format
+from quantkit.formats import E2M1, E4M3, FORMATS, INT4, UE8M0, BlockFormat, ElementGrid, ScaleGrid, get_format
 from quantkit.tensor import pack_codes, unpack_codes
-from tests.oracle import E4M3_VALUES
+from tests.oracle import E4M3_VALUES, MAGNITUDES, UE8M0_VALUES, values_of
 
 SIXTEEN_CODES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 TIES = [(0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0)]
@@ -70,6 +70,11 @@ def test_e4m3_rounding_agrees_with_torch() -> None:
     assert torch.equal(E4M3.round(values), values.to(torch.float8_e4m3fn).float())
 
 
+def test_the_oracle_derives_what_is_written_there_by_hand() -> None:
+    for grid, values in ((E2M1, MAGNITUDES), (E4M3, E4M3_VALUES), (UE8M0, UE8M0_VALUES)):
+        assert np.array_equal(values_of(grid), values)
+
+
 def test_packing_puts_the_even_column_low() -> None:
     codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
     packed = pack_codes(codes)
@@ -79,7 +84,9 @@ def test_packing_puts_the_even_column_low() -> None:
 
 def test_formats_are_known_by_name() -> None:
     assert get_format("nvfp4") is FORMATS["nvfp4"] and get_format(FORMATS["mxfp4"]) is FORMATS["mxfp4"]
-    with pytest.raises(ValueError, match="unknown format 'nvfp8'; known formats: nvfp4, mxfp4"):
+    with pytest.raises(
+        ValueError, match="unknown format 'nvfp8'; known formats: nvfp4, mxfp4, fp4_ue5m3, fp4_ue4m4, nvint4"
+    ):
         get_format("nvfp8")
 
 
@@ -111,6 +118,22 @@ def test_a_new_scale_grid_is_data_alone(backend: str, device: str) -> None:
         ({"scale_rules": ()}, r"scale_rules \(\); scales of e4m3 have one or more of nearest"),
         ({"scale_rules": ("nearest", "ceil")}, "scale_rules .*'ceil'.* of e4m3"),
         ({"scale": UE8M0, "scale_rules": ("floor", "up"), "two_level": False}, "'up'.*of floor, ceil, even, rceil"),
+        ({"element": ElementGrid("e3m0", 3, 0, bias=3, max_code=7)}, "e3m0 has no mantissa bit"),
+        ({"element": ElementGrid("e2m1", 2, 1, bias=1, max_code=8)}, "e2m1 has max_code 8; .* it is from 1 to 7"),
+        ({"element": ElementGrid("e2m1", 2, 1, bias=1, max_code=0)}, "e2m1 has max_code 0; .* it is from 1 to 7"),
+        ({"element": ElementGrid("e2m1", 2, 1, bias=60, max_code=7)}, "e2m1 has bias 60; give it one from -2 to 15"),
+        ({"element": ElementGrid("e4", 4, -1, bias=1, max_code=7)}, "e4 has a negative number of bits"),
+        ({"scale": ScaleGrid("ue5m4", 5, 4, bias=15, max_code=510)}, "max_code 510; a scale is stored in a byte"),
+        ({"scale": ScaleGrid("ue5m4", 5, 4, bias=15, max_code=256)}, "max_code 256; a scale is stored in a byte"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=7, max_code=128)}, "e4m3 has max_code 128; .* it is from 1 to 127"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=7, max_code=0)}, "e4m3 has max_code 0; .* it is from 1 to 127"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=7, max_code=126, min_code=0)}, "min_code 0; .*code 0 is the value 0"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=7, max_code=126, min_code=127)}, "min_code 127; it is from 1 to max"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=7, max_code=126, subnormals=False)}, "subnormals=False, which is for"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=140, max_code=126)}, "computed in float32, so give it a bias"),
+        ({"scale": ScaleGrid("ue7m1", 7, 1, bias=1, max_code=255)}, "computed in float32, so give it a bias"),
+        ({"scale": ScaleGrid("e4m3", 4, 3, bias=0, max_code=126)}, "and bias 0; .* a bias from 1 on"),
+        ({"scale": ScaleGrid("ue8m0", 8, 0, bias=127, max_code=255, min_code=0, subnormals=False)}, "2.128, beyond"),
         ({"scale": UE8M0, "scale_rules": ("floor",)}, "ue8m0 scales take no global scale.*use two_level=False"),
     ],
 )
@@ -123,6 +146,5 @@ def test_formats_that_no_method_could_work_with(change: dict[str, Any], message:
 def test_windows_are_refused_for_elements_they_are_not_proven_for() -> None:
     from quantkit import bounds
 
-    e3m0 = ElementGrid("e3m0", exponent_bits=3, mantissa_bits=0, bias=3, max_code=7)
     with pytest.raises(ValueError, match="proven for e2m1"):
-        bounds.sse_window_factors(e3m0, 16)
+        bounds.sse_window_factors(INT4, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from quantkit import (
+    FORMATS,
     METHODS,
     BackendUnavailableError,
     BlockFormat,
@@ -20,10 +22,11 @@ from quantkit import (
     verify,
 )
 from quantkit import methods as registry
-from quantkit.formats import E2M1, E4M3, ElementGrid
+from quantkit.formats import E2M1, E4M3, ElementGrid, ScaleGrid
 from quantkit.kernels import available
 from quantkit.methods import Problem
 from quantkit.search import OBJECTIVES, Found, Objective
+from tests.inputs import WITHOUT_KERNEL
 
 NO_TRITON = pytest.mark.skipif(not available(), reason="needs Triton")
 W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
@@ -92,14 +95,34 @@ def test_triton_is_refused_for_what_it_has_no_kernel_for(another: str) -> None:
     with pytest.raises(BackendUnavailableError, match="no kernel for block size 64"):
         quantize(W, fmt, 64, "sse", backend="triton")
     assert verify(quantize(W, fmt, 64, "sse"), W).ok
-    e3m0 = ElementGrid("e3m0", exponent_bits=3, mantissa_bits=0, bias=3, max_code=7)
-    other = BlockFormat("fp4_e3m0", e3m0, E4M3, block_sizes=(16,), scale_rules=("nearest",), two_level=True)
-    assert resolve_backend("auto", "cuda", "naive", 16, other) == "reference"
-    with pytest.raises(BackendUnavailableError, match="no kernel for elements e3m0"):
-        quantize(W, other, 16, "naive", backend="triton")
-    assert quantize(W, other, 16, "naive").dequantize().isfinite().all()
+    e1m2 = ElementGrid("e1m2", exponent_bits=1, mantissa_bits=2, bias=1, max_code=7)
+    other = BlockFormat("fp4_e1m2", e1m2, E4M3, block_sizes=(16,), scale_rules=("nearest",), two_level=True)
+    assert resolve_backend("auto", "cuda", "sse", 16, other) == "reference"
+    with pytest.raises(BackendUnavailableError, match="no kernel for elements e1m2 in the search of objective 'sse'"):
+        quantize(W, other, 16, "sse", backend="triton")
+    assert verify(quantize(W, other, 16, "sse"), W).ok
+    ue7m1 = ScaleGrid("ue7m1", exponent_bits=7, mantissa_bits=1, bias=63, max_code=254)
+    wide = BlockFormat("fp4_ue7m1", E2M1, ue7m1, block_sizes=(16,), scale_rules=("nearest",), two_level=True)
+    assert resolve_backend("auto", "cuda", "sse", 16, wide) == "reference"
+    with pytest.raises(BackendUnavailableError, match=r"no kernel for scales ue7m1, from 1\.08e-19 to "):
+        quantize(W, wide, 16, "sse", backend="triton")
+    assert verify(quantize(W, wide, 16, "sse"), W).ok
+    for fmt in (other, wide):
+        assert resolve_backend("auto", "cuda", "naive", 16, fmt) == resolve_backend("auto", "cuda", format=fmt)
+        assert resolve_backend("auto", "cuda", "naive", 16, fmt) == "triton"
     assert resolve_backend("auto", "cuda", another) == resolve_backend("auto", "cuda", "sse", 64) == "reference"
     assert resolve_backend("auto", "cuda", "sse", 16) == "triton"
+
+
+@NO_TRITON
+def test_the_named_formats_lack_the_searches_that_the_tests_leave_out() -> None:
+    lacking = set()
+    for format, method in itertools.product(FORMATS, METHODS):
+        if resolve_backend("auto", "cuda", method, 16, format) == "reference":
+            lacking.add((format, method))
+            with pytest.raises(BackendUnavailableError, match="no kernel for elements int4 in the search"):
+                resolve_backend("triton", "cuda", method, 16, format)
+    assert lacking == WITHOUT_KERNEL
 
 
 @NO_TRITON

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit import FORMATS, METHODS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend, verify
 from quantkit.calibration import GramAccumulator, block_hessians
-from tests.oracle import MAGNITUDES, nearest_code
+from tests.oracle import nearest_code, values_of
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -48,8 +48,9 @@ def test_shapes_dtypes_and_codes(format: str, block_size: int, method: str, back
     assert q.candidates is not None and q.candidates.shape == q.scales.shape and int(q.candidates.min()) >= 1
     # Codes: nearest, ties to even, of w / S in float32, with the sign of the weight.
     s = q.scale_values().cpu().repeat_interleave(block_size, -1)
-    code = nearest_code((w.abs() / s).double().numpy())
-    expected = np.where(np.signbit(w.numpy()), -MAGNITUDES[code], MAGNITUDES[code])
+    magnitudes = values_of(FORMATS[format].element)
+    code = nearest_code((w.abs() / s).double().numpy(), magnitudes)
+    expected = np.where(np.signbit(w.numpy()), -magnitudes[code], magnitudes[code])
     assert np.array_equal(q.values().cpu().numpy(), expected)
     assert torch.equal(q.dequantize().cpu(), torch.tensor(expected).float() * s)
 

@@ -20,6 +20,7 @@ from quantkit import FORMATS
 from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
 from quantkit.kernels.device import format_constants, reciprocal_of, rounded_quotient
+from quantkit.kernels.naive import MULTIPLIED_MANTISSA
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,6 +82,8 @@ def test_two_multiplications_are_at_a_tie_where_the_quotient_is(format: str, par
     grid = getattr(FORMATS[format], part)
     if grid.mantissa_bits == 0:
         pytest.skip("a quotient by a power of two is exact")
+    if part == "scale" and grid.mantissa_bits > MULTIPLIED_MANTISSA.value:
+        pytest.skip("the kernel divides")
     met = 0
     for tie in ties(grid):
         for x, s in pairs_near(tie):
