@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from quantkit.bounds import sse_window_factors
+from quantkit.bounds import has_windows, sse_window_factors
 from quantkit.formats import FORMATS, BlockFormat, ElementGrid, ScaleGrid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +22,7 @@ def write(folder: Path) -> None:
     texts = {
         "formats": formats_table(),
         "elements": elements_table(FORMATS["nvfp4"].element),
+        "int4": elements_table(FORMATS["nvint4"].element),
         "ties": ties_table(FORMATS["nvfp4"].element),
         "scale_grids": scale_grids_table(),
         "e4m3": fractional_scales_table(FORMATS["nvfp4"].scale),
@@ -103,9 +104,13 @@ def fractional_scales_table(grid: ScaleGrid) -> str:
 
 
 def windows_table() -> str:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for fmt in FORMATS.values():
         for size in fmt.block_sizes:
+            number = fmt.scale.max_code - fmt.scale.min_code + 1
+            if not has_windows(fmt.element):
+                rows.append((f"`{fmt.name}`", size, "–", "–", "–", number, number))
+                continue
             lower, upper = sse_window_factors(fmt.element, size)
             rows.append(
                 (
@@ -115,7 +120,7 @@ def windows_table() -> str:
                     f"{upper:.4f}",
                     f"{upper / lower:.2f}",
                     most_candidates(fmt, size),
-                    fmt.scale.max_code - fmt.scale.min_code + 1,
+                    number,
                 )
             )
     return markdown_table(

@@ -12,8 +12,8 @@ two powers of two for UE8M0. Where a scale has no half in the grid (E4M3's subno
 
 These two are proven for E2M1 elements and any scale grid. For other elements all codes are the window.
 
-For ``r H rᵀ`` they are wrong. For any elements, 6 being the largest and 1/2 the smallest nonzero one, and with an incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥
-r_i²/(H⁻¹)_ii:
+For ``r H rᵀ`` they are wrong. For any elements (6 being the largest level and 1/2 the smallest but zero), with an
+incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥ r_i²/(H⁻¹)_ii:
 
     clipping   s ≥ max_i (|x_i| − t_i) / 6
     dead zone  s ≤ 2·(|x_i| + t_i)  for every i with |x_i| > t_i

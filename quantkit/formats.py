@@ -325,7 +325,16 @@ FP4_UE4M4 = BlockFormat("fp4_ue4m4", E2M1, UE4M4, block_sizes=(16, 32), scale_ru
 NVINT4 = BlockFormat("nvint4", INT4, E4M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=True)
 
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
-    {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP4_UE5M3, FP4_UE4M4, NVINT4)}
+    {
+        fmt.name: fmt
+        for fmt in (
+            NVFP4,
+            MXFP4,
+            FP4_UE5M3,
+            FP4_UE4M4,
+            NVINT4,
+        )
+    }
 )
 
 

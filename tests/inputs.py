@@ -83,7 +83,7 @@ def all_families(block_size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def inputs_of(fmt: BlockFormat, block_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Float32 blocks ``[n, block_size]``, n about 170, at the ends, the subnormals and the ties of one format's grids."""
+    """Float32 blocks ``[n, block_size]``, n about 190, at the ends, subnormals and ties of one format's grids."""
     scales, levels = values_of(fmt.scale)[fmt.scale.min_code :], values_of(fmt.element)
     ties = (levels[1:] + levels[:-1]) / 2
     first, last, shape = scales[0], scales[-1], (24, block_size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit import FORMATS, METHODS, quantize
+from quantkit import FORMATS, METHODS, quantize, resolve_backend
 from quantkit.formats import BlockFormat
 
 TOKENS = 65536  # of the activations whose block Hessians are timed
@@ -106,8 +106,8 @@ def _method_cases(
     moved = weight.nbytes + weight.numel() // 2 + weight.numel() // block_size
     moved += hessian.nbytes if given else 0
     for backend in backends:
-        if backend == "triton" and not METHODS[method].has_kernel:
-            continue
+        if backend == "triton" and resolve_backend("auto", "cuda", method, block_size, layout) != backend:
+            continue  # no kernel
         for label, scale in _global_scales(weight, layout).items():
             arguments = given | ({} if scale is None else {"global_scale": scale})
             yield Case(

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.reporting.labels import BACKENDS, DEFAULTS, FORMATS, METHODS
+from experiments.reporting.labels import BACKENDS, DEFAULT_RULES, FORMATS, GLOBAL_SCALES, METHODS
 from experiments.reporting.scaling import us_per_further_mb
 from experiments.reporting.speed import MATRIX
 
@@ -258,7 +258,7 @@ def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
         .rename(columns={"operation": "method"})
         .assign(model="")
     )
-    default = times["format"].map({name: scale for name, (scale, _) in DEFAULTS.items()})
+    default = times["format"].map(GLOBAL_SCALES)
     times = times[times["global_scale"].fillna(default) == default]
     for name in TIMES:
         times[name] = times[f"{kind}_{name.removeprefix('us_')}"]
@@ -317,8 +317,9 @@ def _record_timings(sources: Sources) -> pd.DataFrame:
 
 
 def _has_default_settings(run: dict[str, Any]) -> bool:
-    used = (run["global_scale"], run["scale_rule"])
-    return all(have in (None, default) for have, default in zip(used, DEFAULTS.get(run["format"], used), strict=True))
+    scale = run["global_scale"]
+    default = GLOBAL_SCALES.get(run["format"], scale)
+    return scale in (None, default) and run["scale_rule"] in (None, *DEFAULT_RULES)
 
 
 def _preference(runs: pd.DataFrame, by: Sequence[str]) -> tuple[Any, ...]:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from experiments.config import CONF_DIR
+
 NONE = "–"
-FORMATS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4"}  # name → label, in the order of the rows
-# The default global scale and naive rule, which the main tables use. Figures that compare them show the others.
-DEFAULTS = {"nvfp4": ("amax", "nearest"), "mxfp4": ("none", "floor")}
+
+
+def read_formats(folder: Path = CONF_DIR) -> tuple[dict[str, str], dict[str, str]]:
+    """(labels, default global scales) by name, of the files in ``folder/format``.
+
+    A label is the name in capitals. Formats with a global scale come first, then by name: the order of the rows.
+    """
+    scales: dict[str, str] = {}
+    for path in sorted((folder / "format").glob("*.yaml")):
+        values = OmegaConf.load(path)
+        scales[str(OmegaConf.select(values, "name"))] = str(OmegaConf.select(values, "global_scale"))
+    order = sorted(scales, key=lambda name: (scales[name] == "none", name))
+    return {name: name.replace("_", " ").upper() for name in order}, scales
+
+
+# The default global scales are what the main tables use. Figures that compare them show the others.
+FORMATS, GLOBAL_SCALES = read_formats()
+DEFAULT_RULES = ("nearest", "floor")  # the first naive rule of fractional scales, and of powers of two
 METHODS = {
     "naive": "Naive",
     "sse": "SSE",

@@ -64,7 +64,9 @@ def test_backends_agree_on_the_naive_scale_of_two_levels(exponent_bits: int, glo
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 0, 64)[:, None]
     weight = (weight * (1 if global_scale == "amax" else global_scale * f.scale.max_value)).to(device)
     assert weight.isfinite().all()
-    want, got = (quantize(weight, f, 16, backend=b, global_scale=global_scale) for b in ("reference", "triton"))
+    want, got = (
+        quantize(weight, f, 16, "naive", backend=b, global_scale=global_scale) for b in ("reference", "triton")
+    )
     assert torch.equal(got.global_scale, want.global_scale)
     assert torch.equal(got.scales, want.scales) and torch.equal(got.codes, want.codes)
     assert int(want.scales.max()) > f.scale.max_code - 2 ** (f.scale.mantissa_bits + 2)
@@ -92,7 +94,7 @@ def test_the_hessian_scale_is_optimal(name: str, block_size: int, backend: str, 
         pytest.skip("this search has no kernel")
     rng = np.random.default_rng(2)
     hessians = np.stack([hessian_family(kind, block_size, rng) for kind in HESSIAN_FAMILIES])
-    blocks = inputs_of(f, block_size, rng)[::4]
+    blocks = inputs_of(f, block_size, rng)[::8]
     q = quantize(
         torch.tensor(np.tile(blocks, len(hessians)), device=device),
         f,

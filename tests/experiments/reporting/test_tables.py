@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.record import FIELDS, RunRecord
-from experiments.reporting.labels import DEFAULTS, FORMATS, METHODS, OPTIMAL
+from experiments.reporting.labels import DEFAULT_RULES, FORMATS, GLOBAL_SCALES, METHODS, OPTIMAL
 from experiments.reporting.published import published_tables, read_published
 from experiments.reporting.records_csv import records_csv
 from experiments.reporting.rows import make_rows, row_frame
@@ -274,7 +274,10 @@ def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
     """experiments/reporting/labels.py imports neither torch nor the library, so it lists them again."""
     import quantkit
 
-    assert list(FORMATS) == list(quantkit.FORMATS)
+    assert set(FORMATS) == set(quantkit.FORMATS) and (FORMATS["nvfp4"], FORMATS["mxfp4"]) == ("NVFP4", "MXFP4")
+    assert list(FORMATS).index("nvfp4") < list(FORMATS).index("mxfp4")
     assert [name for name in METHODS if name != "gptq"] == list(quantkit.METHODS)
-    assert {name: (f.default_global_scale, f.scale_rules[0]) for name, f in quantkit.FORMATS.items()} == DEFAULTS
+    assert {name: f.default_global_scale for name, f in quantkit.FORMATS.items()} == GLOBAL_SCALES
+    assert {f.scale_rules[0] for f in quantkit.FORMATS.values()} == set(DEFAULT_RULES)
+    assert not {rule for f in quantkit.FORMATS.values() for rule in f.scale_rules[1:]} & set(DEFAULT_RULES)
     assert tuple(name for name, method in quantkit.METHODS.items() if method.is_optimal) == OPTIMAL
