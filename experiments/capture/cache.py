@@ -84,6 +84,7 @@ def _inputs(folder: Path, manifest: Manifest, rebuild: Callable[[], None] | None
         tokens_heldout=manifest["tokens"]["heldout"],
         provenance=SourceInfo(**manifest["source"], cache_key=manifest["key"]),
         _read=_Shards(folder, manifest, rebuild).read,
+        routed=manifest.get("routed", False),
     )
 
 

@@ -65,17 +65,29 @@ class _Capture:
     """One capture of some layers of one model on one text."""
 
     def __init__(self, resolved: Resolved, layers: Sequence[LayerConfig]) -> None:
-        from experiments.sources.layers import build_decoder, check_layers, open_checkpoint
+        from experiments.sources.checkpoints import open_checkpoint
+        from experiments.sources.decoder import build_decoder, check_layers
 
         self.resolved, self.config, self.layers = resolved, resolved.config, layers
         self.checkpoint = open_checkpoint(self.config.model, self.config.cache.folder)
         check_layers(self.checkpoint, layers)
         self._check_length()
         self.sequences = token_sequences(self.config, self.checkpoint.tokenizer())
-        self.model = build_decoder(self.checkpoint, layers, self.config.model.dtype, resolved.device)
+        self._check_ids()
+        self.decoder = build_decoder(self.checkpoint, layers, self.config.model.dtype, resolved.device)
+
+    def _check_ids(self) -> None:
+        size = getattr(self.checkpoint.config.get_text_config(decoder=True), "vocab_size", None)
+        largest = max(int(ids.max()) for ids in self.sequences.ids.values())
+        if isinstance(size, int) and largest >= size:
+            raise SourceError(
+                f"{self.checkpoint.name}: the tokenizer gives id {largest}, config.json has vocab_size {size}. "
+                "Give the tokenizer of this checkpoint."
+            )
 
     def _check_length(self) -> None:
-        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
+        config = self.checkpoint.config.get_text_config(decoder=True)
+        longest = getattr(config, "max_position_embeddings", None)
         if longest and self.config.data.seq_len > longest:
             raise SourceError(
                 f"data.seq_len={self.config.data.seq_len}: {self.checkpoint.name} takes {longest} tokens at most."
@@ -91,12 +103,10 @@ class _Capture:
 
     def _passes(self) -> Iterator[list[LayerConfig]]:
         """The layers, in order, as many at a time as PASS_BYTES allows."""
-        from experiments.sources.layers import find_linear
-
         chosen: list[LayerConfig] = []
         held = 0
         for layer in self.layers:
-            width = find_linear(self.model, layer, self.checkpoint.name).in_features
+            width = self.decoder.target(layer).in_features
             cost = len(self.sequences.ids) * 4 * width**2 + (self.shard_bytes or 0)
             if chosen and held + cost > PASS_BYTES:
                 yield chosen
@@ -106,21 +116,42 @@ class _Capture:
         yield chosen
 
     def _one_pass(self, layers: list[LayerConfig]) -> None:
-        from experiments.sources.layers import InputTap
+        from experiments.capture.tap import InputTap
 
-        tap = InputTap(self.model, layers, self.checkpoint.name)
+        tap = InputTap(self.decoder, layers)
         batch = self._batch(tap)
         writers = [
             ShardWriter(
                 folders=[self.resolved.layer_folder(layer) for layer in group],
-                layout=self._layout(width, tap, batch),
+                layout=self._layout(number, tap, batch),
                 device=self.resolved.device,
             )
-            for group, width in zip(tap.groups, tap.widths, strict=True)
+            for number, group in enumerate(tap.groups)
         ]
         self._stream(tap, writers, batch, self._title(layers))
         for group, writer in zip(tap.groups, writers, strict=True):
-            self._finish(group, writer)
+            if writer.rows["calibration"]:
+                self._finish(group, writer)
+        self._tell_routed(tap, writers)
+
+    def _tell_routed(self, tap: Any, writers: list[ShardWriter]) -> None:
+        """How many tokens experts saw. Raises SourceError for one that saw none."""
+        total = len(self.sequences.ids["calibration"]) * self.config.data.seq_len
+        starved = []
+        for group, writer in zip(tap.groups, writers, strict=True):
+            if not writer.layout.routed:
+                continue
+            rows, width, layer = writer.rows["calibration"], writer.layout.width, group[0]
+            if not rows:
+                starved.append(layer)
+                continue
+            few = f", fewer than its {width} inputs: too few to calibrate on" if rows < width else ""
+            print(f"layer {layer.index} {layer.module}: the router sends it {rows} of {total} tokens{few}", flush=True)
+        if starved:
+            raise SourceError(
+                f"layer.module={starved[0].module}: the router of layer {starved[0].index} sends it none of {total} "
+                f"calibration tokens. Raise data.samples={self.config.data.samples}, or choose another expert."
+            )
 
     def _batch(self, tap: Any) -> int:
         """Sequences per forward pass. No batch crosses the end of a shard, so that a shard can be captured alone."""
@@ -131,14 +162,16 @@ class _Capture:
         smallest = min(self.shard_bytes // (seq_len * width * tap.dtype.itemsize) for width in tap.widths)
         return max(1, min(batch, smallest))
 
-    def _layout(self, width: int, tap: Any, batch: int) -> Layout:
+    def _layout(self, group: int, tap: Any, batch: int) -> Layout:
         return Layout(
-            width=width,
+            width=tap.widths[group],
             dtype=tap.dtype,
             seq_len=self.config.data.seq_len,
             batch=batch,
             sequences={split: len(ids) for split, ids in self.sequences.ids.items()},
             shard_bytes=self.shard_bytes,
+            calls=1 if tap.routed[group] else self.decoder.calls_of(tap.groups[group][0]),
+            routed=tap.routed[group],
         )
 
     def _title(self, layers: list[LayerConfig]) -> str:
@@ -159,18 +192,16 @@ class _Capture:
                     bar.update(len(ids[first : first + batch]))
 
     def _finish(self, group: list[LayerConfig], writer: ShardWriter) -> None:
-        from experiments.sources.layers import load_weight
-
         files = writer.finish()
         for layer in group:
             folder = self.resolved.layer_folder(layer)
-            weight = save_tensors(folder / WEIGHT_NAME, {"weight": load_weight(self.checkpoint, layer)})
+            weight = save_tensors(folder / WEIGHT_NAME, {"weight": self.decoder.weight(layer)})
             manifest = self._manifest(layer, writer, {WEIGHT_NAME: weight, **files})
             write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
             (folder / JOURNAL_NAME).unlink(missing_ok=True)
 
     def _manifest(self, layer: LayerConfig, writer: ShardWriter, files: dict[str, Entry]) -> dict[str, Any]:
-        data, ids = self.config.data, self.sequences.ids
+        data = self.config.data
         return {
             "capture_version": CAPTURE_VERSION,
             "key": self.resolved.layer_folder(layer).name.rpartition("-")[2],
@@ -178,7 +209,8 @@ class _Capture:
             "data": _plain(asdict(data)) | {"path": None, "calibration_tokens": None},
             "seed": self.config.seed,
             "source": self._source(str(writer.layout.dtype).removeprefix("torch.")),
-            "tokens": {split: len(ids.get(split, ())) * data.seq_len for split in SPLITS},
+            "tokens": {split: writer.rows.get(split, 0) for split in SPLITS},
+            **({"routed": True} if writer.layout.routed else {}),
             "activations": self.config.cache.activations,
             "files": files,
             "shards": writer.shards,

@@ -30,7 +30,10 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """weight [out_features, in_features]; Gram matrices [in_features, in_features] float32; all on the CPU."""
+    """weight [out_features, in_features]; Gram matrices [in_features, in_features] float32; all on the CPU.
+
+    routed: the tokens are those that a router sends to an expert, and sequences differ in how many they have.
+    """
 
     weight: Tensor
     gram_calibration: Tensor
@@ -39,6 +42,7 @@ class LayerInputs:
     tokens_heldout: int
     provenance: SourceInfo
     _read: Callable[[str], Iterator[Tensor]] = field(repr=False)
+    routed: bool = False
 
     def batches(self, split: str = "calibration") -> Iterator[Tensor]:
         """The layer's inputs [tokens, in_features], a shard at a time. Raises SourceError when they were not kept."""

@@ -9,6 +9,7 @@ import torch
 
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.tokens import shuffled
+from experiments.files import SourceError
 from quantkit.calibration import GramAccumulator
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,11 @@ def limit_calibration(inputs: LayerInputs, tokens: int, seq_len: int, seed: int)
     if tokens >= inputs.tokens_calibration:
         log.info("data.calibration_tokens=%d: there are %d, taking all", tokens, inputs.tokens_calibration)
         return inputs
+    if inputs.routed:
+        raise SourceError(
+            f"data.calibration_tokens={tokens}: a router sends this expert {inputs.tokens_calibration} tokens, uneven "
+            "over the sequences. Set data.samples instead."
+        )
     order = shuffled(inputs.tokens_calibration // seq_len, seed)[: -(-tokens // seq_len)]
     rows = {sequence: seq_len for sequence in order}
     rows[order[-1]] = tokens - (len(order) - 1) * seq_len

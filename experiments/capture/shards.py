@@ -25,6 +25,7 @@ class Layout:
     """How the inputs of one module are cut into shards: in whole batches, so that each can be captured alone.
 
     width: in_features. batch: sequences per forward pass. sequences: split → how many. shard_bytes: None keeps none.
+    calls: of the module in a pass; each sees every token. routed: it sees as many as a router sends it.
     """
 
     width: int
@@ -33,21 +34,33 @@ class Layout:
     batch: int
     sequences: dict[str, int]
     shard_bytes: int | None
+    calls: int = 1
+    routed: bool = False
 
     @property
     def shard_sequences(self) -> int:
         """Sequences of a full shard; 0 where no shards are kept."""
         if self.shard_bytes is None:
             return 0
-        fitting = self.shard_bytes // (self.seq_len * self.width * self.dtype.itemsize)
+        fitting = self.shard_bytes // (self.seq_len * self.calls * self.width * self.dtype.itemsize)
         return max(self.batch, fitting // self.batch * self.batch)
 
     def shard(self, split: str, first: int) -> tuple[str, Entry]:
         """Name and description of the shard that begins with sequence `first`."""
-        rows = min(self.shard_sequences, self.sequences[split] - first) * self.seq_len
-        dtype = str(self.dtype).removeprefix("torch.")
+        sequences = min(self.shard_sequences, self.sequences[split] - first)
         name = f"{split}-{first // self.shard_sequences:05d}.safetensors"
-        return name, {"split": split, "first_sequence": first, "rows": rows, "dtype": dtype}
+        rows = {"sequences": sequences} if self.routed else {"rows": sequences * self.seq_len * self.calls}
+        return name, {
+            "split": split,
+            "first_sequence": first,
+            **rows,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def ends_shard(self, split: str, first: int) -> bool:
+        """Whether the batch from sequence `first` on is the last of its shard."""
+        end = min(first + self.batch, self.sequences[split])
+        return end == self.sequences[split] or end % self.shard_sequences == 0
 
 
 class ShardWriter:
@@ -60,7 +73,9 @@ class ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shards: dict[str, Entry] = {}
         self.finished = self._finished_before()
+        self.rows = dict.fromkeys(layout.sequences, 0)
         self.buffer: Tensor | None = None
+        self.parts: list[Tensor] = []
         self.from_disk = False
 
     def _finished_before(self) -> dict[str, Entry]:
@@ -82,34 +97,51 @@ class ShardWriter:
             self.from_disk = {key: known.get(key) for key in entry} == entry and is_intact(self.folder / name, known)
             if self.from_disk:
                 self.shards[name] = known
-                self._add_to_gram(split, self.folder / name)
+                self._add_to_gram(split, self.folder / name, known)
         return self.from_disk
 
-    def _add_to_gram(self, split: str, shard: Path) -> None:
+    def _add_to_gram(self, split: str, shard: Path, entry: Entry) -> None:
         """In the batches of the capture: the sum is then the same to the last bit."""
-        for x in load_tensors(shard)["inputs"].split(self.layout.batch * self.layout.seq_len):
+        layout = self.layout
+        batches = entry["batches"] if layout.routed else layout.batch * layout.seq_len * layout.calls
+        for x in load_tensors(shard)["inputs"].split(batches):
+            self._count(split, x)
+
+    def _count(self, split: str, x: Tensor) -> None:
+        self.rows[split] += len(x)
+        if len(x):
             self.grams[split].update(x)
 
     def add(self, split: str, first: int, x: Tensor) -> None:
         """x [tokens, in_features]: the inputs of the sequences from `first` on."""
-        self.grams[split].update(x)
+        self._count(split, x)
         size = self.layout.shard_sequences
         if not size:
             return
         start = first // size * size
         name, entry = self.layout.shard(split, start)
-        if self.buffer is None:
-            self.buffer = _new_buffer(entry["rows"], self.layout)
-        offset = (first - start) * self.layout.seq_len
-        self.buffer[offset : offset + len(x)] = x
-        if offset + len(x) == entry["rows"]:
-            self.shards[name] = entry | save_tensors(self.folder / name, {"inputs": self.buffer})
-            self.buffer = None
-            write_atomically(self.folder / JOURNAL_NAME, json.dumps({"shards": self.finished | self.shards}, indent=1))
+        if self.layout.routed:
+            self.parts.append(x.cpu())
+        else:
+            if self.buffer is None:
+                self.buffer = _new_buffer(entry["rows"], self.layout)
+            offset = (first - start) * self.layout.seq_len * self.layout.calls
+            self.buffer[offset : offset + len(x)] = x
+        if self.layout.ends_shard(split, first):
+            self._save(name, entry)
+
+    def _save(self, name: str, entry: Entry) -> None:
+        if self.layout.routed:
+            self.buffer = torch.cat(self.parts)
+            entry |= {"rows": len(self.buffer), "batches": [len(part) for part in self.parts]}
+        assert self.buffer is not None
+        self.shards[name] = entry | save_tensors(self.folder / name, {"inputs": self.buffer})
+        self.buffer, self.parts = None, []
+        write_atomically(self.folder / JOURNAL_NAME, json.dumps({"shards": self.finished | self.shards}, indent=1))
 
     def finish(self) -> dict[str, Entry]:
         """Write the Gram matrices and fill the sibling folders. Returns their entries for the manifest."""
-        grams = {split: accumulator.gram.float().cpu() for split, accumulator in self.grams.items()}
+        grams = {split: gram.gram.float().cpu() for split, gram in self.grams.items() if self.rows[split]}
         entry = save_tensors(self.folder / GRAM_NAME, grams)
         for stale in self.folder.glob("*-[0-9]*.safetensors"):
             if stale.name not in self.shards:

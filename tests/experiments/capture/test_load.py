@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.capture import forward, load, shards
+from experiments.capture import forward, load, shards, tap
 from experiments.capture.forward import capture_layers
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.limit import limit_calibration
@@ -26,7 +26,7 @@ from experiments.capture.store import is_intact
 from experiments.capture.tokens import token_sequences
 from experiments.config import CONF_DIR, Config, LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
-from experiments.sources import layers
+from experiments.sources import checkpoints
 from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import INNER, SEVEN, change, configuration, qwen3, text, write_text
 
@@ -59,13 +59,13 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sequences of each forward pass, trial runs aside."""
     counts: list[int] = []
-    real = layers.InputTap.run
+    real = tap.InputTap.run
 
     def run(self: Any, token_ids: Tensor, consume: Any) -> None:
         counts.append(len(token_ids))
         real(self, token_ids, consume)
 
-    monkeypatch.setattr(layers.InputTap, "run", run)
+    monkeypatch.setattr(tap.InputTap, "run", run)
     return counts
 
 
@@ -103,7 +103,7 @@ def test_weight_inputs_and_gram_matrices_are_the_models(tiny: SimpleNamespace) -
     module = tiny.model.model.layers[2].mlp.down_proj
     assert torch.equal(inputs.weight, module.weight)
 
-    checkpoint = layers.open_checkpoint(config.model, config.cache.folder)
+    checkpoint = checkpoints.open_checkpoint(config.model, config.cache.folder)
     tokens = token_sequences(config, checkpoint.tokenizer()).ids
     assert {split: tuple(ids.shape) for split, ids in tokens.items()} == {"calibration": (12, 32), "heldout": (4, 32)}
     for split, gram in (("calibration", inputs.gram_calibration), ("heldout", inputs.gram_heldout)):
@@ -135,7 +135,7 @@ def test_provenance_says_what_was_used(tiny: SimpleNamespace) -> None:
 
 def test_the_split_is_by_sequence_seeded_and_reproducible(tiny: SimpleNamespace) -> None:
     config = config_for(tiny)
-    tokenize = layers.open_checkpoint(config.model, config.cache.folder).tokenizer()
+    tokenize = checkpoints.open_checkpoint(config.model, config.cache.folder).tokenizer()
 
     def split(**changes: Any) -> dict[str, set[tuple[int, ...]]]:
         tokens = token_sequences(change(config, **changes), tokenize).ids
@@ -208,7 +208,7 @@ def test_a_warm_cache_loads_no_model(tiny: SimpleNamespace, monkeypatch: pytest.
     config = config_for(tiny)
     first = load_layer_inputs(config)
     forget()
-    monkeypatch.setattr(layers, "open_checkpoint", None)
+    monkeypatch.setattr(checkpoints, "open_checkpoint", None)
     second = load_layer_inputs(config)
     assert same(first, second)
     assert torch.equal(all_inputs(first), all_inputs(second))
@@ -487,7 +487,7 @@ def test_a_bundle_works_without_the_model(
     bundle = bundle_of(config, tmp_path / "bundle")
     bundle = change(bundle, seed=0, data__name="wikitext2", data__seq_len=7)
     shutil.rmtree(config.cache.folder)
-    monkeypatch.setattr(layers, "open_checkpoint", None)
+    monkeypatch.setattr(checkpoints, "open_checkpoint", None)
     resolved = resolve(bundle).config
     assert resolved.layer == config.layer
     assert resolved.data == change(config, data__path=None).data and resolved.seed == 3

@@ -13,16 +13,11 @@ import pytest
 import safetensors
 import torch
 
+from experiments.capture.tap import InputTap
 from experiments.config import LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
-from experiments.sources.layers import (
-    GGUF_LLAMA,
-    InputTap,
-    build_decoder,
-    find_linear,
-    load_weight,
-    open_checkpoint,
-)
+from experiments.sources.checkpoints import GGUF_LLAMA, open_checkpoint
+from experiments.sources.decoder import build_decoder
 from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, WIDTH, configuration, qwen3, text, train_tokenizer
 
 
@@ -74,19 +69,29 @@ def test_only_the_shards_of_the_embedding_and_the_layers_below_are_opened(
     layer = LayerConfig(index)
     checkpoint = open_checkpoint(configuration(sharded.folder).model, tmp_path)
     decoder = build_decoder(checkpoint, [layer], "float32")
-    load_weight(checkpoint, layer)
+    decoder.weight(layer)
 
     assert opened == {f"model-{part:05d}-of-00006.safetensors" for part in range(1, index + 3)}
-    assert len(decoder.layers) == index + 1
-    assert not any(parameter.is_meta for parameter in decoder.parameters())
-    assert sum(p.numel() for p in decoder.norm.parameters()) == 0
-    assert not hasattr(decoder, "lm_head")
+    on_meta = [all(p.is_meta for p in layer.parameters()) for layer in decoder.stack]
+    assert on_meta == [i > index for i in range(NUM_LAYERS)]
+    assert not any(p.is_meta for layer in decoder.stack[: index + 1] for p in layer.parameters())
+    assert decoder.model.model.norm.weight.is_meta and decoder.model.lm_head.weight.is_meta
+
+
+def test_what_was_left_out_raises_when_it_is_reached(sharded: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(configuration(sharded.folder).model, tmp_path)
+    decoder = build_decoder(checkpoint, [LayerConfig(1)], "float32")
+    with pytest.raises(SourceError, match=r"model\.layers\.2 was reached, which was not loaded"):
+        decoder.model(input_ids=IDS)
+    for module in (decoder.model.model.norm, decoder.model.lm_head, decoder.stack[3]):
+        with pytest.raises(SourceError, match="was reached, which was not loaded"):
+            module(torch.zeros(1, WIDTH, dtype=torch.float32, device="cpu"))
 
 
 def test_inputs_are_those_of_the_whole_model(sharded: SimpleNamespace, tmp_path: Path) -> None:
     layers = [LayerConfig(i, name) for i in (0, 2) for name in SEVEN]
     checkpoint = open_checkpoint(configuration(sharded.folder).model, tmp_path)
-    tap = InputTap(build_decoder(checkpoint, layers, "float32"), layers, "tiny")
+    tap = InputTap(build_decoder(checkpoint, layers, "float32"), layers)
     got: dict[int, torch.Tensor] = {}
     tap.run(IDS, lambda group, x: got.__setitem__(group, x.clone()))
     want = whole_models_inputs(sharded.model, IDS)
@@ -98,7 +103,7 @@ def test_inputs_are_those_of_the_whole_model(sharded: SimpleNamespace, tmp_path:
 def test_modules_that_share_an_input_are_one_group(sharded: SimpleNamespace, tmp_path: Path) -> None:
     layers = [LayerConfig(1, name) for name in SEVEN]
     checkpoint = open_checkpoint(configuration(sharded.folder).model, tmp_path)
-    tap = InputTap(build_decoder(checkpoint, layers, "float32"), layers, "tiny")
+    tap = InputTap(build_decoder(checkpoint, layers, "float32"), layers)
     assert [[layer.module for layer in group] for group in tap.groups] == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
@@ -115,9 +120,9 @@ def test_the_forward_pass_stops_at_the_wanted_input(sharded: SimpleNamespace, tm
     calls: list[str] = []
     for index in (0, 1):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            module = decoder.layers[index].get_submodule(name)
+            module = decoder.stack[index].get_submodule(name)
             module.register_forward_hook(lambda *_, name=f"{index} {name}": calls.append(name))
-    tap = InputTap(decoder, layers, "tiny")
+    tap = InputTap(decoder, layers)
     calls.clear()
     tap.run(IDS, lambda group, x: None)
     assert calls == ["0 self_attn.o_proj", "0 mlp.down_proj"]
@@ -130,16 +135,17 @@ def test_the_weight_keeps_the_checkpoints_dtype(sharded: SimpleNamespace, tmp_pa
         tensors = safetensors.torch.load_file(shard)
         safetensors.torch.save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, shard)
     checkpoint = open_checkpoint(configuration(folder).model, tmp_path)
-    weight = load_weight(checkpoint, LayerConfig(3))
+    weight = build_decoder(checkpoint, [LayerConfig(3)], "float32").weight(LayerConfig(3))
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, sharded.model.model.layers[3].mlp.down_proj.weight.bfloat16())
-    assert build_decoder(checkpoint, [LayerConfig(0)], "float32").layers[0].mlp.down_proj.weight.dtype == torch.float32
+    assert build_decoder(checkpoint, [LayerConfig(0)], "float32").stack[0].mlp.down_proj.weight.dtype == torch.float32
 
 
 def test_a_checkpoint_of_one_file(tmp_path: Path, opened: set[str]) -> None:
     model = qwen3(tmp_path / "single", sharded=False)
     checkpoint = open_checkpoint(configuration(tmp_path / "single").model, tmp_path)
-    assert torch.equal(load_weight(checkpoint, LayerConfig(1)), model.model.layers[1].mlp.down_proj.weight)
+    weight = build_decoder(checkpoint, [LayerConfig(1)], "float32").weight(LayerConfig(1))
+    assert torch.equal(weight, model.model.layers[1].mlp.down_proj.weight)
     assert opened == {"model.safetensors"}
 
 
@@ -172,9 +178,10 @@ def test_a_broken_checkpoint_says_what_is_missing(sharded: SimpleNamespace, tmp_
     del index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = open_checkpoint(configuration(folder).model, tmp_path)
-    with pytest.raises(SourceError, match=r"no tensor layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(SourceError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         build_decoder(checkpoint, [LayerConfig(1)], "float32")
 
+    shutil.copy(sharded.folder / "model-00002-of-00006.safetensors", folder)
     shard = folder / "model-00001-of-00006.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(SourceError, match=rf"{shard.name} is damaged .*Download the checkpoint again"):
@@ -309,10 +316,15 @@ def test_gguf_agrees_with_transformers(gguf: ModelConfig, tmp_path: Path) -> Non
                  "head_dim", "max_position_embeddings", "rms_norm_eps", "vocab_size", "rope_parameters"):  # fmt: skip
         assert getattr(checkpoint.config, name) == getattr(whole.config, name), name
     decoder = build_decoder(checkpoint, [LayerConfig(1)], "float32")
-    for name, parameter in decoder.named_parameters():
-        assert torch.equal(parameter, whole.get_parameter(name)), name
-    layer = LayerConfig(1, "self_attn.k_proj")
-    assert torch.equal(load_weight(checkpoint, layer), find_linear(whole, layer, "tiny").weight)
+    for name, parameter in decoder.model.model.named_parameters():
+        if name == "norm.weight":
+            assert parameter.is_meta
+        else:
+            assert torch.equal(parameter, whole.get_parameter(name)), name
+    weight = build_decoder(checkpoint, [LayerConfig(1, "self_attn.k_proj")], "float32").weight(
+        LayerConfig(1, "self_attn.k_proj")
+    )
+    assert torch.equal(weight, whole.layers[1].self_attn.k_proj.weight)
 
     sample = text(5) + "in 1984 we  had\n\n12 <unk> é"
     want = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(sample, add_special_tokens=False).input_ids
@@ -322,7 +334,8 @@ def test_gguf_agrees_with_transformers(gguf: ModelConfig, tmp_path: Path) -> Non
 
 def test_gguf_builds_only_the_layers_needed(gguf: ModelConfig, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(gguf, tmp_path)
-    assert len(build_decoder(checkpoint, [LayerConfig(0)], "float32").layers) == 1
+    decoder = build_decoder(checkpoint, [LayerConfig(0)], "float32")
+    assert [all(p.is_meta for p in layer.parameters()) for layer in decoder.stack] == [False, True]
     with pytest.raises(SourceError, match=r"tiny has 2 layers, 0 to 1"):
         build_decoder(checkpoint, [LayerConfig(2)], "float32")
 

