@@ -89,6 +89,18 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+SWEEP_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # also a folder's name and a group of W&B
+
+
+def check_sweep(name: str) -> None:
+    """Raises ValueError for what can be no folder's name, or is too long for a group of W&B."""
+    shown = name if len(name) <= 40 else f"{name[:40]}…"
+    _require(
+        SWEEP_NAME.fullmatch(name) is not None,
+        f"sweep={shown}: use a plain name of at most 128 letters, digits, '.', - and _, not beginning with '.'.",
+    )
+
+
 @dataclass
 class FormatConfig:
     name: str
@@ -147,6 +159,13 @@ class ModelConfig:
         _require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
         _require(self.in_features > 0, f"model.in_features={self.in_features}: must be positive.")
         _require(self.std > 0 and math.isfinite(self.std), f"model.std={self.std}: must be positive.")
+
+    @property
+    def label(self) -> str:
+        """What a run is called by: a local checkpoint by its folder, whatever configuration it took the place of."""
+        if self.source == ModelSource.hub and self.path is not None:
+            return Path(self.path).expanduser().resolve().name
+        return self.name
 
 
 @dataclass
@@ -254,6 +273,7 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
+        check_sweep(self.sweep)
 
 
 def register_schema() -> None:
@@ -314,7 +334,7 @@ def run_id(config: Config, device: str, backend: str) -> str:
             f"b{config.block_size}",
             config.method.name,
             backend,
-            config.model.name,
+            config.model.label,
             f"l{config.layer.index}",
             config.layer.module,
             config.data.name,

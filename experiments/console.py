@@ -53,7 +53,7 @@ class Console:
 
     def heading(self, config: Config) -> None:
         self.output_dir = config.output_dir
-        parts = [config.model.name, f"layer {config.layer.index} {config.layer.module}", config.data.name]
+        parts = [config.model.label, f"layer {config.layer.index} {config.layer.module}", config.data.name]
         if HydraConfig.initialized():
             overrides = [str(o) for o in HydraConfig.get().overrides.task]
             parts += [o for o in overrides if not _in_every_line(o)]

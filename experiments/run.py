@@ -168,7 +168,7 @@ def base_fields(resolved: Resolved) -> dict[str, Any]:
         "device_name": provenance.device_name(device),
         "global_scale": config.format.global_scale,
         "scale_rule": config.format.rule,
-        "model": config.model.name,
+        "model": config.model.label,
         "model_revision": config.model.revision,
         "model_origin": config.model.origin,
         "data": config.data.name,

@@ -193,6 +193,7 @@ class _Capture:
 
     def _finish(self, group: list[LayerConfig], writer: ShardWriter) -> None:
         files = writer.finish()
+        self.resolved.check_unchanged()
         for layer in group:
             folder = self.resolved.layer_folder(layer)
             weight = save_tensors(folder / WEIGHT_NAME, {"weight": self.decoder.weight(layer)})

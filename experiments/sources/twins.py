@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 TWIN_MODEL = "smollm2_135m"
 TWIN_DATA = "python_docs"
+# Settings that a twin takes from what it stands in for, where they differ from its yaml file.
+CARRIED_OVER = {"model": ("dtype",), "data": ("seq_len", "samples", "heldout", "calibration_tokens")}
 
 T = TypeVar("T", ModelConfig, DataConfig)
 _announced: set[str] = set()
@@ -40,8 +42,8 @@ def choose_sources(config: Config) -> Choice:
     """The configuration with sources that can be had. Raises SourceError when there are none.
 
     A hub model or text that is neither cached nor reachable gives way to its offline twin (`offline=auto`), is an error
-    (`offline=never`), or is never asked for (`offline=always`). Overridden sequence length, samples and held-out share
-    carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
+    (`offline=never`), or is never asked for (`offline=always`). Overridden type, sequence length, samples and held-out
+    share carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
     """
     if config.model.source == ModelSource.bundle:
         return Choice(resolve_bundle(config))
@@ -55,7 +57,7 @@ def choose_sources(config: Config) -> Choice:
     if config.offline == Offline.never:
         raise SourceError(_never_message(config, missing))
     _announce(config, missing)
-    model = _replacement("model", TWIN_MODEL, ModelConfig) if "model" in missing else config.model
+    model = _replacement("model", TWIN_MODEL, ModelConfig, config.model) if "model" in missing else config.model
     data = _replacement("data", TWIN_DATA, DataConfig, config.data) if "data" in missing else config.data
     return Choice(replace(config, model=model, data=data), substituted=True)
 
@@ -65,7 +67,7 @@ def is_captured(config: Config) -> bool:
     asks_hub = config.data.source == DataSource.hub and config.data.path is None
     if asks_hub and not is_kept(config.data, config.cache.folder):
         return False
-    identity = layer_identity(config, model_identity(config.model))
+    identity = layer_identity(config, model_identity(config.model, config.cache.folder))
     return (folder_in_cache(config, identity, config.layer) / MANIFEST_NAME).is_file()
 
 
@@ -91,16 +93,23 @@ def _missing(config: Config) -> dict[str, str]:
         return {}
     if config.offline == Offline.always:
         return dict.fromkeys(wanted, "offline=always")
+    questions = _questions(config)
+    hub.learn_commits(questions[role] for role in wanted)
     return {} if is_captured(config) else _out_of_reach(config, wanted)
+
+
+def _questions(config: Config) -> dict[str, hub.Question]:
+    model, data = config.model, config.data
+    return {"model": (str(model.repo), model.revision, "model"), "data": (str(data.repo), data.revision, "dataset")}
 
 
 def _out_of_reach(config: Config, wanted: list[str]) -> dict[str, str]:
     """The roles that cannot be had → why. The caches are asked first, then the hub for the rest, at once."""
-    asked: dict[str, hub.Question] = {}
+    questions, asked = _questions(config), {}
     if "model" in wanted and not hub.model_is_cached(config.model, config.layer.index):
-        asked["model"] = (str(config.model.repo), config.model.revision, "model")
+        asked["model"] = questions["model"]
     if "data" in wanted and not (is_kept(config.data, config.cache.folder) or hub.dataset_is_cached(config.data)):
-        asked["data"] = (str(config.data.repo), config.data.revision, "dataset")
+        asked["data"] = questions["data"]
     reasons = hub.why_not(asked.values())
     missing = {role: reasons[question] for role, question in asked.items() if question in reasons}
     if missing and len(missing) == len(asked):
@@ -108,18 +117,17 @@ def _out_of_reach(config: Config, wanted: list[str]) -> dict[str, str]:
     return missing
 
 
-def _replacement(group: str, name: str, schema: type[T], asked: DataConfig | None = None) -> T:
+def _replacement(group: str, name: str, schema: type[T], asked: ModelConfig | DataConfig) -> T:
     """conf/<group>/<name>.yaml as an object; what `asked` overrides in its own yaml file carries over."""
     from omegaconf import OmegaConf
 
     values = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
-    if asked is not None:
-        own = CONF_DIR / group / f"{asked.name}.yaml"
-        defaults = OmegaConf.load(own) if own.is_file() else OmegaConf.create({})
-        for key in ("seq_len", "samples", "heldout", "calibration_tokens"):
-            value = getattr(asked, key)
-            if value != OmegaConf.select(defaults, key, default=value):
-                OmegaConf.update(values, key, value)
+    own = CONF_DIR / group / f"{asked.name}.yaml"
+    defaults = OmegaConf.load(own) if own.is_file() else OmegaConf.create({})
+    for key in CARRIED_OVER[group]:
+        value = getattr(asked, key)
+        if value != OmegaConf.select(defaults, key, default=value):
+            OmegaConf.update(values, key, value)
     result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     assert isinstance(result, schema)
     return result
@@ -136,22 +144,28 @@ def _pin(missing: dict[str, str]) -> str:
 
 
 def _never_message(config: Config, missing: dict[str, str]) -> str:
-    reasons = "; ".join(dict.fromkeys(missing.values()))
     return (
-        f"{_names(config, missing)}: neither in the local cache nor to be had from the hub ({reasons}), and "
+        f"{_names(config, missing)}: {_reasons(missing)}, and "
         f"offline=never. Connect to the hub, set {' and '.join(f'{role}.path' for role in missing)} to a local copy, "
         f"or use the offline twin: {_pin(missing)}."
     )
 
 
+def _reasons(missing: dict[str, str]) -> str:
+    """What was found out, each reason once. Of a hub that was not asked, nothing is said but that."""
+    return "not in the local cache; " + "; ".join(dict.fromkeys(missing.values()))
+
+
 def _announce(config: Config, missing: dict[str, str]) -> None:
-    pin = _pin(missing)
-    if pin in _announced:
+    """Once a process and role."""
+    news = {role: reason for role, reason in missing.items() if role not in _announced}
+    _announced.update(news)
+    if not news:
         return
-    _announced.add(pin)
-    reasons = "; ".join(dict.fromkeys(missing.values()))
-    log.warning(
-        "OFFLINE TWINS: %s cannot be had (%s), so this runs on %s instead. Pin that with `%s`, or make it an error "
-        "with `offline=never`.",
-        _names(config, missing), reasons, pin, pin,
-    )  # fmt: skip
+    if config.offline == Offline.always:
+        why = f"offline=always, so {_names(config, news)} {'was' if len(news) == 1 else 'were'} not asked for"
+        remedy = ""
+    else:
+        why = f"{_names(config, news)} cannot be had ({_reasons(news)})"
+        remedy = f" Pin that with `{_pin(news)}`, or make it an error with `offline=never`."
+    log.warning("OFFLINE TWINS: %s; this runs on %s instead.%s", why, _pin(news), remedy)

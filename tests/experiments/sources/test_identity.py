@@ -38,16 +38,16 @@ PINNED = {
     ),
     "local model and text": (
         ["model.path=tiny", "data.path=text", "layer.module=self_attn.q_proj", "layer.index=1"],
-        "nvfp4-b16-hessian-reference-qwen3_4b-l1-self_attn.q_proj-wikitext2-4f6f46b028",
-        "bbb199a22f",
-        "qwen3_4b-l1-self_attn.q_proj-f3787f825b1b2916",
+        "nvfp4-b16-hessian-reference-tiny-l1-self_attn.q_proj-wikitext2-4f6f46b028",
+        "daf52e2d70",
+        "tiny-l1-self_attn.q_proj-57589003f841a0c6",
         False,
     ),
     "held-out split of its own": (
         ["model.path=tiny", "data.path=text", "data.heldout_split=test", "data.calibration_tokens=100"],
-        "nvfp4-b16-hessian-reference-qwen3_4b-l0-mlp.down_proj-wikitext2-342c5fb293",
-        "45c5646e02",
-        "qwen3_4b-l0-mlp.down_proj-0063e1e8a5b11421",
+        "nvfp4-b16-hessian-reference-tiny-l0-mlp.down_proj-wikitext2-342c5fb293",
+        "c21eeb05e0",
+        "tiny-l0-mlp.down_proj-516af52a8924855c",
         False,
     ),
     "twins by name": (

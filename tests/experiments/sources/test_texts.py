@@ -12,7 +12,7 @@ import pytest
 
 from experiments.config import DataConfig, DataSource
 from experiments.files import SourceError
-from experiments.sources import texts
+from experiments.sources import readers
 from experiments.sources.texts import load_text
 
 HUB_DATA = DataConfig(
@@ -83,10 +83,12 @@ def test_parquet(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SourceError, match=r"data.text_column=words: .* has the columns text, n"):
         load_text(local(tmp_path / "set", subset="wikitext-2-raw-v1", text_column="words"), tmp_path)
 
-    # Read once: the text is kept, until the file changes.
-    monkeypatch.setattr(texts, "_read_parquet", lambda *args: "read again")
+    # Read once: the text is kept, until the file's bytes change.
+    monkeypatch.setattr(readers, "_parquet", lambda *args: readers.Content("read again"))
     assert load_text(data, tmp_path).read() == JOINED
     os.utime(path, (1, 1))
+    assert load_text(data, tmp_path).read() == JOINED
+    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS, "n": [1, 2, 3, 5]}), path)
     assert load_text(data, tmp_path).read() == "read again"
 
 

@@ -1,0 +1,95 @@
+"""Hashes of source files, remembered: a checkpoint of many GB is read once, and again only where a file changed.
+
+A file is known by its path, size, inode, and times of change of content and of inode (`st_mtime_ns`, `st_ctime_ns`).
+A program may set the first time back, never the second. A file that changed within the last seconds is not remembered:
+a second change could fall into the same tick of the file system's clock. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.files import SourceError, one_line, write_atomically
+
+SETTLED_NS = 2_000_000_000  # since the last change, before a hash is remembered
+BAR_BYTES = 1 << 30  # files to read, from which on a bar is shown
+CHUNK = 1 << 22
+
+_known: dict[str, Any] = {}  # path → stamp and hash, of this process
+
+
+def file_hashes(paths: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
+    """path → sha256 of the file's bytes. cache: the folder in which hashes are remembered between processes.
+
+    Raises SourceError for a file that cannot be read.
+    """
+    found: dict[Path, str] = {}
+    unread: list[Path] = []
+    try:
+        for path in paths:
+            entry = _recall(path, cache)
+            if entry is None:
+                unread.append(path)
+            else:
+                found[path] = entry
+        found |= _read_all(unread, cache)
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise SourceError(f"{error.filename or 'a file'} cannot be read ({why}).") from None
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    status = os.stat(path)
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _note(path: Path, cache: Path) -> Path:
+    return cache / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+
+
+def _recall(path: Path, cache: Path | None) -> str | None:
+    entry = _known.get(str(path.resolve()))
+    if entry is None and cache is not None:
+        try:
+            entry = json.loads(_note(path, cache).read_text())
+        except (OSError, ValueError):
+            return None
+    if not isinstance(entry, dict) or entry.get("stamp") != _stamp(path) or not isinstance(entry.get("sha256"), str):
+        return None
+    return str(entry["sha256"])
+
+
+def _remember(path: Path, cache: Path | None, stamp: list[int], sha256: str) -> None:
+    if stamp != _stamp(path) or time.time_ns() - max(stamp[2:]) < SETTLED_NS:
+        return
+    entry = {"path": str(path.resolve()), "stamp": stamp, "sha256": sha256}
+    _known[str(path.resolve())] = entry
+    if cache is not None:
+        try:
+            write_atomically(_note(path, cache), json.dumps(entry))
+        except OSError:  # the hash is right without being remembered
+            return
+
+
+def _read_all(paths: list[Path], cache: Path | None) -> dict[Path, str]:
+    from tqdm import tqdm
+
+    total = sum(path.stat().st_size for path in paths)
+    found = {}
+    with tqdm(total=total, desc="hash", unit="B", unit_scale=True, disable=True if total < BAR_BYTES else None) as bar:
+        for path in paths:
+            stamp, digest = _stamp(path), hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            found[path] = digest.hexdigest()
+            _remember(path, cache, stamp, found[path])
+    return found
