@@ -150,7 +150,7 @@ def check(root: Path) -> int:
             if len(diff) > DIFF_LINES:
                 print(f"… and {len(diff) - DIFF_LINES} more lines")
     if differing:
-        message = f"{differing} file{'s' * (differing > 1)} differ from the records"
+        message = f"{differing} files differ from the records" if differing > 1 else "1 file differs from the records"
         print(f"error: {message}; run `python experiments/report.py` and commit the result", file=sys.stderr)
         return 1
     print("Pages, CSV files and figures agree with the records.")

@@ -65,11 +65,11 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> 
         lines.append(f"  left out: {_models(left)}; to take them: --model MODEL, or --model {ALL}")
     for count, what in (
         (sum(r.status != "ok" for r in now), "without a result"),
-        (kept, "without a result, which earlier records have: these stay"),
+        (kept, "without a result, kept out: the earlier record has one"),
         (sum(bool(r.dirty) for r in now), "from uncommitted code"),
     ):
         if count:
-            lines.append(f"  {count} of the runs are {what}")
+            lines.append(f"  {count} run{'s' * (count > 1)} {what}")
     return Collected(path, lines)
 
 

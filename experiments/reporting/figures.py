@@ -321,9 +321,10 @@ def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
     figure.axes[0].set_ylabel("weight error, %")
     styles = [
         Line2D([], [], color=GREY, ls=line, marker="o", mfc=fill, ms=3, label=label)
-        for line, fill, label in (("-", GREY, "filled: no global scale"), ("--", "white", "open: from amax"))
+        for line, fill, label in (("-", GREY, "filled: no global scale"), ("--", "white", "open, dashed: from amax"))
     ]
-    _legend(figure, _method_markers(frame), styles)
+    figure.legend(handles=styles, loc="outside lower center", ncols=len(styles))
+    _legend(figure, _method_markers(frame))
 
 
 def draw_speed_up(figure: Figure, frame: pd.DataFrame) -> None:

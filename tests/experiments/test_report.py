@@ -251,7 +251,7 @@ def test_collect_keeps_a_result_that_a_later_run_lacks(root: Path, capsys: pytes
     capsys.readouterr()
     assert report.main(["--collect", "main", "--from", str(more)], root) == 0
     assert path.read_bytes() == before
-    assert "1 of the runs are without a result, which earlier records have: these stay" in capsys.readouterr().out
+    assert "1 run without a result, kept out: the earlier record has one" in capsys.readouterr().out
     both = write_runs(root / "both", make("hessian"))
     failed = make("hessian", status="failed", reason="the model is gone")
     (both / "z.jsonl").write_text(f"{failed.to_json()}\n")
@@ -287,8 +287,8 @@ def test_collect_says_what_is_not_fit_to_show(root: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert report.main(["--collect", "other", "--from", str(runs)], root) == 0
     out = capsys.readouterr().out
-    assert "1 of the runs are without a result" in out
-    assert "1 of the runs are from uncommitted code" in out
+    assert "1 run without a result" in out
+    assert "1 run from uncommitted code" in out
 
 
 def test_runs_prints_tables_and_writes_beside_the_runs(root: Path, capsys: pytest.CaptureFixture[str]):

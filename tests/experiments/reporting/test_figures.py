@@ -366,7 +366,7 @@ def test_the_map_of_layers_is_white_at_naive_and_red_where_it_is_worse() -> None
     ("name", "said"),
     [
         ("scaling", ["marks: a call's time over all its MB", "dotted: time added by doubling the rows"]),
-        ("global_scale", ["filled: no global scale", "open: from amax"]),
+        ("global_scale", ["filled: no global scale", "open, dashed: from amax"]),
         ("layers", ["better", "worse"]),
     ],
 )
