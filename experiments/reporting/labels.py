@@ -6,8 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from experiments.config import CONF_DIR
-
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"  # experiments.config has it too, and imports hydra
 NONE = "–"
 
 

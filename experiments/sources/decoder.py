@@ -228,7 +228,7 @@ class Decoder:
         return forward
 
     def _trial(self) -> None:
-        """Run a few tokens to the end of the model, past the layers with stand-ins for what is not loaded.
+        """Run a few tokens to the end of the model, past the layers with placeholders for what is not loaded.
 
         Loads what is reached before the last layer's end. Counts the calls of each target. Raises SourceError for a
         model that comes back to a layer afterwards: its inputs would be those of a part of its calls.
@@ -260,7 +260,7 @@ class Decoder:
 
 
 class _Trial:
-    """The hooks and stand-ins of a trial run; leaving the context takes them away."""
+    """The hooks and placeholders of a trial run; leaving the context takes them away."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
