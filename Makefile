@@ -8,6 +8,14 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # More Hydra overrides for `make run`, e.g. make run ARGS="block_size=16,32 layer.index=10"
 ARGS ?=
+# The same without ARGS: `make run block_size=32`. Settings have small letters, variables of make have capitals.
+comma := ,
+small = $(filter a% b% c% d% e% f% g% h% i% j% k% l% m% n% o% p% q% r% s% t% u% v% w% x% y% z%,$(1))
+SETTINGS = $(foreach name,$(sort $(call small,$(.VARIABLES))),$(if \
+    $(filter command,$(firstword $(origin $(name)))),'$(name)=$($(name))'))
+given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS) $(subst ',,$(SETTINGS))))
+# What is swept unless the command line has it.
+unless_given = $(if $(call given,$(1)),,$(1)=$(2))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run paper test lint report figures bench notebooks docs clean clean-runs
@@ -33,10 +41,11 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## create .venv at the locked versions
 
-run: $(READY)  ## quantize a layer: 2 formats x 3 methods, then print the tables; ARGS="..." adds Hydra overrides
+run: $(READY)  ## quantize a layer: 2 formats x 3 methods, then print the tables; settings may follow, as in make run block_size=32
 	@status=0; \
-	$(BIN)/python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian $(ARGS) || status=$$?; \
-	$(BIN)/python experiments/report.py --runs || status=$$?; \
+	$(BIN)/python experiments/run.py -m $(call unless_given,format,nvfp4$(comma)mxfp4) \
+	    $(call unless_given,method,naive$(comma)sse$(comma)hessian) $(SETTINGS) $(ARGS) || status=$$?; \
+	$(BIN)/python experiments/report.py --runs $(call given,output_dir) || status=$$?; \
 	exit $$status
 
 # Quick experiments come first. An interrupted sweep continues where it stopped.
@@ -46,7 +55,7 @@ paper: $(READY)  ## run every experiment, collect its records, rebuild the repor
 	@status=0; \
 	for name in $(EXPERIMENTS); do \
 	    echo "== $$name"; \
-	    $(BIN)/python experiments/run.py -m experiment=$$name $(ARGS) || status=$$?; \
+	    $(BIN)/python experiments/run.py -m experiment=$$name $(SETTINGS) $(ARGS) || status=$$?; \
 	    test $$status -ne 130 || exit 130; \
 	    $(BIN)/python experiments/report.py --collect $$name --from results/runs/$$name --model all || status=$$?; \
 	done; \

@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import provenance, tracking
 from experiments.config import Config, to_config
 from experiments.console import Console, full_errors, reason
+from experiments.overrides import mistake
 from experiments.record import BLOCKS_NAME, RECORD_NAME, Histograms, RecordError, RunRecord, read_record
 from experiments.sweep import layers_ahead
 
@@ -210,6 +211,9 @@ def run_log(path: Path) -> Iterator[None]:
 
 def cli() -> int:
     """The exit status: 1 if a run failed, 130 if interrupted."""
+    if (meant := mistake(sys.argv[1:])) is not None:
+        print(f"error: {meant}", file=sys.stderr)
+        return 1
     try:
         main()
     except KeyboardInterrupt:

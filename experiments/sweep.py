@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments.config import Config, LayerConfig, to_config
+from experiments.config import Config, LayerConfig, check_sweep, to_config
 from experiments.files import SourceError, check_writable
 
 # Overrides that change nothing about what a forward pass captures. One that is missing here costs a pass, no more.
@@ -39,12 +40,17 @@ class SweepPlan(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _plan.clear()
+        try:
+            check_sweep(str(config.sweep))  # before Hydra makes a folder of this name
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
         _check_writable(Path(config.output_dir))
         sweeper = config.hydra.sweeper
         if not str(sweeper.get("_target_", "")).endswith(f".{BasicSweeper.__name__}"):
             return  # a sweeper that chooses its runs as it goes
         overrides = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-        parsed = OverridesParser.create().parse_overrides([*overrides, *config.hydra.overrides.task])
+        loader = GlobalHydra.instance().config_loader()  # knows the choices that a glob means
+        parsed = OverridesParser.create(loader).parse_overrides([*overrides, *config.hydra.overrides.task])
         _plan.extend(BasicSweeper.split_arguments(parsed, None)[0])
 
 

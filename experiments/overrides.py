@@ -1,0 +1,125 @@
+"""What was meant by an override that the configuration does not know: one line that says what to type.
+
+Hydra's own answers to `layer=3` or `blocksize=32` list files, or advise a `+` that helps nobody. Reads the schema and the
+file names of conf/, composes nothing, imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import get_type_hints
+
+from experiments import config as schema
+from experiments.config import CONF_DIR, Config
+
+# With these, choices may lie elsewhere than in conf/.
+OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
+PLAIN_VALUE = re.compile(r"[^()\[\]{}$'\"]*")  # neither a glob, a list, an interpolation nor quoted
+
+
+def mistake(arguments: Sequence[str]) -> str | None:
+    """The first override that is none, and what was probably meant; None where Hydra may go on."""
+    own_choices = any(argument.startswith(OWN_CHOICES) for argument in arguments)
+    for argument in arguments:
+        found = _dashed(argument) if argument.startswith("-") else _unknown(argument, own_choices)
+        if found is not None:
+            return found
+    return None
+
+
+@cache
+def _settings() -> dict[str, tuple[str, ...]]:
+    """Group → its settings; "" → those of no group."""
+    types = get_type_hints(Config, vars(schema))
+    groups = {f.name: types[f.name] for f in fields(Config) if hasattr(types[f.name], "__dataclass_fields__")}
+    plain = tuple(f.name for f in fields(Config) if f.name not in groups)
+    return {"": plain} | {name: tuple(f.name for f in fields(group)) for name, group in groups.items()}
+
+
+@cache
+def _choices(group: str) -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")))
+
+
+def _keys() -> list[str]:
+    """Every setting, in full: block_size, layer.index and so on."""
+    return [f"{group}.{name}" if group else name for group, names in _settings().items() for name in names]
+
+
+def _dashed(argument: str) -> str | None:
+    key, equals, value = argument.lstrip("-").partition("=")
+    if not argument.startswith("--") or _flat(key) not in {_flat(known) for known in (*_keys(), *_settings())}:
+        return None
+    meant = _close(key)[0]
+    return f"{argument}: settings have no dashes; type {meant}={value if equals else '...'}"
+
+
+def _unknown(argument: str, own_choices: bool) -> str | None:
+    key, equals, value = argument.lstrip("+").partition("=")
+    if not equals:
+        group = next((group for group in _settings() if group and argument in _choices(group)), None)
+        return None if group is None else f"{argument}: a choice of {group}; type {group}={argument}"
+    if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
+        return None
+    if key in (*_settings(), "experiment") and key:
+        return None if own_choices else _no_choice(key, value)
+    if key in _keys():
+        return None
+    group, dot, name = key.partition(".")
+    if dot and group in _settings() and not _close(name, _settings()[group]):
+        return f"{key}: no such setting; {group} has {', '.join(_settings()[group])}"
+    meant = [f"{known}={value}" for known in _close(key)]
+    remedy = f"did you mean {' or '.join(meant)}?" if meant else "python experiments/run.py --help lists them"
+    return f"{key}={value}: no such setting; {remedy}"
+
+
+def _no_choice(group: str, value: str) -> str | None:
+    """group: whose value is a file of conf/, or several."""
+    if value in ("", "null") or not PLAIN_VALUE.fullmatch(value):
+        return None
+    wrong = [choice for choice in value.split(",") if choice.strip() not in _choices(group)]
+    if not wrong:
+        return None
+    meant = _meant_by(group, value, wrong[0])
+    question = f"did you mean {meant}? Its choices: " if meant else "use "
+    return f"{group}={value}: no such choice of {group}; {question}{', '.join(_choices(group))}"
+
+
+def _meant_by(group: str, value: str, wrong: str) -> str | None:
+    """The setting inside a group, or the other choice, that a value of the group itself was probably meant for."""
+    if group == "layer":
+        return f"layer.index={value}" if wrong.strip().isdigit() else f"layer.module={value}"
+    if group in ("model", "data") and Path(wrong).expanduser().exists():
+        return f"{group}.path={value}"
+    if group in ("model", "data") and "/" in wrong:
+        return f"{group}.repo={value} {group}.revision=main"
+    close = _nearest(wrong, _choices(group))
+    if close:
+        return f"{group}={value.replace(wrong, close[0])}"
+    inside = [name for name in _settings().get(group, ()) if name not in ("name", "source", "path", "repo")]
+    number = wrong.strip().replace(".", "", 1).isdigit()
+    return f"{group}.{inside[0]}={value}" if number and len(inside) == 1 else None
+
+
+def _close(key: str, known: Iterable[str] | None = None) -> list[str]:
+    """The known keys that `key` may stand for: the same letters, the same last part, or else nearly the same."""
+    keys = [*_keys(), *(group for group in _settings() if group)] if known is None else list(known)
+    for part in (lambda k: k, lambda k: k.rpartition(".")[2]):
+        same = [k for k in keys if _flat(part(k)) == _flat(key)]
+        if same:
+            return same
+    return _nearest(key, keys)
+
+
+def _nearest(key: str, keys: Iterable[str]) -> list[str]:
+    by_letters = {_flat(k): k for k in keys}
+    return [by_letters[found] for found in difflib.get_close_matches(_flat(key), by_letters, n=1, cutoff=0.7)]
+
+
+def _flat(key: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", key.lower())

@@ -1,0 +1,152 @@
+"""A newcomer's mistakes on the command line: one line each, with what to type."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import run as entry
+from experiments import sweep
+from experiments.config import CONF_DIR, REPO_ROOT, check_sweep, compose
+from experiments.overrides import _choices, _keys, _settings, mistake
+from experiments.sweep import SweepPlan
+
+MEANT = {
+    "layer=3": "layer.index=3",
+    "layer=0,3": "layer.index=0,3",
+    "layer=mlp.up_proj": "layer.module=mlp.up_proj",
+    "blocksize=32": "block_size=32",
+    "+blocksize=32": "block_size=32",
+    "block-size=16,32": "block_size=16,32",
+    "--block-size=32": "block_size=32",
+    "--force": "force=",
+    "index=3": "layer.index=3",
+    "seq_len=128": "data.seq_len=128",
+    "layer.idx=2": "layer.index=2",
+    "data.sample=8": "data.samples=8",
+    "formt=nvfp4": "format=nvfp4",
+    "format=nvfp5": "mxfp4, nvfp4",
+    "timing=off": "default, none",
+    "model=Qwen/Qwen3-8B": "model.repo=Qwen/Qwen3-8B",
+    f"model={CONF_DIR}": f"model.path={CONF_DIR}",
+    f"data={CONF_DIR}": f"data.path={CONF_DIR}",
+    "hessian": "method=hessian",
+    "model.trust=1": "num_layers",
+    "colour=red": "--help",
+}
+
+
+@pytest.mark.parametrize("argument", MEANT)
+def test_a_mistake_is_one_line_with_what_was_meant(argument: str) -> None:
+    said = mistake(["-m", argument, "seed=1"])
+    assert said is not None and MEANT[argument] in said and "\n" not in said
+    assert said.startswith(argument.lstrip("+").partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "format=nvfp4,mxfp4", "method=glob(*)", "block_size=16,32", "hydra.job_logging=none"],
+        ["experiment=main", "layer.index=${all_layers:}", "model.path=/a=b", "~timing", "experiment=null"],
+        ["--config-dir", "elsewhere", "model=mine"],
+        ["--help"],
+        ["method=choice(naive,sse)", "seed=range(3)", "hydra/launcher=joblib"],
+    ],
+)
+def test_what_hydra_understands_is_left_to_it(arguments: list[str]) -> None:
+    assert mistake(arguments) is None
+
+
+def test_every_setting_and_choice_is_known() -> None:
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "experiment"}
+    assert groups == set(_settings()) - {""}
+    for key in _keys():
+        assert mistake([f"{key}=1", f"+{key}=1"]) is None
+    for group in groups:
+        assert mistake([f"{group}={','.join(_choices(group))}"]) is None
+
+
+def test_the_command_stops_before_anything_is_composed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["experiments/run.py", "-m", "layer=3"])
+    monkeypatch.setattr(entry, "main", lambda: pytest.fail("composed"))
+    assert entry.cli() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: layer=3: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "two words", "x" * 129, "é"])
+def test_a_sweep_has_a_plain_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"sweep=.*at most 128 letters") as caught:
+        check_sweep(name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"), pytest.raises(SystemExit, match="sweep="):
+        SweepPlan().on_multirun_start(planned([], name))
+    with pytest.raises(ValueError, match="sweep="):
+        compose([f"sweep='{name}'"])
+
+
+def test_a_plain_name_of_128_characters_is_a_sweeps() -> None:
+    assert compose([f"sweep={'x' * 128}"]).sweep == "x" * 128
+    check_sweep("2026-01-31_main.2")
+
+
+def planned(overrides: list[str], name: str = "main") -> DictConfig:
+    sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"seed": "1,2"}}
+    hydra = {"sweeper": sweeper, "overrides": {"task": overrides}}
+    return OmegaConf.create({"output_dir": ".", "sweep": name, "hydra": hydra})
+
+
+@pytest.mark.parametrize(
+    ("override", "values"),
+    [
+        ("method=glob(*)", ["hessian", "naive", "sse"]),
+        ("method=glob([*s*],exclude=h*)", ["sse"]),
+        ("method=choice(naive,sse)", ["naive", "sse"]),
+        ("layer.index=range(0,3)", ["0", "1", "2"]),
+    ],
+)
+def test_a_sweep_over_a_pattern_keeps_its_plan(
+    override: str, values: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "_plan", [])
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        SweepPlan().on_multirun_start(planned([override]))
+    key = override.partition("=")[0]
+    assert sweep._plan == [[f"seed={seed}", f"{key}={value}"] for seed in (1, 2) for value in values]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [
+        ([], "format=nvfp4,mxfp4 method=naive,sse,hessian"),
+        (["block_size=32"], "format=nvfp4,mxfp4 method=naive,sse,hessian 'block_size=32'"),
+        (["layer.index=0,3", "method=sse"], "format=nvfp4,mxfp4 'layer.index=0,3' 'method=sse'"),
+        (["ARGS=format=mxfp4 seed=1", "seed=2"], "method=naive,sse,hessian 'seed=2' format=mxfp4 seed=1"),
+        (["layer=3"], "format=nvfp4,mxfp4 method=naive,sse,hessian 'layer=3'"),
+    ],
+)
+def test_settings_after_make_run_reach_the_sweep(arguments: list[str], runs: str) -> None:
+    command = ["make", "--dry-run", "run", "READY=Makefile", *arguments]
+    shown = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True).stdout
+    line = shown.replace("\\\n", " ").split("||")[0]
+    assert " ".join(line.split()).endswith(f"experiments/run.py -m {runs}")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_tables_are_those_of_the_folder_that_was_given() -> None:
+    command = ["make", "--dry-run", "run", "READY=Makefile", "output_dir=elsewhere"]
+    shown = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True).stdout
+    assert "report.py --runs elsewhere ||" in shown and "'output_dir=elsewhere'" in shown
+
+
+def test_a_paper_takes_settings_too() -> None:
+    assert "-m experiment=$$name $(SETTINGS) $(ARGS)" in Path(REPO_ROOT / "Makefile").read_text()
