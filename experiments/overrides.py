@@ -1,7 +1,7 @@
 """What was meant by an override that the configuration does not know: one line that says what to type.
 
-Hydra's own answers to `layer=3` or `blocksize=32` list files, or advise a `+` that helps nobody. Reads the schema and the
-file names of conf/, composes nothing, imports no torch.
+Hydra's own answers to `layer=3` or `blocksize=32` list files, or advise a `+` that helps nobody. Reads the schema and
+the file names of conf/, composes nothing, imports no torch.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ report reads records without it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ class RunRecord:
             parts = [f"unknown fields {', '.join(unknown)}"] if unknown else []
             parts += [f"missing fields {', '.join(missing)}"] if missing else []
             raise RecordError(f"{where}: {'; '.join(parts)}.")
+        wrong = [name for name, value in values.items() if not isinstance(value, _types(name))]
+        if wrong:
+            raise RecordError(f"{where}: {wrong[0]} is {values[wrong[0]]!r:.40}, of another type than it has.")
         return cls(**values)
 
     def to_json(self, indent: int | None = None) -> str:
@@ -136,7 +140,7 @@ class RunRecord:
     def from_json(cls, text: str, where: str = "record") -> RunRecord:
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RecordError(f"{where}: not JSON ({error}).") from None
         return cls.from_dict(values, where)
 
@@ -150,17 +154,54 @@ class RunRecord:
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunRecord))
 
 
+@functools.cache
+def _types(name: str) -> tuple[type, ...]:
+    """What the annotation of a field allows, in JSON: a whole number is a float, too."""
+    known = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "None": (type(None),)}
+    words = [
+        word.strip() for word in str(next(f.type for f in dataclasses.fields(RunRecord) if f.name == name)).split("|")
+    ]
+    return tuple(kind for word in words for kind in known.get(word, (dict,)))
+
+
 def read_record(path: Path | str) -> RunRecord:
+    """Raises RecordError for a file that is no record of this version."""
     path = Path(path)
-    return RunRecord.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    return RunRecord.from_json(_text(path), where=str(path))
 
 
-def read_records(folder: Path | str) -> list[RunRecord]:
-    """Every `*/record.json` and every line of every `*.jsonl` in `folder`, by file name. A missing folder has none."""
-    folder = Path(folder)
-    records = [read_record(path) for path in sorted(folder.glob(f"*/{RECORD_NAME}"))]
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                records.append(RunRecord.from_json(line, where=f"{path}:{number}"))
+def read_records(folder: Path | str, damaged: list[str] | None = None) -> list[RunRecord]:
+    """Every `*/record.json` and every line of every `*.jsonl` in `folder`, by file name. A missing folder has none.
+
+    damaged: takes what is wrong with files that are no records. Without it, the first is a RecordError.
+    """
+    records = []
+    for where, text in _record_texts(Path(folder)):
+        try:
+            records.append(RunRecord.from_json(text(), where))
+        except RecordError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
     return records
+
+
+def _record_texts(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Of each record where it is, and what reads it."""
+    for path in sorted(folder.glob(f"*/{RECORD_NAME}")):
+        yield str(path), functools.partial(_text, path)
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(_text(path).splitlines(), start=1):
+            if line.strip():
+                yield f"{path}:{number}", functools.partial(str, line)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecordError(f"{path}: not UTF-8 text.") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}).") from None

@@ -166,7 +166,12 @@ def report_runs(folder: Path, root: Path) -> int:
     from experiments.reporting.verification import verification_tables
 
     own = folder / RECORD_NAME
-    records = [read_record(own)] if own.exists() else read_records(folder)
+    damaged: list[str] = []
+    records = [read_record(own)] if own.exists() else read_records(folder, damaged)
+    for line in damaged:
+        print(f"left out: {line}", file=sys.stderr)
+    if damaged and not records:
+        raise ReportError(f"{folder} has no record that can be read")
     if not records:
         raise ReportError(f"{folder} has no runs; run `make run` or `python experiments/run.py` first")
     tables = make_tables(records, read_published(root / "results" / PUBLISHED)) + verification_tables(records)
@@ -204,8 +209,8 @@ def track(group: str, root: Path) -> int:
         raise ReportError(f"{RECORDS} has no records; {HOW_TO_RECORD}")
     if not group:
         group = max(records, key=lambda record: record.started_at or "").sweep
-    elif not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", group):
-        raise ReportError(f"--track {group}: use up to 64 letters, digits, '.', - and _, or leave the group out")
+    elif not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", group):
+        raise ReportError(f"--track {group}: use up to 128 letters, digits, '.', - and _, or leave the group out")
     results, runs = root / "results", root / RUNS
     tables = {path.stem: path for path in sorted(results.glob("*.csv"))}
     tables |= {f"figures/{path.stem}": path for path in sorted((results / "figures").glob("*.csv"))}

@@ -9,6 +9,8 @@ already. Imports no torch.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +24,10 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = ("offline", "online", "disabled")
+
+SERVER_SECONDS = 5.0  # to wait for an answer of W&B's server
+INIT_SECONDS = 20.0  # for a server that answers and then is silent
+ID_LENGTH = 128  # W&B's limit
 
 # The fields of a record that a run's summary shows; the others go to its configuration, where runs are filtered.
 MEASURED = (
@@ -47,7 +53,7 @@ def track(
     if tracking.name == "none":
         return
     try:
-        mode = tracking_mode(tracking)
+        mode = _usable(tracking_mode(tracking))
         if mode != "disabled":
             _log_run(record, config, tracking, mode, output_dir, histograms)
     except Exception as error:
@@ -69,7 +75,7 @@ def track_report(
 
     facts: what the report was made from, its configuration. Logged again, it updates the same W&B run.
     """
-    mode = tracking_mode(tracking)
+    mode = _usable(tracking_mode(tracking))
     if mode == "disabled":
         return False
     import pandas as pd
@@ -77,7 +83,7 @@ def track_report(
 
     with wandb.init(
         group=group,
-        id=f"report-{group}",
+        id=report_id(group),
         name=f"report-{group}",
         job_type="report",
         tags=["report"],
@@ -106,6 +112,42 @@ def tracking_mode(tracking: TrackingConfig) -> Mode:
         if mode == asked:
             return mode
     raise ValueError(f"WANDB_MODE={asked}: use {', '.join(MODES)}")
+
+
+def report_id(group: str) -> str:
+    """W&B takes 128 characters."""
+    plain = f"report-{group}"
+    return plain if len(plain) <= ID_LENGTH else f"report-{hashlib.sha256(group.encode()).hexdigest()}"
+
+
+def _usable(mode: Mode) -> Mode:
+    """Offline in the place of online where no server answers. Asked once a process; the first time it is said."""
+    if mode != "online":
+        return mode
+    return mode if _server_problem() is None else "offline"
+
+
+@functools.cache
+def _server_problem() -> str | None:
+    """Why W&B's server cannot be reached, with a warning; None where it answers, whatever it says.
+
+    wandb.init() itself would wait 90 s a run.
+    """
+    import requests
+    import wandb
+
+    url = str(wandb.setup().settings.base_url)
+    try:
+        requests.get(url, timeout=SERVER_SECONDS, stream=True).close()
+    except requests.exceptions.SSLError:
+        return None
+    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        problem = f"{url} did not answer within {SERVER_SECONDS} s"
+        if not isinstance(error, requests.exceptions.Timeout):
+            problem = f"no connection to {url}"
+        log.warning("W&B: %s, so this command logs offline. `wandb sync` sends the runs later.", problem)
+        return problem
+    return None
 
 
 def _log_run(
@@ -144,6 +186,7 @@ def _common(tracking: TrackingConfig, mode: Mode, output_dir: Path) -> dict[str,
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(
         silent=True,
+        init_timeout=INIT_SECONDS,
         console="off",
         host="",
         username="",

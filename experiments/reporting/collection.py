@@ -37,7 +37,10 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> 
         raise ReportError(
             f"--collect {name}: use small letters, digits, - and _, and not the words {' and '.join(RESERVED)}"
         )
-    found = read_records(source)
+    damaged: list[str] = []
+    found = read_records(source, damaged)
+    if damaged and not found:
+        raise ReportError(f"{source} has no record that can be read: {damaged[0]}")
     if not found:
         raise ReportError(f"{source} has no runs; run `make run` or `python experiments/run.py` first")
     path = root / RECORDS / f"{name}.jsonl"
@@ -70,7 +73,7 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> 
     ):
         if count:
             lines.append(f"  {count} run{'s' * (count > 1)} {what}")
-    return Collected(path, lines)
+    return Collected(path, [*lines, *(f"  left out: {line}" for line in damaged)])
 
 
 def described(records: Iterable[RunRecord]) -> list[str]:

@@ -386,3 +386,37 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 1
     assert "has no runs" in done.stderr
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut short": b'{"run_id": "a", "sw',
+    "binary": bytes(range(128, 256)),
+    "a list": b"[]",
+    "a field of another type": make("sse", weight_error="much").to_json().encode(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_record_stops_no_other(kind: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It is named on a line of its own; the tables are those of the others."""
+    folder = write_runs(tmp_path / "raw", make("naive"), make("sse"))
+    assert report.main(["--runs", str(folder)], root) == 0
+    whole = capsys.readouterr().out
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "record.json").write_bytes(DAMAGED[kind])
+    assert report.main(["--runs", str(folder)], root) == 0
+    shown = capsys.readouterr()
+    assert shown.out == whole
+    assert shown.err.startswith("left out: ") and "damaged/record.json" in shown.err and shown.err.count("\n") == 1
+
+    assert report.main(["--collect", "other", "--from", str(folder), "--model", "all"], root) == 0
+    assert "damaged/record.json" in capsys.readouterr().out
+
+
+def test_damaged_records_alone_are_an_error(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "raw" / "damaged").mkdir(parents=True)
+    (tmp_path / "raw" / "damaged" / "record.json").write_text("")
+    for arguments in (["--runs"], ["--collect", "other", "--from"]):
+        assert report.main([*arguments, str(tmp_path / "raw")], root) == 1
+        assert "no record that can be read" in capsys.readouterr().err

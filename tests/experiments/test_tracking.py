@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from experiments import report
+from experiments import report, tracking
 from experiments.config import TrackingConfig, TrackingMode
 from experiments.measure.blocks import histograms
 from experiments.record import FIELDS, RunRecord
@@ -254,3 +255,44 @@ def test_a_failure_is_a_warning(
         track(RECORD, CONFIG, WANDB, tmp_path)
     (message,) = (r.getMessage() for r in caplog.records)
     assert RECORD.run_id in message and reason in message and "tracking=none" in message
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_online_without_a_server_logs_offline_and_waits_once(
+    answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """answers: a server that takes the connection, and is then silent."""
+    monkeypatch.setattr(tracking, "SERVER_SECONDS", 0.2)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    asked, modes = [], []
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers:
+            server.listen()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        settings = SimpleNamespace(settings=SimpleNamespace(base_url=url))
+        monkeypatch.setattr("wandb.setup", lambda: asked.append(url) or settings)  # type: ignore[func-returns-value]
+        monkeypatch.setattr(tracking, "_log_run", lambda record, config, how, mode, *rest: modes.append(mode))
+        tracking._server_problem.cache_clear()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                track(RECORD, CONFIG, WANDB, tmp_path)
+    tracking._server_problem.cache_clear()
+    assert modes == ["offline"] * 3 and asked == [url]
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert url in message and "wandb sync" in message and ("did not answer" in message) == answers
+
+
+def test_a_server_that_answers_is_logged_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_server_problem", lambda: None)
+    assert tracking._usable("online") == "online" and tracking._usable("offline") == "offline"
+
+
+def test_no_run_waits_longer_than_half_a_minute_for_a_server(tmp_path: Path) -> None:
+    assert tracking._common(WANDB, "online", tmp_path)["settings"].init_timeout <= 30
+
+
+def test_a_report_of_a_group_with_a_long_name_has_a_name_that_wandb_takes() -> None:
+    assert tracking.report_id("main") == "report-main"
+    long = {tracking.report_id("x" * 127 + end) for end in "ab"}
+    assert len(long) == 2 and all(len(name) <= 128 for name in long)
