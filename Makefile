@@ -69,7 +69,7 @@ lint: $(READY)  ## ruff, mypy, and the contracts between import layers
 	$(BIN)/lint-imports --no-logo
 
 test: lint  ## lint, all tests, the notebooks, and the check that pages and CSV files follow from the records
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --nbmake tests notebooks
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist worksteal --nbmake notebooks tests
 	$(BIN)/python experiments/report.py --check
 
 figures: $(READY)  ## rebuild every table and figure from results/records, without torch

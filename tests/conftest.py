@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 # Before anything imports torch, triton, datasets or wandb: they read these once.
@@ -21,36 +19,8 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import interpret_quickly
 
-
-def interpret_quickly() -> None:
-    """Triton's interpreter replaces all of triton.language at each call of a device function, which takes most of a
-    kernel's time; at the first of a launch is enough. Without this the tests say the same, later."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    replace, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # not in every version of Triton
-    replaced: set[frozenset[int]] = set()
-
-    @functools.cache
-    def languages(fn: Callable[..., object]) -> frozenset[int]:
-        return frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
-
-    def replace_once(fn: Callable[..., object]) -> object:
-        if languages(fn) in replaced:
-            return nothing()
-        replaced.add(languages(fn))
-        return replace(fn)
-
-    def run_afresh(self: object, *arguments: object, **options: object) -> None:
-        replaced.clear()
-        run(self, *arguments, **options)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, run_afresh
-
-
-if not HAS_CUDA:
     interpret_quickly()
 
 

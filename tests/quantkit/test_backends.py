@@ -70,13 +70,16 @@ each = pytest.mark.parametrize(
 @pytest.mark.parametrize("rows", [1, 37, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backends_agree(format: str, block_size: int, method: str, rows: int, dtype: torch.dtype) -> None:
-    weight = (torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
-    compare(weight, format, block_size, method, **given(method, 96, block_size))
+    columns = 3 * block_size
+    weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.02).to(dtype)
+    compare(weight, format, block_size, method, **given(method, columns, block_size))
 
 
 @each
 def test_backends_agree_on_adversarial_weights(format: str, block_size: int, method: str) -> None:
     weight = torch.tensor(all_families(block_size, np.random.default_rng(9))).reshape(-1, 2 * block_size)
+    if METHODS[method].needs_hessian and not CUDA:
+        weight = weight[::2]  # interpreted, the Hessian kernel pays by the block
     options = given(method, weight.shape[1], block_size)
     compare(weight, format, block_size, method, global_scale="none", **options)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quantkit import FORMATS, quantize
+from quantkit import FORMATS, QuantizedTensor, quantize
 from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, all_families, hessian_family, weight_family
 from tests.oracle import contract_violations
 
@@ -21,6 +21,7 @@ CASES = [
     *(("nvfp4", "amax", family) for family in WEIGHT_FAMILIES),
 ]
 BLOCK_SIZES = [16, 32]
+CUDA = torch.cuda.is_available()
 
 
 def check(
@@ -31,9 +32,9 @@ def check(
     device: str,
     hessians: np.ndarray | None,
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> QuantizedTensor:
     """Judges every scale chosen for float32 ``blocks [n, b]`` that dtype holds, each paired with each of ``hessians
-    [h, b, b]``."""
+    [h, b, b]``. Returns what was judged."""
     block_size = blocks.shape[-1]
     if hessians is None:
         q = quantize(
@@ -60,6 +61,13 @@ def check(
     assert not len(violations), (
         f"{len(violations)} blocks break the contract, first {violations[0]}: {blocks[violations[0]]}"
     )
+    return q
+
+
+def interpreted(backend: str) -> bool:
+    """Whether Triton interprets: it takes the Hessian kernel's pairs of a block and a scale one after the other, so
+    tests give it fewer blocks than the reference and a GPU have."""
+    return backend == "triton" and not CUDA
 
 
 def blocks_of(family: str, block_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -81,7 +89,13 @@ def test_hessian_scale_is_optimal(
 ) -> None:
     rng = np.random.default_rng(2)
     hessians = np.stack([hessian_family(name, block_size, rng) for name in HESSIAN_FAMILIES])
-    check(blocks_of(family, block_size, rng)[::3], format, global_scale, backend, device, hessians)
+    blocks = blocks_of(family, block_size, rng)[::3]
+    if interpreted(backend):
+        blocks = blocks[::2]
+        if family != "all":  # three Hessians, others for the next family; "all" meets every one
+            start = WEIGHT_FAMILIES.index(family)
+            hessians = np.roll(hessians, -start, axis=0)[:3]
+    check(blocks, format, global_scale, backend, device, hessians)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -98,7 +112,7 @@ def test_hessian_scale_is_optimal_where_rounding_made_the_hessian_indefinite(
     ]
     hessians = np.stack([a @ a.T for a in factors]).astype(np.float32)
     assert (np.linalg.eigvalsh(hessians.astype(np.float64))[:, 0] < 0).any()
-    shape = (64, block_size)
+    shape = (12 if interpreted(backend) else 64, block_size)
     blocks = (rng.standard_normal(shape) * 10 ** rng.uniform(-8, 0, shape)).astype(np.float32)
     check(blocks, format, "none", backend, device, hessians)
 
@@ -137,36 +151,33 @@ def test_any_block_is_sse_optimal(blocks: np.ndarray, level: tuple[str, str]) ->
     check(blocks, *level, "triton", device, None)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    blocks=finite_blocks, level=st.sampled_from(LEVELS), seed=st.integers(0, 99), kind=st.sampled_from(HESSIAN_FAMILIES)
-)
-def test_any_block_is_hessian_optimal(blocks: np.ndarray, level: tuple[str, str], seed: int, kind: str) -> None:
-    hessians = hessian_family(kind, blocks.shape[1], np.random.default_rng(seed))[None]
-    # docs/theory.md, "Where the guarantee ends": what lies further below a dead channel's weight may count as zero.
-    blocks = np.where(np.abs(blocks) < 2.0**-36 * np.abs(blocks).max(1, keepdims=True), np.float32(0), blocks)
-    check(blocks, *level, "reference", "cpu", hessians)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(blocks, *level, "triton", device, hessians)
+def test_any_block_is_hessian_optimal(backend: str, device: str) -> None:
+    @settings(max_examples=8 if interpreted(backend) else 25, deadline=None)
+    @given(
+        blocks=finite_blocks,
+        level=st.sampled_from(LEVELS),
+        seed=st.integers(0, 99),
+        kind=st.sampled_from(HESSIAN_FAMILIES),
+    )
+    def is_optimal(blocks: np.ndarray, level: tuple[str, str], seed: int, kind: str) -> None:
+        hessians = hessian_family(kind, blocks.shape[1], np.random.default_rng(seed))[None]
+        # docs/theory.md, "Where the guarantee ends": what lies further below a dead channel's weight may count as zero.
+        blocks = np.where(np.abs(blocks) < 2.0**-36 * np.abs(blocks).max(1, keepdims=True), np.float32(0), blocks)
+        check(blocks, *level, backend, device, hessians)
+
+    is_optimal()
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_dead_channel_does_not_drown_the_others(format: str, backend: str, device: str) -> None:
     """The largest weight, in a channel that H ignores, is 2^30 times the others: they decide the scale."""
-    blocks = np.random.default_rng(5).standard_normal((64, 16)).astype(np.float32)
+    rows = 8 if interpreted(backend) else 64
+    blocks = np.random.default_rng(5).standard_normal((rows, 16)).astype(np.float32)
     blocks[:, 3] = 2.0**30
     x = np.random.default_rng(6).standard_normal((100, 16))
     x[:, 3] = 0
     hessians = (x.T @ x).astype(np.float32)[None]
-    check(blocks, format, "none", backend, device, hessians)
-    q = quantize(
-        torch.tensor(blocks, device=device),
-        format,
-        method="hessian",
-        hessian=torch.tensor(hessians, device=device),
-        backend=backend,
-        global_scale="none",
-    )
+    q = check(blocks, format, "none", backend, device, hessians)
     assert (q.scale_values() <= 2).all()
 
 
