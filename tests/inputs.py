@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from quantkit.formats import BlockFormat
+from quantkit.formats import FORMATS, BlockFormat
 from tests.oracle import E4M3_VALUES, MAGNITUDES, values_of
 
 # (format, method): searches that the reference has alone; test_methods.py shows that these are all, and are refused.
 WITHOUT_KERNEL = {("nvint4", "sse"), ("nvint4", "hessian")}
+SEARCHED_BY_KERNELS = [name for name in FORMATS if (name, "hessian") not in WITHOUT_KERNEL]
 
 
 def weight_family(name: str, block_size: int, rng: np.random.Generator) -> np.ndarray:

@@ -23,7 +23,7 @@ from quantkit.kernels.hessian import (
     load_fp16_factor,
 )
 from quantkit.reference.amax import global_scale_of
-from tests.inputs import all_families, correlated_tokens
+from tests.inputs import SEARCHED_BY_KERNELS, all_families, correlated_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -102,7 +102,7 @@ def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SEARCHED_BY_KERNELS)
 def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles as on a GPU, four a program, the last one partial; blocks of zeros and of ties leave every scale open."""
     rng = np.random.default_rng(3)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from quantkit import FORMATS, QuantizedTensor, quantize
-from tests.inputs import HESSIAN_FAMILIES, WEIGHT_FAMILIES, all_families, hessian_family, weight_family
+from tests.inputs import (
+    HESSIAN_FAMILIES,
+    SEARCHED_BY_KERNELS,
+    WEIGHT_FAMILIES,
+    all_families,
+    hessian_family,
+    weight_family,
+)
 from tests.oracle import contract_violations
 
 LEVELS = [("nvfp4", "none"), ("nvfp4", "amax"), ("mxfp4", "none")]
@@ -119,7 +126,7 @@ def test_hessian_scale_is_optimal_where_rounding_made_the_hessian_indefinite(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SEARCHED_BY_KERNELS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_hessian_scale_of_16_bit_weights_is_optimal(block_size: int, format: str, dtype: torch.dtype) -> None:
     """They take other instructions than float32 weights; so do elements far below their block's largest."""
