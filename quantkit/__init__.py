@@ -1,4 +1,4 @@
-"""quantkit: the best FP4 representation of a weight matrix in block-scaled formats, and the proof that it is one."""
+"""quantkit: the best 4-bit representation of a weight matrix in block-scaled formats, and the proof that it is."""
 
 from quantkit.blockwise import *  # noqa: F403
 from quantkit.blockwise import __all__ as _blockwise_names

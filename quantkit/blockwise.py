@@ -1,4 +1,4 @@
-"""One function per format and method, for blocks given explicitly: values rather than codes, single-level scales.
+"""One function per format and method, for explicit blocks; they return values, not codes, and single-level scales.
 
 ``W`` has the block dimension ``dim`` (of size 16 or 32); every function returns ``(scales, quants)`` or, with
 ``return_dequant=True``, ``(scales, quants, dequantized)``:
@@ -7,8 +7,8 @@
     quants  float32, the shape of W: signed element values before scaling
 
 Names and shapes are those of qwantize, so that code written for qwantize runs. ``*_optimal`` minimises the squared
-error. ``*_optimal_hessian`` minimises ``r H rᵀ`` with H from ``X [tokens, K]``; the K columns of X are the elements of
-a row's blocks in order. The ``_triton`` functions run the fused kernels, the others the reference.
+error. ``*_optimal_hessian`` minimises ``r H rᵀ`` with H from ``X [tokens, K]``. The K columns of X are the elements of
+a row's blocks, in order. The ``_triton`` functions run the fused kernels, the others the reference.
 """
 
 from __future__ import annotations

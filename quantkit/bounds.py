@@ -1,26 +1,27 @@
-"""Proven search windows: the range of scale codes outside which no block's optimum needs to be sought.
+"""Proven search windows: ranges of scale codes that hold a block's optimum. docs/theory.md has the proofs.
 
-With ``E(s) = Σ (|x_i| − s·Q(|x_i|/s))²`` over a block of n weights with largest magnitude a (docs/theory.md has the
-proofs):
+Squared error. Let ``E(s) = Σ (|x_i| − s·Q(|x_i|/s))²`` over a block of n weights with largest magnitude a:
 
     upper   s ≥ a/3.5 and s/2 representable                 ⇒  E(s/2) ≤ E(s)
     lower   s ≤ 24/(28 + (n−1)/4) · a/6 and 2s representable ⇒  E(2s) ≤ E(s)
 
-so the optimum of the squared error lies between, at most 10 codes (n = 16) or 12 (n = 32) of E4M3's normal range and
-two powers of two for UE8M0. Where a scale has no half in the grid (E4M3's subnormals) codes up to the first that is ≥
-4a are kept, at which every element rounds to zero.
+So an optimum lies between these bounds. They leave at most 10 codes (n = 16) or 12 (n = 32) of E4M3's normal range, and
+two of UE8M0's powers of two. Some small E4M3 scales have no half in the grid. There the window goes on, but at most
+to the first scale ≥ 4a, at which every element rounds to zero.
 
-These two are proven for E2M1 elements and any scale grid. For other elements all codes are the window.
+Both bounds are proven for E2M1 elements and any scale grid. For other elements the window is all codes.
 
-For ``r H rᵀ`` they are wrong. For any elements (6 being the largest level and 1/2 the smallest but zero), with an
-incumbent's error E* and t_i = √(E*·(H⁻¹)_ii), since r H rᵀ ≥ r_i²/(H⁻¹)_ii:
+Hessian. Those bounds do not hold for ``r H rᵀ``. Let E* be the error of an incumbent and t_i = √(E*·(H⁻¹)_ii). Since
+r H rᵀ ≥ r_i²/(H⁻¹)_ii, a scale with some |r_i| > t_i is worse. A scale that is no worse satisfies
 
     clipping   s ≥ max_i (|x_i| − t_i) / 6
     dead zone  s ≤ 2·(|x_i| + t_i)  for every i with |x_i| > t_i
     magnitude  s ≥ (√(x H xᵀ) − √E*) / (6·Σ_i √H_ii)
 
-All bounds are in the unit of the effective scale ``scale · global_scale``. Float32 rounding of that product and of the
-bounds is covered by SLACK: a window may hold one code too many, never one too few that is better by more than rounding.
+For other elements, 6 becomes the largest level, and 2 the reciprocal of the smallest positive one.
+
+All bounds are in the unit of the effective scale ``scale · global_scale``. SLACK covers the float32 rounding of that
+product and of the bounds. A window may hold a code too many. It never lacks a code that is better beyond rounding.
 """
 
 from __future__ import annotations
@@ -50,12 +51,11 @@ def has_windows(element: ElementGrid) -> bool:
 
 
 def sse_window_factors(element: ElementGrid, block_size: int) -> tuple[float, float]:
-    """(lower, upper): the optimum's scale is above lower·amax and below upper·amax, where half and double scales exist.
+    """(lower, upper): an optimum lies above lower·amax and below upper·amax, where the scale has a half and a double.
 
-    Both follow from the grid's top: levels up to the third-highest (3 for E2M1) have a half that is a level, the
-    midpoint above it (3.5) is where the next one begins; doubling the scale loses at most (s/2)² an element and gains,
-    for the largest, the clipping error that remains. Raises ValueError for an element grid that the proof does not
-    cover.
+    upper: if amax ≤ 3.5·s, every element rounds to a level of at most 3, and twice that level is a level at s/2. lower:
+    at 2s each element loses at most (s/2)², but the largest one is clipped less. Raises ValueError for an element grid
+    that the proof does not cover.
     """
     if not has_windows(element):
         raise ValueError(f"the search windows are proven for e2m1 elements, not for {element.name}; see docs/theory.md")
@@ -63,7 +63,7 @@ def sse_window_factors(element: ElementGrid, block_size: int) -> tuple[float, fl
 
 
 def zeroing_factor(element: ElementGrid) -> float:
-    """Scale over amax from which on every element rounds to zero: amax is then half the smallest level, a tie."""
+    """Smallest scale/amax at which every element rounds to zero: amax is then half the smallest level, a tie."""
     return 2 / element.value(1)
 
 
@@ -76,17 +76,17 @@ def zeroing_code(amax: Tensor, element: ElementGrid, scale: ScaleGrid, global_sc
 def sse_window(
     amax: Tensor, element: ElementGrid, scale: ScaleGrid, global_scale: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """(first, last) int32 codes, of ``amax``'s shape, between which a scale of least squared error lies.
+    """(first, last) int32 codes, of ``amax``'s shape: a scale of least squared error lies in this range.
 
-    amax: float32 largest magnitude of each block, in the weight's unit; global_scale: float32 scalar. All codes where
-    no window is proven for the elements.
+    amax: float32 largest magnitude of each block, in the weight's unit; global_scale: float32 scalar. Where no window
+    is proven for the elements, the range is all codes.
     """
     if not has_windows(element):
         first = torch.full_like(amax, scale.min_code, dtype=torch.int32)
         return first, torch.full_like(first, scale.max_code)
     lower, upper = sse_window_factors(element, block_size)
     ratio = amax / global_scale
-    # Codes above this one cannot be doubled, so the lower bound says nothing of them.
+    # Scales above this code have no double, so the lower bound does not apply to them.
     last_doubling = int(scale.floor_code(torch.tensor(scale.max_value / 2)))
     first = (scale.floor_code(ratio * (lower * (1 - SLACK))) + 1).clamp(scale.min_code, last_doubling + 1)
     last = scale.floor_code(ratio * (upper * (1 + SLACK)))
@@ -102,10 +102,10 @@ def hessian_window(
     scale: ScaleGrid,
     global_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(first, last) int32 codes ``[...]`` outside which ``r H rᵀ`` exceeds the incumbent's.
+    """(first, last) int32 codes ``[...]``; outside them ``r H rᵀ`` exceeds the incumbent's error.
 
-    magnitudes: float64 |x| ``[..., block_size]``; error: float64 incumbent errors ``[...]``; inverse_diagonal (H⁻¹)_ii:
-    broadcastable to magnitudes. The window need not hold the incumbent itself when the two differ by rounding alone.
+    magnitudes: float64 |x| ``[..., block_size]``; error: float64 incumbent errors ``[...]``; inverse_diagonal: float64
+    (H⁻¹)_ii, broadcastable to magnitudes. By rounding, the window may miss the incumbent itself.
     """
     reach = (error.unsqueeze(-1) * inverse_diagonal).sqrt() * (1 + SLACK)
     ratio = global_scale.to(magnitudes.dtype)
@@ -126,9 +126,9 @@ def first_useful_code(
     scale: ScaleGrid,
     global_scale: Tensor,
 ) -> Tensor:
-    """int32 smallest code ``[...]`` that can bring ``r H rᵀ`` from the error of all zeros down to the incumbent's.
+    """int32 smallest code ``[...]`` whose ``r H rᵀ`` can be as small as the incumbent's: the magnitude bound.
 
-    It matters where correlated activations leave clipping without a bound. zero_error: float64 x H xᵀ ``[...]``; error:
+    It helps where correlated activations make the clipping bound useless. zero_error: float64 x H xᵀ ``[...]``; error:
     float64 incumbent errors ``[...]``; sum_of_norms: float64 Σ √H_ii, broadcastable to them.
     """
     needed = (zero_error.sqrt() - error.sqrt()).clamp(min=0)

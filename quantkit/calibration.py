@@ -4,8 +4,8 @@
     Hessian  H_j = X_jᵀX_j        [block_size, block_size], the j-th diagonal block of G
 
 H_j is, up to a factor, the Hessian of the layer's squared output error with respect to one block of a weight row; it
-is the same for every row. One pass over the activations gives G, and G every block size's Hessians. Products are
-float32 or better.
+is the same for every row. One pass over the activations gives G. G contains the Hessians of every block size. Products
+are float32 or better.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_ELEMENTS = 1 << 26  # of activations converted to float32 at a time (256 MiB)
 RELATIVE_DAMPING = 1e-12  # of each H_ii; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
 DEAD_CHANNEL = 1e-24  # of the mean diagonal, replaces H_ii = 0; so small that it outweighs no error that H measures
-MAX_RELATIVE_NEGATIVE = 1e-4  # of the largest eigenvalue; one more negative than that is no rounding error
+MAX_RELATIVE_NEGATIVE = 1e-4  # of the largest eigenvalue; a more negative eigenvalue is no rounding error
 
 
 def check_given(method: str, needs: str | None, **given: object) -> None:
-    """Raises ValueError unless exactly one of what serves a method's need is given, and nothing where it has none.
+    """Raises ValueError unless exactly one argument that serves the method's need is given, or none without a need.
 
     needs: "hessian" (served by activations, gram or hessian), "gram" (by activations or gram) or None. given: each
     argument by its name, None where it was left out.
@@ -52,7 +52,7 @@ def check_given(method: str, needs: str | None, **given: object) -> None:
 
 
 def check_tensor(value: object, name: str) -> None:
-    """Raises TypeError for an argument that is no tensor, and ValueError for a sparse one or one of no float dtype."""
+    """Raises TypeError unless ``value`` is a tensor, and ValueError unless it is dense with a float dtype."""
     if not isinstance(value, Tensor):
         if isinstance(value, GramAccumulator):
             remedy = "pass gram=accumulator.gram in its place"
@@ -143,7 +143,7 @@ class GramAccumulator:
         self.tokens += activations.shape[0]
 
     def hessians(self, block_size: int) -> Tensor:
-        """Block Hessians ``[in_features/block_size, block_size, block_size]`` of what has been seen."""
+        """Block Hessians ``[in_features/block_size, block_size, block_size]`` of all batches so far."""
         return block_hessians(self.gram, block_size)
 
 
@@ -183,10 +183,9 @@ def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class HessianFactors:
-    """Factors of block Hessians for the searches: A of ``H = A Aᵀ``, by which r H rᵀ = ‖r A‖², and (H⁻¹)_ii for bounds.
+    """Factors of block Hessians for the searches: A with ``H = A Aᵀ``, so r H rᵀ = ‖r A‖², and (H⁻¹)_ii for the bounds.
 
-    Each H is first divided by its mean diagonal. No choice of a scale depends on that, and every factor then fits
-    float32.
+    Each H is first divided by its mean diagonal. This changes no choice of a scale, and every factor then fits float32.
 
     factor: float64 A ``[num_blocks, block_size, block_size]``, lower triangular unless H was singular.
     inverse_diagonal: float64 ``[num_blocks, block_size]``.
@@ -199,11 +198,10 @@ class HessianFactors:
 def factorize(hessians: Tensor, name: str = "hessian") -> HessianFactors:
     """Factors of positive semi-definite ``hessians`` ``[num_blocks, block_size, block_size]``.
 
-    Each H_ii is raised by RELATIVE_DAMPING of itself, and where it is zero set to DEAD_CHANNEL times the mean diagonal
-    (1 for an all-zero Hessian), so that squared error decides between errors which H does not distinguish. If the
-    Cholesky factorization of a block still fails, because rounding made it indefinite, the nearest positive definite
-    matrix takes its place. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite. name: what errors
-    call the Hessians.
+    Each H_ii is raised by RELATIVE_DAMPING of itself. A zero H_ii is set to DEAD_CHANNEL times the mean diagonal (1 for
+    an all-zero Hessian). So squared error decides between errors that H does not distinguish. If the Cholesky
+    factorization of a block still fails, because rounding made it indefinite, its eigenvalues are clipped to positive
+    ones. Raises ValueError for NaN, Inf, or a matrix that is clearly indefinite. name: the Hessians' name in errors.
     """
     check_finite(hessians, name)
     hessians = hessians.detach().double()

@@ -1,4 +1,4 @@
-"""Block-scaled formats as data: an element grid, a scale grid, and the pairs of them that have names.
+"""Block-scaled formats as data: element grids, scale grids, and named pairs of them.
 
 A grid is a tiny floating-point format given by its exponent bits, mantissa bits, bias and largest code. The value of
 code ``c`` with mantissa width ``m`` and smallest exponent ``e0 = 1 - bias`` is
@@ -10,7 +10,7 @@ Codes of one sign are ordered like their values, so a window of scales is a rang
 naive scale and the search windows are derived from this description; a new format is a new entry at the foot of this
 file.
 
-An integer grid is the same thing without exponent bits: all its codes are subnormal.
+An integer grid has no exponent bits, so all its codes are subnormal.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and UE8M0, OCP 8-bit Floating Point v1.0 for E4M3, NVIDIA's NVFP4
 for their pairing with a float32 global scale. UE5M3 scales without a global scale: Hu et al., "Elucidating the Design
@@ -57,7 +57,7 @@ FLOAT32_EXPONENT_MASK = 0x7F800000
 FLOAT32_SMALLEST_NORMAL = 2.0**-126
 LARGEST_BYTE = 255  # a scale's code and a block's number of candidates are stored in one byte each
 ELEMENT_BITS = 4  # a code with its sign; two share a byte
-# Elements whose codes, scaled to any bias in this range, are float32 numbers for every scale that a kernel meets.
+# With a bias in this range, levels stay float32 numbers at every scale of a kernel.
 ELEMENT_BIASES = range(-2, 16)
 FRACTIONAL_SCALES = (FLOAT32_SMALLEST_NORMAL, 2.0**126)  # twice the largest scale is a float32 number, too
 
@@ -78,7 +78,7 @@ class _Grid:
         return 1 - self.bias
 
     def value(self, code: int) -> float:
-        """Value of one code. Unit: that of the grid."""
+        """Value of one code."""
         steps = 1 << self.mantissa_bits
         if code < steps:
             return code * 2.0 ** (self.min_exponent - self.mantissa_bits)
@@ -108,7 +108,7 @@ class _Grid:
 
     @property
     def _smallest_binade(self) -> int:
-        """Float32 bits of the smallest normal value: below it the spacing stays what it is there."""
+        """Float32 bits of the smallest normal value; below it the spacing is constant."""
         return (self.min_exponent + FLOAT32_BIAS) << FLOAT32_MANTISSA
 
     def _values_on(self, device: torch.device) -> Tensor:
@@ -191,8 +191,7 @@ class ScaleGrid(_Grid):
         if self.subnormals:
             codes = self.encode(values.clamp(max=self.max_value))
         else:
-            # Also right for 2^-127, the only value of UE8M0 that is a float32 subnormal: its exponent field is 0, as
-            # is its code.
+            # Also right for 2^-127, UE8M0's only float32 subnormal: its exponent field and its code are both 0.
             codes = values.view(torch.int32) >> FLOAT32_MANTISSA
             codes = torch.where(values < self.min_value, self.min_code - 1, codes)
         return codes.clamp(self.min_code - 1, self.max_code)
@@ -205,7 +204,7 @@ class ScaleGrid(_Grid):
 
 
 def _wrong_codes(grid: _Grid) -> str | None:
-    """Why the grid's codes are none, in words, or None."""
+    """Describes what is wrong with the grid's codes; None if they are valid."""
     if min(grid.exponent_bits, grid.mantissa_bits) < 0:
         return f"{grid.name} has a negative number of bits"
     most = 2 ** (grid.exponent_bits + grid.mantissa_bits) - 1
@@ -218,21 +217,21 @@ def _wrong_codes(grid: _Grid) -> str | None:
 
 
 def _wrong_element(grid: ElementGrid) -> str | None:
-    """Why no method could work with these elements, in words, or None."""
+    """Describes why no method can work with these elements; None if they are valid."""
     if grid.bits != ELEMENT_BITS:
         return f"{grid.name} has {grid.bits} bits; codes are packed by four"
     if grid.mantissa_bits == 0:
-        return f"{grid.name} has no mantissa bit, and ties could not go to the even code; give it one"
+        return f"{grid.name} has no mantissa bit, so ties cannot go to the even code; give it one"
     if grid.bias not in ELEMENT_BIASES:
         return (
             f"{grid.name} has bias {grid.bias}; give it one from {ELEMENT_BIASES[0]} to {ELEMENT_BIASES[-1]}, "
-            "scales take the difference"
+            "the scales absorb the difference"
         )
     return _wrong_codes(grid)
 
 
 def _wrong_scale(grid: ScaleGrid) -> str | None:
-    """Why no method could work with these scales, in words, or None."""
+    """Describes why no method can work with these scales; None if they are valid."""
     if grid.max_code > LARGEST_BYTE:
         return f"{grid.name} has max_code {grid.max_code}; a scale is stored in a byte, so it is {LARGEST_BYTE} at most"
     if (wrong := _wrong_codes(grid)) is not None:
@@ -256,17 +255,17 @@ def _wrong_scale(grid: ScaleGrid) -> str | None:
     if grid.value(1) < least or grid.max_value > most or grid.bias < 1:
         return (
             f"{grid.name} has scales from {grid.value(1):.3g} to {grid.max_value:.3g} and bias {grid.bias}; they are "
-            f"computed in float32, so give it a bias from 1 on for which they lie between {least:.3g} and {most:.3g}"
+            f"computed in float32, so give it a bias of at least 1 with scales between {least:.3g} and {most:.3g}"
         )
     return None
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Elements that share one scale a block. ``two_level`` formats have a float32 global scale besides.
+    """Elements with one scale per block. A ``two_level`` format also has a float32 global scale.
 
     ``scale_rules`` are the roundings of the naive scale that the format offers, the default first.
-    Raises ValueError for what no method could work with.
+    Raises ValueError for a description that no method can work with.
     """
 
     name: str
@@ -279,7 +278,7 @@ class BlockFormat:
     def __post_init__(self) -> None:
         for size in self.block_sizes:
             if not isinstance(size, int) or size < 2 or size % 2:
-                raise ValueError(f"{self.name}: block size {size!r} is not an even number from 2 on")
+                raise ValueError(f"{self.name}: block size {size!r} is not an even number of at least 2")
         if not self.block_sizes:
             raise ValueError(f"{self.name} has no block size; give some, such as (16, 32)")
         for wrong in (_wrong_element(self.element), _wrong_scale(self.scale)):
@@ -297,7 +296,7 @@ class BlockFormat:
                 "float32; use two_level=False"
             )
 
-    def __hash__(self) -> int:  # of all fields, 0.3 µs more at each call
+    def __hash__(self) -> int:  # hashing all fields would take 0.3 µs more per call
         return hash(self.name)
 
     @property
@@ -305,7 +304,7 @@ class BlockFormat:
         return "amax" if self.two_level else "none"
 
     def bits_per_weight(self, block_size: int) -> float:
-        """Bits an element takes with its share of the block scale; the global scale is not counted."""
+        """Bits per element, with its share of the block scale and without the global scale."""
         return self.element.bits + 8 / block_size
 
 

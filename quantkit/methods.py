@@ -1,7 +1,7 @@
-"""The front door's table: what each method of quantize() needs, what it promises, and what solves it.
+"""The table of quantize()'s methods: what each one needs and promises, and the function that solves it.
 
-A method quantizes a whole weight. It stands on search.py, whose *objectives* choose the scale of one block. naive, sse
-and hessian apply the objective of their name to every block on its own.
+A method quantizes a whole weight. It builds on search.py, whose *objectives* choose the scale of one block. The methods
+naive, sse and hessian apply the objective of the same name to every block independently.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ NEEDS = (None, "hessian", "gram")
 class Problem(NamedTuple):
     """A checked task for a method.
 
-    matrix: float16, bfloat16 or float32 ``[rows, K]``; global_scale: float32 scalar, or None for the one that
-    :func:`quantkit.search.quantize_matrix` takes by itself; rule: of the naive scale; hessians: ``[K/block_size,
-    block_size, block_size]`` for a method that needs "hessian"; gram: ``[K, K]`` for one that needs "gram"; backend:
-    "reference" or "triton"; name: what errors call hessians and gram. Tensors are on one device.
+    matrix: float16, bfloat16 or float32 ``[rows, K]``.
+    global_scale: float32 scalar, or None for the default of :func:`quantkit.search.quantize_matrix`.
+    rule: rounding of the naive scale.
+    hessians: ``[K/block_size, block_size, block_size]`` for a method that needs "hessian", else None.
+    gram: ``[K, K]`` for a method that needs "gram", else None.
+    backend: "reference" or "triton".
+    name: the name of hessians or gram in errors.
+
+    All tensors are on one device.
     """
 
     matrix: Tensor
@@ -48,8 +53,8 @@ class Method:
     """A way to quantize a weight.
 
     solve: Problem → codes, scales, global scale, candidates and flags.
-    objective: of search.py, by which it chooses scales. Backend "triton" needs its kernel.
-    needs: "hessian" (block Hessians), "gram" (the whole Gram matrix), or None. What is not needed is refused.
+    objective: the criterion of search.py for its scales. Backend "triton" needs the kernel of this objective.
+    needs: "hessian" (block Hessians), "gram" (the whole Gram matrix), or None. Any other statistic is an error.
     is_optimal: no representable scale is better, as verify judges it (docs/theory.md).
     nearest_codes: every code is round-to-nearest at the scale of its block.
     """
@@ -75,7 +80,7 @@ class Method:
 
     @classmethod
     def of_objective(cls, objective: Objective) -> Method:
-        """The method that applies ``objective`` to every block on its own."""
+        """The method that applies ``objective`` to every block independently."""
 
         def solve(problem: Problem) -> Found:
             return quantize_matrix(

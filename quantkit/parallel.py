@@ -1,8 +1,8 @@
 """Independent pieces of work on a CPU's cores, one piece per core at a time.
 
 PyTorch's threads split each operation and synchronize at its end. The searches consist of many short operations, for
-which this costs more than it gains, above all when another process uses a core. Here each Python thread works on pieces
-of its own with one PyTorch thread.
+which this costs more than it gains, above all when another process uses a core. Here each Python thread works on its
+own pieces with one PyTorch thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["for_each", "one_torch_thread"]
 
-MAX_THREADS = 16  # beyond, they wait for Python's lock
+MAX_THREADS = 16  # more would wait for Python's GIL
 
 
 def for_each(work: Callable[..., None], pieces: Sequence[tuple[object, ...]], device: torch.device) -> None:
@@ -36,7 +36,7 @@ def for_each(work: Callable[..., None], pieces: Sequence[tuple[object, ...]], de
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """PyTorch computes on one core within: for many small operations."""
+    """A context in which PyTorch computes on one core, for many small operations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

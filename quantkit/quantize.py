@@ -1,4 +1,4 @@
-"""quantize(): checks the input and lets the method of methods.py solve it."""
+"""quantize(): checks its arguments and runs the method of methods.py."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def quantize(
     method: "naive" (scale from amax), "sse" (least squared error, the default), "hessian" (least r H rᵀ).
     activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for
         "hessian", none for the others.
-    backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and
-        method, block size and format have a kernel.
+    backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and a
+        kernel supports method, block size and format.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
         (1), a positive number, or a float32 scalar on the weight's device, which is used unchanged (fused layers share
         one). A single-level format has none.
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. Other
         methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
-    count_candidates: also return, for each block, how many scales were evaluated.
+    count_candidates: also return the number of scales evaluated for each block.
 
     Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
-    Raises TypeError for an argument that should be a tensor and is not, BackendUnavailableError for a backend that
-    cannot run, and ValueError for everything else; the message names the value and the remedy.
+    Raises TypeError for an argument that must be a tensor and is not, BackendUnavailableError for a backend that cannot
+    run, and ValueError for everything else. The message names the value and the remedy.
     """
     fmt, chosen = get_format(format), get_method(method)
     rule = _check_options(weight, fmt, block_size, scale_rule)
@@ -105,10 +105,10 @@ def resolve_backend(
     block_size: int | None = None,
     format: str | BlockFormat | None = None,
 ) -> str:
-    """The backend, "reference" or "triton", that quantize() takes for a weight on ``device``.
+    """The backend, "reference" or "triton", that quantize() uses for a weight on ``device``.
 
-    Method, block size and format count where they are given. Raises BackendUnavailableError where triton was requested
-    and cannot run on the device, or has no kernel for them.
+    Method, block size and format are considered where they are given. Raises BackendUnavailableError where triton was
+    requested and cannot run on the device, or has no kernel for them.
     """
     lacking = _without_kernel(
         None if method is None else get_method(method), block_size, None if format is None else get_format(format)
@@ -117,7 +117,7 @@ def resolve_backend(
 
 
 def _without_kernel(method: Method | None, block_size: int | None, fmt: BlockFormat | None) -> str | None:
-    """The first of the three that the kernels do not cover, in words; None if they cover all that are given."""
+    """Names the first given argument that the kernels do not support; None if they support all that are given."""
     if method is not None and not method.has_kernel:
         return f"method {method.name!r}"
     return without_kernel(None if method is None else method.objective, block_size, fmt)
@@ -152,7 +152,7 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
 
 
 def _check_finite(weight: Tensor, matrix: Tensor) -> None:
-    """Raises ValueError for NaN and Inf in weight, and for a float64 weight that overflowed in matrix, its float32."""
+    """Raises ValueError for NaN and Inf in ``weight``, and for a float64 weight whose float32 ``matrix`` overflowed."""
     calibration.check_finite(weight, "weight")
     if weight.dtype == torch.float64 and not bool(matrix.isfinite().all()):
         largest = float(weight.detach().abs().max())
@@ -172,7 +172,7 @@ def _hessians(
     hessian: Tensor | None,
     use_triton: bool,
 ) -> Tensor:
-    """Block Hessians on the weight's device, from whichever of the three was given."""
+    """Block Hessians on the weight's device, from activations, gram or hessian, whichever was given."""
     columns = weight.shape[-1]
     if activations is not None:
         calibration.check_tensor(activations, "activations")
@@ -196,7 +196,7 @@ def _hessians(
 
 
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
-    """Block Hessians by the kernel. NaN and Inf show in the result, which is checked in place of the activations."""
+    """Block Hessians by the kernel. It checks the result, because NaN and Inf in the activations show there."""
     calibration.check_activations(activations[:0], in_features)
     result = kernels.launcher().block_hessians(activations, block_size)
     if not bool(result.isfinite().all()):
@@ -206,7 +206,7 @@ def _hessians_from_activations(activations: Tensor, in_features: int, block_size
 
 
 def _gram(weight: Tensor, method: Method, activations: Tensor | None, gram: Tensor | None) -> Tensor:
-    """Gram matrix on the weight's device, float32 or float64, from whichever of the two was given."""
+    """Gram matrix on the weight's device, float32 or float64, from activations or gram, whichever was given."""
     columns = weight.shape[-1]
     if activations is not None:
         calibration.check_tensor(activations, "activations")
@@ -224,8 +224,8 @@ def _gram(weight: Tensor, method: Method, activations: Tensor | None, gram: Tens
 
 
 def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None) -> Tensor | None:
-    """Float32 scalar: the decode multiplier. None where the search finds it: from amax, or 1 for a single-level format,
-    which saves the kernels a launch."""
+    """Float32 scalar, the decode multiplier. None for the default (amax, or 1 for a single-level format): the search
+    computes it, which saves a kernel launch."""
     requested = fmt.default_global_scale if requested is None else requested
     if not fmt.two_level and (isinstance(requested, Tensor) or requested != "none"):
         raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")

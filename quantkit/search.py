@@ -58,13 +58,13 @@ REFERENCE_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class Objective:
-    """What the scale of a block is chosen for.
+    """A criterion for the scale of one block.
 
     choose_scales: the reference. Arguments: float32 blocks ``[rows, num_blocks, block_size]``, format, global scale,
         rounding rule of the naive scale, factors of the block Hessians (None without them).
     needs_factors: the objective is defined by block Hessians.
     is_optimal: no representable scale is better, as verify judges it (docs/theory.md).
-    has_kernel: kernels/launch.py has a kernel for it. Without one, backend "auto" takes the reference on a GPU too.
+    has_kernel: kernels/launch.py has a kernel for it. Without one, backend "auto" is the reference on a GPU too.
     """
 
     name: str
@@ -113,7 +113,7 @@ class BackendUnavailableError(ValueError):
 
 
 def without_kernel(objective: Objective | None, block_size: int | None, fmt: BlockFormat | None) -> str | None:
-    """The first of the three that the kernels do not cover, in words; None if they cover all that are given."""
+    """Names the first given argument that the kernels do not support; None if they support all that are given."""
     if objective is not None and not objective.has_kernel:
         return f"objective {objective.name!r}"
     if block_size is not None and block_size not in kernels.BLOCK_SIZES:
@@ -132,8 +132,8 @@ def without_kernel(objective: Objective | None, block_size: int | None, fmt: Blo
 def choose_backend(backend: str, device_type: str, lacking: str | None) -> str:
     """ "reference" or "triton" for ``backend``, one of BACKENDS, on a device of this type.
 
-    lacking: what has no kernel, from :func:`without_kernel`. Raises ValueError for an unknown backend, and
-    BackendUnavailableError where triton was requested and cannot run.
+    lacking: result of :func:`without_kernel`. Raises ValueError for an unknown backend, and BackendUnavailableError
+    where triton was requested and cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known backends: {', '.join(BACKENDS)}")
@@ -160,7 +160,7 @@ def choose_backend(backend: str, device_type: str, lacking: str | None) -> str:
 
 
 class Factors:
-    """Factors of block Hessians, one block Hessian a block column, in the form that one backend reads.
+    """Factors of block Hessians, one per block column, in the layout of one backend.
 
     ``factors[j]`` and ``factors[j:k]`` are the factors of these block columns: views, not copies. ``len(factors)`` is
     the number of block columns.
@@ -186,8 +186,8 @@ class Factors:
 def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian") -> Factors:
     """Factors of ``hessians [num_blocks, block_size, block_size]``, float32 or float64, on their device.
 
-    name: what errors call the Hessians. Raises ValueError for NaN, Inf or a matrix that is clearly indefinite. Waits
-    for the device once, to learn whether there is one.
+    name: the Hessians' name in errors. Raises ValueError for NaN, Inf or a matrix that is clearly indefinite, for which
+    it synchronizes with the device.
     """
     lacking = without_kernel(None, hessians.shape[-1], None)
     if choose_backend(backend, hessians.device.type, lacking) == "reference" or not hessians.numel():
@@ -205,12 +205,12 @@ def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian") ->
 
 
 class Found(NamedTuple):
-    """What :func:`quantize_matrix` found for a matrix ``[rows, K]``.
+    """The result of :func:`quantize_matrix` for a matrix ``[rows, K]``.
 
     codes: uint8 ``[rows, K/2]``, two codes a byte, the even column in the low nibble.
     scales: uint8 ``[rows, K/block_size]``.
     global_scale: float32 scalar, the decode multiplier.
-    candidates: uint8 ``[rows, K/block_size]``, how many scales were evaluated; None unless they were counted.
+    candidates: uint8 ``[rows, K/block_size]``, number of scales evaluated; None unless they were counted.
     flags: int32 ``[2]`` from the kernels, None from the reference. Element 0 is 1 if the matrix holds NaN or Inf,
         element 1 if the Hessians do or one is clearly indefinite. Undefined without ``check_finite``.
     """
@@ -241,13 +241,13 @@ def quantize_matrix(
 
     objective: a name in OBJECTIVES.
     factors or hessians ``[K/block_size, block_size, block_size]``: one of them for "hessian". Factors decide the
-        backend. The kernels factorize hessians in the same stream, without waiting.
-    global_scale: float32 scalar on the matrix's device; None takes it from the matrix's amax for a two-level format,
-        and 1 for a single-level one.
+        backend. The kernels factorize hessians in the same stream, without synchronizing.
+    global_scale: float32 scalar on the matrix's device; None computes it from the matrix's amax for a two-level format,
+        and is 1 for a single-level one.
     rule: rounding of the naive scale, one of the format's ``scale_rules``; None is the first.
     backend: one of BACKENDS.
     check_finite: let the kernels set ``flags``.
-    name: what errors of the reference call the hessians.
+    name: the Hessians' name in the reference's errors.
     """
     rule = rule or fmt.scale_rules[0]
     if factors is not None:
@@ -307,7 +307,7 @@ def _by_reference(
 
 
 def _chunks(rows: int, num_blocks: int, block_size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """(rows, block columns) of each chunk. Chunks are tall, so that each has few Hessians and many of their blocks."""
+    """(rows, block columns) of each chunk. Chunks are tall, so that each has few Hessians with many blocks each."""
     blocks = max(1, REFERENCE_CHUNK_ELEMENTS.get(device.type, REFERENCE_CHUNK_ELEMENTS["cpu"]) // block_size)
     height = math.ceil(rows / math.ceil(rows / blocks)) if rows else 1
     width = blocks // height

@@ -1,4 +1,4 @@
-"""QuantizedTensor: packed element codes, scale bytes and the global scale, and the way back.
+"""QuantizedTensor: packed element codes, scale bytes and the global scale, and their dequantization.
 
     w ≈ value(code) · (value(scale byte) · global_scale)
 
@@ -42,10 +42,10 @@ class QuantizedTensor:
     codes: uint8 ``[..., K/2]``, even column in the low nibble, sign in bit 3 of each nibble.
     scales: uint8 ``[..., K/block_size]``, bytes of the format's scale grid.
     global_scale: float32 scalar, the decode multiplier; 1.0 for a single-level format.
-    candidates: uint8 ``[..., K/block_size]``, how many scales the search evaluated for each block; only when asked for.
-    method: name of the method that made it, where that is known.
+    candidates: uint8 ``[..., K/block_size]``, number of scales evaluated for each block; None unless requested.
+    method: name of the method that made it; None where it is unknown.
     nearest_codes: every code is round-to-nearest at the scale of its block. False for a method that moves codes away
-        from nearest, to make up for errors elsewhere.
+        from nearest, to compensate errors elsewhere.
     """
 
     codes: Tensor
@@ -118,7 +118,7 @@ class QuantizedTensor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes all fields but ``candidates`` to a safetensors file; of the format and method only their names."""
+        """Writes all fields but ``candidates`` to a safetensors file. Format and method are stored by name."""
         from safetensors.torch import save_file
 
         tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
@@ -138,9 +138,9 @@ class QuantizedTensor:
     def load(
         cls, path: str | Path, device: torch.device | str = "cpu", format: str | BlockFormat | None = None
     ) -> QuantizedTensor:
-        """Reads a file of :meth:`save`. format: a BlockFormat of your own, which quantkit does not know by name.
+        """Reads a file of :meth:`save`. format: the file's BlockFormat, if it is not one of FORMATS.
 
-        Raises FileNotFoundError, and ValueError where the file is damaged, not of that kind, or of another format.
+        Raises FileNotFoundError, and ValueError where the file is damaged, not a quantkit file, or of another format.
         """
         from safetensors import SafetensorError, safe_open
 

@@ -1,21 +1,22 @@
-"""verify(): is every scale of a quantized weight optimal? Recomputed over all representable scales, in float64.
+"""verify(): is every scale of a quantized weight optimal? An exhaustive check in float64.
 
-For each block the error of every scale of the grid is evaluated, without a window or a theorem, and compared with the
-error of the stored scale:
+It evaluates every representable scale of each block, without a window or a theorem, and compares the error with that of
+the stored scale:
 
     excess = max over all scales s of (E(stored) − slack − E(s)) / E(s), or 0,   contract: excess ≤ 1e-6
 
-slack is 0 for squared error. With a Hessian it is 1e-7·λ_max(H)·‖r‖², float32's resolution of r H rᵀ, with the larger
-of the residuals of both scales, since rounding of H affects E(s) as it affects E(stored). The objective uses the given
-H, not the factors that the searches work with. The stored codes must be round-to-nearest at the stored scale.
+slack is 0 for squared error. With a Hessian it is 1e-7·λ_max(H)·‖r‖², float32's resolution of r H rᵀ. There r is the
+larger residual of the two scales, because rounding of H affects both errors. The objective uses the given H, not the
+factors of the searches. The stored codes must be round-to-nearest at the stored scale.
 
-Scales are skipped only where their error is known from another one: where amax is at most half the smallest level times
-s (for E2M1, from 4·amax on) every code is zero and the error no longer changes; while the largest level times s is
-below the smallest nonzero magnitude, every nonzero element is clipped and the error falls as s grows.
+A scale is skipped only where its error follows from another scale's:
 
-This contract is one of nearest codes. Where a method moves codes away from nearest (``nearest_codes`` is False), a
-block's error is no longer a function of its scale, and the method aims at a target that the tensor does not hold. None
-of its blocks is judged then, and the result says so.
+- From s = 4·amax on (for E2M1) every element rounds to zero, and the error is constant.
+- While s times the largest level is below the smallest nonzero magnitude, every nonzero element is clipped, and the
+  squared error falls as s grows.
+
+The contract is defined for nearest codes. A method that moves codes away from nearest (``nearest_codes`` is False) has
+another target, which the tensor does not hold. Then verify judges no block, and the result says so.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ LISTED = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """What verify() found.
+    """The result of verify().
 
-    blocks: how many were judged. violations: how many of them break the contract. worst_excess: the largest relative
-    excess of any block. where: (row, block) of the first violations, with rows counted over all leading dimensions.
-    wrong_codes: elements whose code is not round-to-nearest at the stored scale. judged: False if the tensor's codes
-    are not meant to be nearest; all counts are then zero. ``ok``: the blocks were judged, and no scale and no code is
-    wrong.
+    blocks: number of blocks judged.
+    violations: number of blocks that break the contract.
+    worst_excess: largest relative excess of any block.
+    where: (row, block) of the first violations, with rows counted over all leading dimensions.
+    wrong_codes: number of elements whose code is not round-to-nearest at the stored scale.
+    judged: False if the tensor's codes are not meant to be nearest; all counts are then zero.
+    ok: the blocks were judged, and no scale and no code is wrong.
     """
 
     blocks: int
@@ -68,7 +71,7 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
 
     Works on the weight's device in chunks of rows, so that memory does not grow with the weight. Raises ValueError
     where shapes do not fit or the weight holds NaN or Inf. Warns where the method of ``q`` is "hessian" and no Hessians
-    are given, since its scales do not minimise squared error; and where its codes are not nearest, since no block is
+    are given, since its scales do not minimise squared error. Warns where its codes are not nearest, since no block is
     judged then.
     """
     if not isinstance(q, QuantizedTensor) or not isinstance(weight, Tensor):
@@ -104,12 +107,12 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
 
     step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
     starts = range(0, rows if num_blocks else 0, step)
-    # By the first row of a chunk: number of wrong codes, (row, block) of violations, worst excess.
+    # First row of a chunk → (number of wrong codes, (row, block) of violations, worst excess).
     found: dict[int, tuple[int, Tensor, float]] = {}
 
     def judge_rows(start: int) -> None:
         part = slice(start, start + step)
-        # [num_blocks, rows, block_size], so that a block column takes one product with its H
+        # [num_blocks, rows, block_size]: one matrix product per block column and its H
         blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size)).transpose(0, 1).contiguous()
         codes = scales[part].T.int()
         stored = QuantizedTensor(packed[part], scales[part], q.global_scale, q.format, block_size)
@@ -170,7 +173,7 @@ class _Judge:
         return worst
 
     def _codes_that_differ(self, blocks: Tensor) -> Tensor:
-        """The codes whose error does not follow from another one's, as the module's docstring explains."""
+        """The codes to evaluate: those whose error does not follow from another's, see the module's docstring."""
         magnitudes = blocks.abs()
         nonzero = magnitudes[magnitudes > 0]
         if not len(nonzero):

@@ -1,7 +1,7 @@
-"""The methods as fused Triton kernels: one pass reads the weight and writes packed codes and scale bytes.
+"""The objectives as fused Triton kernels: one pass reads the weight and writes packed codes and scale bytes.
 
-Each module mirrors the one of the same name in ``quantkit.reference``; device.py holds what they share, launch.py
-starts them. Importing any of them needs Triton.
+naive, sse, hessian and amax mirror the modules of the same name in ``quantkit.reference``. device.py has the functions
+that they share, ptx.py their PTX, launch.py their launches. Importing any of these modules but ptx needs Triton.
 """
 
 import functools
@@ -11,8 +11,9 @@ from types import ModuleType
 __all__ = ["BLOCK_SIZES", "SEARCHED_SCALES", "available", "launcher"]
 
 BLOCK_SIZES = (16, 32)  # of the kernels
-# Fractional scales that the searches' float32 reaches: times any unit in which scales and their reciprocals are normal
-# numbers, a scale beside amax is then large enough to leave zeros alone, or too small to tell its error from theirs.
+# The fractional scales that the kernels can search. device.search_unit is clamped to keep scales and their reciprocals
+# normal numbers. With scales in this range, a clamped scale is so large that every element rounds to zero, or so small
+# that its float32 error equals that of all zeros.
 SEARCHED_SCALES = (2.0**-40, 2.0**60)
 
 
@@ -24,7 +25,7 @@ def available() -> bool:
 
 @functools.cache
 def launcher() -> ModuleType:
-    """The module that starts the kernels; it needs Triton. Cached: an import statement costs time at each call."""
+    """The module launch.py, which needs Triton. Cached, because an import statement costs time at each call."""
     from quantkit.kernels import launch
 
     return launch

@@ -1,10 +1,10 @@
-"""The first pass of a two-level format whose global scale comes from amax: largest magnitudes of parts of W.
+"""Partial amax values of W: the first pass of a two-level format whose global scale comes from amax.
 
     global scale = amax(W) / (6 · 448)
 
 Each program reads its share of W in strides and writes one partial amax. The next kernel takes the maximum of these
-(``global_scale_of``), so no memory has to be zeroed first and no program waits for another. Magnitudes are compared as
-integers: that is the order of floats, with NaN above all.
+(``global_scale_of``). So no memory has to be zeroed first, and no program waits for another. The bits of magnitudes are
+compared as integers, which orders them like floats, with NaN above all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def amax_kernel(
     BLOCK_N: tl.constexpr,  # elements per step
     TARGET: tl.constexpr,
     PDL: tl.constexpr,  # programmatic dependent launch: the next kernel may start before this one has ended
-    PDL_WAIT: tl.constexpr,  # this kernel is such a next one itself
+    PDL_WAIT: tl.constexpr,  # this kernel itself may start before the previous one has ended
 ):
     pdl_launch_dependents(PDL)
     # evict_first keeps dirty cache lines of earlier kernels in the cache, so they are written back later.
@@ -56,5 +56,5 @@ def amax_kernel(
     if X2:
         magnitudes = largest.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.reshape(magnitudes, [BLOCK_N // GROUP * 2])
-    pdl_wait(PDL_WAIT)  # the next kernel relies on this one ending after the kernel before it
+    pdl_wait(PDL_WAIT)  # the next kernel waits for this one alone, so this one must end after the previous one
     tl.store(parts_ptr + tl.program_id(0), tl.max(largest, axis=0))

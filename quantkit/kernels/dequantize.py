@@ -1,7 +1,6 @@
-"""The weight that codes and scales stand for, ``value · (scale · global_scale)`` in float32; the twin of
-QuantizedTensor.dequantize.
+"""Dequantization, ``value · (scale · global_scale)`` in float32; the twin of QuantizedTensor.dequantize.
 
-A thread reads four bytes of codes and writes its eight values in one or two stores of full width.
+A thread reads four bytes of codes and writes its eight values in one or two stores of 16 bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +15,11 @@ __all__ = ["dequantize_kernel"]
 
 @triton.jit
 def element_values(nibbles, FMT: tl.constexpr):
-    """Float32 signed values of int32 element codes: the code's fields as float32's, then scaled to float32's bias, in
-    two steps where one factor would be beyond float32."""
+    """Float32 signed values of int32 element codes.
+
+    The code's exponent and mantissa become float32's, and a power of two corrects the bias. It is split in two factors
+    where it exceeds float32.
+    """
     magnitude = (nibbles & ((1 << FMT.element_sign_shift) - 1)) << (23 - FMT.element_mantissa)
     sign = (nibbles & (1 << FMT.element_sign_shift)) << (31 - FMT.element_sign_shift)
     values = (magnitude | sign).to(tl.float32, bitcast=True)

@@ -7,8 +7,8 @@ Each block is scaled by a power of two that brings its amax to [1, 2). Squares t
 the scaling rounds nothing. Residuals are exact: by fma on a GPU, in float64 under the interpreter, whose fma rounds
 twice.
 
-TARGET is "cuda", "plain" or "interpreter". "cuda" uses PTX (ptx.py) where the compiler does not select an instruction
-by itself. "plain" computes the same without PTX, for GPUs that lack these instructions.
+TARGET is "cuda", "plain" or "interpreter". "cuda" uses PTX (ptx.py) for instructions that the compiler does not select.
+"plain" computes the same without PTX, for GPUs that lack these instructions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FormatConstants(NamedTuple):
 
 @functools.cache
 def format_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
-    """What the kernels need to know of ``fmt`` at ``block_size``; without a proven window, those that search none."""
+    """The constants of ``fmt`` at ``block_size``; without a proven window, for kernels that do not search."""
     element, scale = fmt.element, fmt.scale
     lower = upper = None
     if bounds.has_windows(element):
@@ -112,10 +112,10 @@ def search_constants(fmt: BlockFormat, block_size: int) -> FormatConstants:
 
 
 def _units(scale: ScaleGrid) -> tuple[float, float]:
-    """(least, most) that a search multiplies its scales with, so that they and their reciprocals stay normal numbers.
+    """(least, most) value of search_unit: with these, a search's scales and their reciprocals are normal numbers.
 
-    Powers of two take no global scale, so a unit there is one block's normalizer, and products near the ends of float32
-    belong to scales that are not searched.
+    Powers of two take no global scale, so there the unit is the block's normalizer. Products near the ends of float32's
+    range then belong to scales that are not searched.
     """
     if scale.is_power_of_two:
         return 2.0**-126, 2.0**127
@@ -131,10 +131,10 @@ def round_to_grid(y, mantissa: tl.constexpr, min_exponent: tl.constexpr, SIGNED:
 
     SIGNED ("cuda" only) allows y < 0; a zero may then have either sign.
 
-    The last place of magic = y · 2^(23 - mantissa) is the quantum that y is rounded to, and it is even where y is a
-    tie. So magic - y rounds y. Below the normal range magic comes from the smallest normal value instead, enlarged a
-    little to keep the difference in its binade. (A sum would leave the binade upwards, to a coarser quantum.) The
-    product is exact, fused or not.
+    The last place of magic = y · 2^(23 - mantissa) is the grid's quantum at y, and magic is an even multiple of it
+    where y is a tie. So magic - y rounds y. Below the normal range, magic comes from the smallest normal value instead,
+    enlarged a little to keep the difference in its binade. (A sum would leave the binade upwards, to a coarser
+    quantum.) The product is exact, fused or not.
     """
     smallest: tl.constexpr = 2.0**min_exponent * (1 + 2.0 ** (mantissa - 22))
     magic = (max_magnitude(y, smallest) if SIGNED else tl.maximum(y, smallest)) * 2.0 ** (23 - mantissa)
@@ -185,9 +185,9 @@ def scale_ceil_code(value, FMT: tl.constexpr):
 
 @triton.jit
 def load_blocks(pointers, inside, WIDTH: tl.constexpr, VECTOR: tl.constexpr, POLICY: tl.constexpr):
-    """[n, WIDTH] elements from [n] pointers, zero where not inside, every row in one thread.
+    """[n, WIDTH] elements from [n] pointers, zero where not inside; one thread holds a whole row.
 
-    One instruction loads VECTOR elements at most, so a longer row is joined from two halves. POLICY: the cache eviction
+    One instruction loads at most VECTOR elements, so a longer row is joined from two halves. POLICY: the cache eviction
     policy, "evict_first" for data that is read once, or "".
     """
     if WIDTH <= VECTOR:
@@ -245,7 +245,7 @@ MAX_MAGNITUDE_X2 = tl.constexpr({tl.bfloat16: ptx.max_magnitude_x2("bf16"), tl.f
 
 @triton.jit
 def max_magnitude_x2(a, b):
-    """Larger magnitude of bf16 or fp16 tiles, with either sign, NaN if either is; bf16x2 or fp16x2, on "cuda" only."""
+    """Larger magnitude of two bf16 or fp16 tiles, with an arbitrary sign; NaN if either is NaN; on "cuda" only."""
     return tl.inline_asm_elementwise(
         MAX_MAGNITUDE_X2[a.dtype].text, MAX_MAGNITUDE_X2[a.dtype].constraints, [a, b], a.dtype, is_pure=True, pack=2
     )
@@ -253,10 +253,9 @@ def max_magnitude_x2(a, b):
 
 @triton.jit
 def row_amax_x2(x):
-    """[n, 2] amax of the even and of the odd columns of bf16 or fp16 [n, 2^k], with either sign; NaN if any is.
+    """[n, 2] amax of the even and of the odd columns of bf16 or fp16 [n, 2^k], with arbitrary signs; NaN if any is.
 
-    Neighbouring columns share a register, so they are never split. load_blocks joins a tile from parts whose neighbours
-    already share one.
+    Neighbouring columns share a register, in which load_blocks has put them, so they are never split.
     """
     if x.shape[1] == 2:
         return x
@@ -298,8 +297,8 @@ def global_scale_of(amax_ptr, PARTS: tl.constexpr, LARGEST_PRODUCT: tl.constexpr
 def load_global_scale(global_scale_ptr, amax_ptr, FMT: tl.constexpr, AMAX_PARTS: tl.constexpr):
     """Float32 decode multiplier.
 
-    A two-level format without AMAX_PARTS is given it. Otherwise it is global_scale_of AMAX_PARTS partial amax values,
-    or 1 for a single-level format, and the first program stores it.
+    A two-level format without AMAX_PARTS loads it from memory. Otherwise it is global_scale_of AMAX_PARTS partial amax
+    values, or 1 for a single-level format, and the first program stores it.
     """
     if FMT.two_level and not AMAX_PARTS:
         return tl.load(global_scale_ptr)
@@ -339,7 +338,7 @@ def zeroing_code(ratio, FMT: tl.constexpr):
 
 @triton.jit
 def sse_window(ratio, FMT: tl.constexpr):
-    """(first, last) int32 codes between which a scale of least squared error lies; ratio = amax / global_scale."""
+    """(first, last) int32 codes: a scale of least squared error is in this range; ratio = amax / global_scale."""
     first = scale_floor_code(ratio * FMT.sse_lower, FMT) + 1
     first = tl.minimum(tl.maximum(first, FMT.scale_min_code), FMT.scale_last_doubling + 1)
     last = scale_floor_code(ratio * FMT.sse_upper, FMT)
@@ -349,10 +348,10 @@ def sse_window(ratio, FMT: tl.constexpr):
 
 @triton.jit
 def search_steps(ratio, first, last, FMT: tl.constexpr):
-    """(clipped, all) int32 numbers of steps from ``first`` on that a tile of blocks needs.
+    """(clipped, all) int32 numbers of steps that a tile of blocks needs, from each block's ``first`` on.
 
-    After the clipped steps no element of the tile is clipped. If a block is clipped even at its last code, all steps
-    are clipped ones.
+    After the clipped steps, no element of the tile is clipped. If a block has clipped elements even at its last code,
+    all steps count as clipped.
     """
     clip_free = scale_floor_code(ratio * FMT.clip_free, FMT) + 1
     steps = tl.max(last - first, axis=0) + 1
@@ -364,10 +363,10 @@ def search_steps(ratio, first, last, FMT: tl.constexpr):
 
 @triton.jit
 def search_unit(global_scale, normalize, FMT: tl.constexpr):
-    """Float32 global_scale times the block's normalizer, by whose power of two no rounding changes.
+    """Float32 global_scale times the block's normalizer, a power of two, so the product rounds nothing.
 
     The clamp keeps the scales of a search and their reciprocals finite. Scales beyond it are so large that every
-    element rounds to zero, or so small that no float32 error differs from that of scale zero.
+    element rounds to zero, or so small that their float32 error equals that of scale zero.
     """
     return tl.minimum(tl.maximum(global_scale * normalize, FMT.unit_min), FMT.unit_max)
 
@@ -418,7 +417,7 @@ def rounded_quotient(x, scale, reciprocal, rest, FMT: tl.constexpr, TARGET: tl.c
 
 @triton.jit
 def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constexpr = 0):
-    """Float32 2^SHIFT · Q(y / 2^SHIFT) of y ≥ 0, 2^SHIFT times a quotient.
+    """Float32 2^SHIFT · Q(y / 2^SHIFT) of y ≥ 0, a quotient times 2^SHIFT.
 
     CLIPPED=False omits the clamp to the largest level, for scales at which no quotient reaches the tie above it.
     """
@@ -431,7 +430,7 @@ def nearest_level(y, FMT: tl.constexpr, CLIPPED: tl.constexpr, SHIFT: tl.constex
 def nearest_scaled_level(x, scale, FMT: tl.constexpr):
     """Float32 scale · Q(x / scale) of signed x, for power-of-two scales; on "cuda" only.
 
-    It is nearest_signed_level with every number multiplied by the scale, which is exact.
+    This is nearest_signed_level with all numbers multiplied by the scale, which is exact.
     """
     SMALLEST: tl.constexpr = 2.0**FMT.element_min_exponent * (1 + 2.0 ** (FMT.element_mantissa - 22))
     magic = max_magnitude(x, scale * SMALLEST) * 2.0 ** (23 - FMT.element_mantissa)
@@ -500,7 +499,7 @@ def pairwise_sum(x):
 
 @triton.jit
 def squared_error(even, odd):
-    """Float32 sums of squares of the rows of residuals, within 6 roundings (docs/theory.md)."""
+    """Float32 sums of squares of the rows of residuals, with 6 roundings on any path (docs/theory.md)."""
     CHAIN: tl.constexpr = 4 if even.shape[1] <= 8 else 2
     groups: tl.constexpr = even.shape[1] // CHAIN
     even = tl.sum(tl.reshape(even * even, [even.shape[0], groups, CHAIN]), axis=2)

@@ -2,10 +2,10 @@
 
     H / mean(diag H) = A Aᵀ, A lower triangular,   and the bounds' √(H⁻¹)_ii
 
-Each program factorizes one equilibrated matrix (unit diagonal) by Cholesky in float64. It fails where rounding made H
-singular or indefinite. The diagonal is then raised by FIRST_SHIFT, and by four times as much at each further failure.
-Such a shift is below the rounding of float32 sums of activations. The reference clips eigenvalues instead. The host
-waits for nothing.
+Each program factorizes one equilibrated matrix (unit diagonal) by Cholesky in float64. Cholesky fails where rounding
+made H singular or indefinite. The program then raises the diagonal by FIRST_SHIFT and tries again, with four times the
+shift at each further failure. The first shifts are below the rounding of float32 sums of activations. The reference
+clips eigenvalues instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXTRA_ROWS = tl.constexpr(2)
 def factors_of(factors_ptr, block, QBLOCK: tl.constexpr):
     """Pointers to a block's factors in float32 ``[num_blocks, QBLOCK + EXTRA_ROWS, QBLOCK]``.
 
-    They are Aᵀ, the norms of A's rows, and QBLOCK fp16 values √(H⁻¹)_ii at the start of the last row.
+    The pointers are to Aᵀ, to the norms of A's rows, and to QBLOCK fp16 values √(H⁻¹)_ii, which start the last row.
     """
     factor_ptr = factors_ptr + block * ((QBLOCK + EXTRA_ROWS) * QBLOCK)
     norm_ptr = factor_ptr + QBLOCK * QBLOCK
@@ -35,7 +35,7 @@ def factors_of(factors_ptr, block, QBLOCK: tl.constexpr):
 
 @triton.jit
 def rounded_up(x):
-    """Float32 that is still ≥ x after rounding to fp16, and not zero; x ≥ 0."""
+    """Float32 that rounds to a positive fp16 number ≥ x; x ≥ 0."""
     return tl.fma(x, 1 + 2.0**-10, 2.0**-24)
 
 
@@ -123,7 +123,7 @@ def symmetric_column(pointer, index, SIZE: tl.constexpr):
 def factorize_kernel(
     hessian_ptr,  # [num_blocks, block_size, block_size] fp32 or fp64, symmetric up to rounding
     factors_ptr,  # [num_blocks, block_size + 2, block_size] fp32, see factors_of
-    flags_ptr,  # [2] int32; the second is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
+    flags_ptr,  # [2] int32; element 1 is set to 1 where a Hessian holds NaN or Inf or is clearly indefinite
     QBLOCK: tl.constexpr,
     DAMPING: tl.constexpr,
     DEAD: tl.constexpr,
@@ -161,14 +161,14 @@ def factorize_kernel(
         added = mean * 0 + shift
         bound = diagonal * 0
         failures = lane * 0
-        remaining = bound + (1 + shift)  # the remaining diagonal, which knows the next pivot before its column does
+        remaining = bound + (1 + shift)  # diagonal of the Schur complement: the next pivot, before its column is swept
         pivot = remaining
         per_pivot = reciprocal(pivot, TARGET)
         for start in range(0, QBLOCK, UNROLL):
             for turn in tl.static_range(UNROLL):
                 index = start + turn
                 step = rest[turn]  # type: ignore[var-annotated]
-                # This row holds pivot · across; the sweep replaces it by −across.
+                # Row ``index`` holds pivot · across; the sweep replaces it by −across.
                 across = step * per_pivot
                 swept = step + tl.where(lane == index, 1.0, 0.0)
                 remaining -= step * across

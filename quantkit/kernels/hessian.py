@@ -8,9 +8,9 @@ into an interval, and a scale is dropped when its interval lies above another sc
 scales that remain in float32, if more than one remains; there are 1.1 per block on average.
 
 Blocks differ in how many scales they have outside the squared error's window, and in how many remain after fp16. The
-warp balances both: it lists all (block, scale) pairs of a tile, and each lane evaluates one pair at a time. Scales that
-are powers of two have too few pairs outside the window for that, so there each lane keeps to its own block. Elements of
-16-bit weights are processed in pairs, in fp16x2 registers.
+warp balances both: it lists all (block, scale) pairs of a tile, and each lane evaluates one pair at a time. With
+power-of-two scales there are too few pairs outside the window for that, so each lane keeps to its own block. Elements
+of 16-bit weights are processed in pairs, in fp16x2 registers.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from quantkit.kernels.factorize import factors_of, rounded_up
 
 __all__ = ["hessian_kernel"]
 
-# fp16 rounds a residual and an element of A by a relative 2^-11 each, and by 2^-25 below 2^-14. Residuals in fp16x2 are
-# exact, so only A's rounding counts there. The additional 2^-15 covers the sums of products, the square root and the
-# rounding of the weights w.
+# fp16 rounds a residual and an element of A by a relative 2^-11 each, or by an absolute 2^-25 below 2^-14. Residuals
+# that are computed in fp16x2 are exact, so only A's rounding counts there. The additional 2^-15 covers the sums of
+# products, the square root and the rounding of the weights w.
 ROUNDING = tl.constexpr(2.0**-10 + 2.0**-15)
 ROUNDING_X2 = tl.constexpr(2.0**-11 + 2.0**-15)
 SUBNORMAL = tl.constexpr(2.0**-22)
@@ -120,9 +120,8 @@ def load_fp16_factor(
 ):
     """(A in fp16, weights, floor, Σ ‖A_i‖), A_i the rows of A.
 
-    Σ |r_i| weight_i · ROUNDING + floor bounds the error of fp16_norm, and that of fp16_norm_x2 with ROUNDING_X2. On
-    "cuda" A and the weights are in the registers that the instruction wants, and the weights are followed by the
-    addresses that each lane uses in shared memory.
+    Σ |r_i| weight_i · ROUNDING + floor bounds the error of fp16_norm; with ROUNDING_X2, that of fp16_norm_x2. On "cuda"
+    A and the weights have the register layout of mma, and the lane's shared-memory addresses follow the weights.
     """
     row = tl.arange(0, QBLOCK)
     norms = tl.load(row_norm_ptr + row)
@@ -179,7 +178,7 @@ def fp16_norm(r, fp16_factor, TARGET: tl.constexpr):
 
 @triton.jit
 def columns_to_fp16x2(x):
-    """Neighbouring float32 tensors of a tuple as fp16x2, rounded toward zero: half as many int32; on "cuda" only."""
+    """Tuple of int32: neighbouring float32 tensors of a tuple as fp16x2, rounded toward zero; on "cuda" only."""
     converted = ()
     for index in tl.static_range(0, len(x), 2):
         pair = tl.inline_asm_elementwise(
@@ -231,7 +230,7 @@ FP32_ERROR = tl.constexpr({size: ptx.fp32_error(size) for size in (16, 32)})
 def fp32_error(r, factor_ptr, TARGET: tl.constexpr):
     """Float32 ‖r A‖² of each block, from Aᵀ in memory; four lanes hold the same block.
 
-    PTX on "cuda" loads A anew each time. The compiler would load A before the loop and keep it in registers.
+    On "cuda", PTX loads A at each call. The compiler would hoist the loads out of the loop and hold A in registers.
     """
     QBLOCK: tl.constexpr = len(r)
     if TARGET == "cuda":
@@ -257,8 +256,8 @@ HESSIAN_BOUNDS_X2 = tl.constexpr({size: ptx.hessian_bounds_x2(size) for size in 
 def hessian_bounds_x2(x, radius, inverse_root_ptr):
     """hessian_bounds of fp16x2 elements of 16-bit weights; on "cuda" only.
 
-    Every fp16 rounding widens the window: the radius is rounded up, elements (columns_to_fp16x2) toward zero, and both
-    results outwards.
+    Every fp16 rounding widens the window: the radius is rounded up, the elements toward zero (columns_to_fp16x2), and
+    both results outwards.
     """
     QBLOCK: tl.constexpr = 2 * len(x)
     every = tl.zeros(radius.shape, tl.int32)
@@ -303,8 +302,9 @@ def magnitude_to_scale(normalize, global_scale):
 def codes_outside(x, norm, inside, inverse_root_ptr, to_scale, ratio, FMT: tl.constexpr, SLACK: tl.constexpr):
     """(above, num_above, top, count) int32: the codes of bounds.hessian_window that are not ``inside``.
 
-    num_above codes count upwards from above, the others downwards from top; count is the number of both. inside:
-    (first, last, count) int32 codes that are evaluated already; norm: their least ‖r A‖, or more. x: float32 or fp16x2.
+    The first num_above codes ascend from above, the others descend from top; count is the number of all. inside:
+    (first, last, count) int32 of the codes already evaluated; norm: an upper bound of their least ‖r A‖. x: float32 or
+    fp16x2.
     """
     search_first, search_last, _ = inside
     radius = norm * (1 + SLACK)
@@ -325,17 +325,17 @@ def codes_outside(x, norm, inside, inverse_root_ptr, to_scale, ratio, FMT: tl.co
 
 @triton.jit
 def code_outside(index, outside):
-    """int32 code number ``index`` of codes_outside's; beyond the last it may be no code."""
+    """int32 code number ``index`` in the order of codes_outside; beyond the last it may be invalid."""
     above, num_above, top, _ = outside
     return tl.where(index < num_above, above + index, top - (index - num_above))
 
 
 @triton.jit
 def first_useful_code(zero_norm, norm, sum_of_norms, to_scale, FMT: tl.constexpr, SLACK: tl.constexpr):
-    """int32 smallest code that can bring ‖r A‖ from zero_norm, a lower bound of ‖x A‖, down to norm; see bounds.py.
+    """int32 smallest code whose ‖r A‖ can be as small as norm, see bounds.py; zero_norm: a lower bound of ‖x A‖.
 
-    Codes that change ‖x A‖ by less than a relative 2^-22 count as useless, too: the candidates hold a scale that leaves
-    all zeros, which is as good.
+    Codes that change ‖x A‖ by less than a relative 2^-22 count as useless, too. All zeros are as good, and a scale that
+    gives them is among the candidates.
     """
     needed = tl.maximum(zero_norm - norm, zero_norm * 2.0**-22)
     return scale_ceil_code(needed / (FMT.element_max * sum_of_norms) * to_scale * (1 - SLACK), FMT)
@@ -343,8 +343,8 @@ def first_useful_code(zero_norm, norm, sum_of_norms, to_scale, FMT: tl.constexpr
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 #
-# A block keeps ``keys``, the four least lower bounds of ‖r A‖ with their codes, in ascending order, and ``upper``, the
-# least upper bound. A key is an int32: a float32 lower bound whose last eight bits are the code.
+# Each block has ``keys``, the four least lower bounds of ‖r A‖ with their codes, in ascending order, and ``upper``, the
+# least upper bound. A key is an int32: the bits of a float32 lower bound with the code in the last eight.
 
 
 @triton.jit
@@ -356,7 +356,7 @@ def norm_key(norm, margin, code, valid):
 
 @triton.jit
 def insert_key(keys, key):
-    """The four least of four ascending keys and one more, ascending."""
+    """The four least of ``keys``, four in ascending order, and ``key``; in ascending order."""
     result = ()
     for index in tl.static_range(4):
         result = result + (tl.minimum(keys[index], key),)  # noqa: RUF005
@@ -383,9 +383,10 @@ def norm_at(x, code, unit, fp16_factor, FMT: tl.constexpr, TARGET: tl.constexpr)
 
 @triton.jit
 def owner_lane(pair, ends, start, WIDTH: tl.constexpr):
-    """Lane whose pairs end after ``pair``, the first such among WIDTH lanes from start on, by bisection.
+    """The lane that owns ``pair``, among WIDTH lanes from start on, by bisection.
 
-    ends: inclusive prefix sums of the lanes' numbers of pairs. The last lane stands for pairs beyond all.
+    ends: inclusive prefix sums of the number of pairs per lane; the owner is the first lane whose end is above the
+    pair. A pair beyond the total gets the last lane.
     """
     if WIDTH == 1:
         return start
@@ -396,7 +397,7 @@ def owner_lane(pair, ends, start, WIDTH: tl.constexpr):
 
 @triton.jit
 def evaluate_outside(keys, upper, outside, x, fp16_factor, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """(keys, upper) after all codes outside; each lane evaluates one (block, code) pair of the tile at a time."""
+    """(keys, upper) with all codes outside; each lane evaluates one (block, code) pair of the tile at a time."""
     above, num_above, top, count = outside
     lane = tl.arange(0, count.shape[0])
     ends = tl.cumsum(count, 0)
@@ -411,7 +412,7 @@ def evaluate_outside(keys, upper, outside, x, fp16_factor, unit, FMT: tl.constex
         key = norm_key(norm, margin, code, pair < total)
         left = tl.where(norm - margin <= tl.gather(upper, owner, 0), key, NO_KEY)
         least = tl.min(left, axis=0)
-        while least < NO_KEY:  # hand one result at a time to its block
+        while least < NO_KEY:  # one result at a time goes to the lane of its block
             at = tl.max(tl.where(left == least, lane, -1), axis=0)
             to = tl.max(tl.where(lane == at, owner, -1), axis=0)
             keys = insert_key(keys, tl.where(lane == to, least, NO_KEY))
@@ -424,7 +425,7 @@ def evaluate_outside(keys, upper, outside, x, fp16_factor, unit, FMT: tl.constex
 
 @triton.jit
 def kept_code(keys, index, owner):
-    """int32 code of key number ``index`` of each lane's owner; the last key's for any index above 2."""
+    """int32 code of key number ``index`` of each lane's owner; an index above 2 gives the last key's."""
     key = tl.gather(keys[3], owner, 0)
     for back in tl.static_range(3):
         key = tl.where(index == 2 - back, tl.gather(keys[2 - back], owner, 0), key)
@@ -433,9 +434,9 @@ def kept_code(keys, index, owner):
 
 @triton.jit
 def any_code(index, inside, outside, owner):
-    """int32 code number ``index`` of all codes of each lane's owner: first those inside, then those outside.
+    """int32 code number ``index`` of all codes of each lane's owner: the codes inside, then the codes outside.
 
-    Beyond the last it may be no code.
+    Beyond the last it may be invalid.
     """
     own_first, own_inside = tl.gather(inside[0], owner, 0), tl.gather(inside[2], owner, 0)
     own_outside = code_outside(index - own_inside, gather_lanes(outside, owner))
@@ -444,10 +445,10 @@ def any_code(index, inside, outside, owner):
 
 @triton.jit
 def best_code(keys, upper, inside, outside, x, factor_ptr, unit, FMT: tl.constexpr, TARGET: tl.constexpr):
-    """int32 code of least error of each block; of two that tie, the smaller one.
+    """int32 code of least error of each block; ties go to the smaller code.
 
-    float32 decides among the codes whose lower bound is not above ``upper``. A block with four of them may have more
-    than its keys hold, so it evaluates all its codes again. Four lanes share a (block, code) pair.
+    float32 decides among the codes whose lower bound is not above ``upper``. A block with four such keys may have had
+    more such codes, so it evaluates all its codes again. Four lanes share a (block, code) pair.
     """
     lane = tl.arange(0, upper.shape[0])
     bound = upper.to(tl.int32, bitcast=True) | 0xFF
@@ -497,9 +498,9 @@ def search_powers_of_two(
 ):
     """(keys, upper, outside, zeros): see the head of this section, codes_outside and hessian_kernel.
 
-    inside holds one code, which step 0 evaluates; the steps after it evaluate the codes outside. A tile with many of
-    these evaluates a scale that leaves all zeros in between, and from then on skips the codes that first_useful_code
-    excludes. One loop does it all, because the code of two loops would exceed the instruction cache.
+    inside holds one code. Step 0 evaluates it, and the later steps evaluate the codes outside. A tile with many codes
+    outside evaluates a scale at which every element is zero after step 0. The later steps then skip the codes that
+    first_useful_code excludes. One loop does it all, because two loops would exceed the instruction cache.
     """
     keys = (tl.full(ratio.shape, NO_KEY, tl.int32),) * 4
     upper = tl.full(ratio.shape, float("inf"), tl.float32)
@@ -550,7 +551,8 @@ def search_window(
     SLACK: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """(keys, upper, outside) of scales with a mantissa: each lane searches inside, then the warp the codes outside."""
+    """(keys, upper, outside) of scales with a mantissa: each lane searches its own block's codes inside, then the warp
+    shares the codes outside."""
     keys = (tl.full(ratio.shape, NO_KEY, tl.int32),) * 4
     upper = tl.full(ratio.shape, float("inf"), tl.float32)
     first, last, count = inside
@@ -592,7 +594,7 @@ def hessian_kernel(
     BLOCK_M: tl.constexpr,  # rows per tile; on "cuda" 32, one per lane of a warp
     TILES: tl.constexpr,  # tiles per program, in sequence
     AMAX_PARTS: tl.constexpr,  # partial amax values for the global scale; 0: the global scale is given
-    PDL: tl.constexpr,  # programmatic dependent launch: starts before the factorization, or the amax, has ended
+    PDL: tl.constexpr,  # programmatic dependent launch: starts before the factorization or amax kernel has ended
 ):
     QBLOCK: tl.constexpr = FMT.block_size
     BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -618,7 +620,7 @@ def hessian_kernel(
         ratio = amax_ratio(amax, global_scale, FMT)
         first, last = sse_window(ratio, FMT)
         if FMT.scale_mantissa == 0:
-            first = last  # of at most two codes; the other may come back as one outside
+            first = last  # the window has at most two codes; the other one is then a code outside
         inside = (first, last, last - first + 1)
         to_scale = magnitude_to_scale(normalize, global_scale)
         bounded = columns_to_fp16x2(x) if BOUNDS_X2 else x

@@ -1,4 +1,4 @@
-"""Starts the kernels: grid and tile sizes, outputs, flags. Nothing here waits for the device."""
+"""Kernel launches: grid and tile sizes, outputs, flags. Nothing here synchronizes with the device."""
 
 from __future__ import annotations
 
@@ -48,17 +48,20 @@ T = TypeVar("T")
 
 
 def _ceil_div(a: int, b: int) -> int:
-    """As triton.cdiv, a jit function, whose call takes 3 µs."""
+    """⌈a / b⌉. triton.cdiv is a jit function, and its call takes 3 µs."""
     return -(-a // b)
 
 
 class Kernel:
-    """A kernel with its grid and its compile-time constants: ``kernel(stream, *arguments)``.
+    """A kernel with its grid and compile-time constants; ``kernel(stream, *arguments)`` launches it.
 
-    Triton looks at all arguments, constants and hooks at each call for what it compiled for their like. A Kernel starts
-    what its first call compiled, so it is for numbers of one value and tensors of one kind. The functions below that
-    make them are cached, and take all of these for a key, but for tensors that are made in this module, always of one
-    type and aligned, or of which a kernel reads nothing, or one float32. docs/log.md has what that saves.
+    At every call, Triton's own launch looks up the binary that fits the arguments, constants and hooks. A Kernel skips
+    the lookup and launches the binary of its first call. So every later call must pass the same integers, and tensors
+    of the same Kind. docs/log.md has the time that this saves.
+
+    The cached functions below make the Kernels. Their arguments, the cache keys, include all integers and Kinds that a
+    binary depends on. Three sorts of tensors need no Kind in the key: those allocated in this module, which are always
+    aligned and of one dtype; those that the kernel does not read; and a single float32.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int], **constants: Any) -> None:
@@ -69,7 +72,7 @@ class Kernel:
 
     def __call__(self, stream: int | None, *arguments: Any) -> None:
         if stream is not None and self.run is not None:
-            # As compiled[grid] does; test_launch.py holds Triton to the order of the arguments.
+            # The call that compiled[grid] makes; test_launch.py checks the order of its arguments.
             self.run(*self.grid, 1, stream, *self.function, *arguments, *self.last)
         elif (compiled := self.kernel[self.grid](*arguments, **self.constants)) is not None:
             self.run, self.function = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
@@ -79,14 +82,14 @@ Kind = tuple[torch.dtype, bool]
 
 
 def _kind(tensor: Tensor) -> Kind:
-    """What Triton compiles for, of a tensor: its type, and whether its address divides by what wide loads want. To the
-    functions below it is part of the key alone."""
+    """(dtype, whether the address is a multiple of ALIGNED): the tensor properties that Triton specializes on. The
+    functions below take it as a cache key only."""
     return tensor.dtype, tensor.data_ptr() % ALIGNED == 0
 
 
 def _stream(device: torch.device) -> int | None:
-    """The device's current stream; None where Triton is to start the kernels itself: to interpret them, or because a
-    profiler wants to hear of launches."""
+    """The device's current stream. None where Triton's own launch must be used: under the interpreter, or with launch
+    hooks, which profilers set."""
     if INTERPRETED:
         return None
     enter, exit = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
@@ -96,7 +99,7 @@ def _stream(device: torch.device) -> int | None:
 
 
 def _on_its_device(call: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
-    """``call`` with its first argument's device as the current one, where Triton starts kernels."""
+    """``call``, run with its first argument's device as the current device, on which Triton launches kernels."""
 
     @functools.wraps(call)
     def on_its_device(tensor: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -110,8 +113,8 @@ def _on_its_device(call: Callable[Concatenate[Tensor, P], T]) -> Callable[Concat
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The kernels' TARGET on a device: "interpreter", "cuda", or "plain" for GPUs where they spell out no instructions:
-    NVIDIA's before PTX_CAPABILITY, and other makers'."""
+    """The kernels' TARGET on a device: "interpreter", "cuda" (with PTX), or "plain" (without PTX: NVIDIA GPUs before
+    PTX_CAPABILITY, and other vendors')."""
     if INTERPRETED:
         return "interpreter"
     nvidia = torch.version.cuda is not None and device.type == "cuda"
@@ -119,14 +122,14 @@ def target_of(device: torch.device) -> str:
 
 
 def _at_most(registers: int | None, device: torch.device) -> dict[str, int]:
-    """Options of a kernel that is to use so many registers at most, where that was measured."""
+    """Launch options that limit registers per thread, on "cuda"; none without a limit."""
     return {"maxnreg": registers} if registers and target_of(device) == "cuda" else {}
 
 
 @functools.cache
 def _pdl(device: torch.device) -> dict[str, Any]:
-    """Options of a kernel that starts while the one before it, on the same stream, still runs; none where the device
-    cannot."""
+    """Launch options of programmatic dependent launch: the kernel may start while the previous one on the stream still
+    runs. Off where the device does not support it."""
     if target_of(device) == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
@@ -136,7 +139,7 @@ def _pdl(device: torch.device) -> dict[str, Any]:
 
 
 def _after_amax(parts: int, device: torch.device) -> dict[str, Any]:
-    """Options of a kernel that takes the global scale from so many largest magnitudes, or is given it for none."""
+    """Launch options of a kernel after amax_kernel, whose ``parts`` partial amax values it reads; 0: no amax_kernel."""
     return {"AMAX_PARTS": parts, **(_pdl(device) if parts else {"PDL": False})}
 
 
@@ -188,7 +191,7 @@ def _hessian(
     kind: Kind,
     device: torch.device,
 ) -> Kernel:
-    """after: another kernel of this call runs before it, and ends while it starts."""
+    """after: another kernel of the same call precedes it, with programmatic dependent launch."""
     tiles = HESSIAN_TILES[fmt.scale.mantissa_bits == 0]
     return Kernel(
         hessian_kernel,
@@ -208,8 +211,9 @@ def _hessian(
 
 @functools.cache
 def _factorize(block_size: int, num_blocks: int, kind: Kind, device: torch.device) -> Kernel:
-    # Without launch_pdl it starts after all that came before, as amax does where it is first. The kernels behind rely
-    # on that: what they write, or read of others than the one before them, before they wait is then free, or there.
+    # The first kernel of a call, this one or amax_kernel, has no launch_pdl, so it starts after all earlier work on the
+    # stream has ended. Later kernels rely on that: before their pdl_wait they read only inputs of the call, which are
+    # then complete.
     return Kernel(
         factorize_kernel,
         (num_blocks, 1),
@@ -226,7 +230,7 @@ def _factorize(block_size: int, num_blocks: int, kind: Kind, device: torch.devic
 
 @functools.cache
 def _amax(after: bool, size: int, kind: Kind, device: torch.device) -> Kernel:
-    """after: may start while the kernel before still runs, and ends after it."""
+    """after: another kernel of the same call precedes it, with programmatic dependent launch."""
     pdl = _pdl(device)
     return Kernel(
         amax_kernel,
@@ -258,7 +262,7 @@ def _dequantize(
 
 
 def _splits(tokens: int) -> int:
-    """Into how many parts block_hessians_kernel's tokens go."""
+    """Number of parts into which block_hessians_kernel splits the tokens."""
     return max(1, _ceil_div(tokens, BLOCK_HESSIANS_TOKENS))
 
 
@@ -280,21 +284,21 @@ def _block_hessians(block_size: int, tokens: int, in_features: int, kind: Kind, 
 
 @functools.cache
 def _unread_flags(device: torch.device) -> Tensor:
-    """Where kernels may set flags that nobody reads: always the same, which saves an allocation a call."""
+    """Flags that kernels set and nobody reads; cached, which saves an allocation per call."""
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 @functools.cache
-def _some_scalar(device: torch.device) -> Tensor:
-    """For others to be made like it, which takes half the time of making one from a shape."""
+def _scalar_template(device: torch.device) -> Tensor:
+    """A scalar for torch.empty_like, which takes half the time of torch.empty."""
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
 class Quantized(NamedTuple):
-    """What quantize returns: packed codes, scale bytes, decode multiplier, candidates where counted, and flags.
+    """The result of quantize: packed codes, scale bytes, decode multiplier, candidates where counted, and flags.
 
-    flags: int32 ``[2]``, 1 where the matrix, or the Hessians, hold what cannot be worked with (NaN, Inf, a clearly
-    indefinite Hessian); codes and scales are then undefined. Without check_finite the flags are, too.
+    flags: int32 ``[2]``. Element 0 is 1 if the matrix holds NaN or Inf, element 1 if a Hessian does or is clearly
+    indefinite. Codes and scales are then undefined. Without check_finite the flags are undefined.
     """
 
     codes: Tensor
@@ -320,9 +324,9 @@ def quantize(
 ) -> Quantized:
     """Quantizes a bf16, fp16 or fp32 ``[rows, K]`` matrix that is not empty.
 
-    global_scale: decode multiplier; None: that of the matrix's amax, or 1 for a single-level format.
-    factors (from :func:`factorize`, or some of its blocks) or hessians ``[K/block_size, block_size, block_size]``: on
-        the matrix's device, one of them for an objective that needs them.
+    global_scale: decode multiplier; None computes it from the matrix's amax, or is 1 for a single-level format.
+    factors (from :func:`factorize`, or a slice of its blocks) or hessians ``[K/block_size, block_size, block_size]``:
+        on the matrix's device, one of them for an objective that needs them.
     """
     matrix = matrix.contiguous()
     rows, columns = matrix.shape
@@ -332,9 +336,9 @@ def quantize(
     kind, stream = _kind(matrix), _stream(device)
     flags = torch.zeros(2, dtype=torch.int32, device=device) if check_finite else _unread_flags(device)
     amax = None
-    # Of this call's kernels, all but the first may start before the one before them has ended.
+    # Each kernel of this call but the first has programmatic dependent launch.
     if hessians is not None:
-        hessians = _as_factorized(hessians)
+        hessians = _contiguous_float(hessians)
         factors = _empty_factors(hessians)
         _factorize(block_size, column_blocks, _kind(hessians), device)(stream, hessians, factors, flags)
     if from_amax:
@@ -342,14 +346,14 @@ def quantize(
         size = rows * columns
         _amax(hessians is not None, size, kind, device)(stream, matrix, amax, size)
 
-    # Allocated after the first kernels have been started, if there are any, so that they do not wait for it.
+    # Outputs are allocated after the first launches, so that the GPU does not wait for the allocation.
     parts = AMAX_PROGRAMS if from_amax else 0
     num_blocks = rows * column_blocks
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
     scales = torch.empty(rows, column_blocks, dtype=torch.uint8, device=device)
     candidates = torch.empty_like(scales) if count_candidates else None
     if global_scale is None:
-        global_scale = torch.empty_like(_some_scalar(device))  # written by the kernels
+        global_scale = torch.empty_like(_scalar_template(device))  # written by the kernels
     if objective == "hessian":
         after = hessians is not None or from_amax
         kernel = _hessian(fmt, block_size, count_candidates, parts, after, rows, column_blocks, kind, device)
@@ -367,15 +371,15 @@ def quantize(
     return Quantized(codes, scales, global_scale, candidates, flags)
 
 
-def _as_factorized(hessians: Tensor) -> Tensor:
-    """As the kernel takes them: float32 or float64, contiguous."""
+def _contiguous_float(hessians: Tensor) -> Tensor:
+    """``hessians`` as factorize_kernel reads them: contiguous, float32 or float64."""
     if hessians.dtype not in (torch.float32, torch.float64):
         hessians = hessians.float()
     return hessians.contiguous()
 
 
 def _empty_factors(hessians: Tensor) -> Tensor:
-    """Float32 ``[num_blocks, block_size + EXTRA_ROWS, block_size]``, as factors_of finds its way in it."""
+    """Uninitialized float32 ``[num_blocks, block_size + EXTRA_ROWS, block_size]``, in the layout of factors_of."""
     num_blocks, block_size, _ = hessians.shape
     rows = block_size + EXTRA_ROWS.value
     return torch.empty(num_blocks, rows, block_size, dtype=torch.float32, device=hessians.device)
@@ -383,12 +387,12 @@ def _empty_factors(hessians: Tensor) -> Tensor:
 
 @_on_its_device
 def factorize(hessians: Tensor, /, flags: Tensor | None = None) -> Tensor:
-    """Factors of ``hessians [num_blocks, block_size, block_size]`` for :func:`quantize`, one block after another along
-    the first dimension: float32 ``[num_blocks, block_size + EXTRA_ROWS, block_size]``, see :func:`unpack_factors`.
+    """Packed factors of ``hessians [num_blocks, block_size, block_size]`` for :func:`quantize`: float32
+    ``[num_blocks, block_size + EXTRA_ROWS, block_size]``, see :func:`unpack_factors`.
 
-    flags: int32 ``[2]``; the second is set to 1 for NaN, Inf or a clearly indefinite Hessian.
+    flags: int32 ``[2]``; element 1 is set to 1 for NaN, Inf or a clearly indefinite Hessian.
     """
-    hessians = _as_factorized(hessians)
+    hessians = _contiguous_float(hessians)
     num_blocks, block_size, _ = hessians.shape
     factors = _empty_factors(hessians)
     device = hessians.device
@@ -399,7 +403,7 @@ def factorize(hessians: Tensor, /, flags: Tensor | None = None) -> Tensor:
 
 def unpack_factors(factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of packed factors: upper triangular Aᵀ ``[num_blocks, block_size, block_size]``; the norms of A's rows
-    ``[num_blocks, block_size]``; and √(H⁻¹)_ii ``[num_blocks, block_size]``, in half precision and rounded up."""
+    ``[num_blocks, block_size]``; and √(H⁻¹)_ii ``[num_blocks, block_size]`` in fp16, rounded up."""
     block_size = factors.shape[-1]
     inverse_roots = factors[:, block_size + 1].view(torch.float16)[:, :block_size]
     return factors[:, :block_size], factors[:, block_size], inverse_roots
@@ -407,8 +411,8 @@ def unpack_factors(factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_on_its_device
 def amax_parts(matrix: Tensor, /) -> Tensor:
-    """int32 ``[AMAX_PROGRAMS]``: the largest magnitudes, as float32 bits, of as many parts of ``matrix``, contiguous
-    bf16, fp16 or fp32. The kernels of :func:`quantize` compute the global scale from them."""
+    """int32 ``[AMAX_PROGRAMS]``: partial amax values, as float32 bits, of contiguous bf16, fp16 or fp32 ``matrix``. The
+    kernels of :func:`quantize` compute the global scale from them."""
     size, device = matrix.numel(), matrix.device
     parts = torch.empty(AMAX_PROGRAMS, dtype=torch.int32, device=device)
     _amax(False, size, _kind(matrix), device)(_stream(device), matrix, parts, size)

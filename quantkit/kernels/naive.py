@@ -22,8 +22,8 @@ from quantkit.kernels.device import (
 
 __all__ = ["MULTIPLIED_MANTISSA", "naive_codes", "naive_kernel"]
 
-# Scale grids of up to so many mantissa bits have no tie on whose other side rounded_quotient could be (docs/theory.md);
-# for UE4M4's there are such quotients.
+# rounded_quotient is proven to lie on the right side of every tie of scale grids with at most this many mantissa bits
+# (docs/theory.md). With more, such as UE4M4's four, the kernel divides.
 MULTIPLIED_MANTISSA = tl.constexpr(3)
 
 
@@ -41,7 +41,7 @@ def naive_codes(amax, largest, FMT: tl.constexpr, RULE: tl.constexpr, TARGET: tl
     """int32 scale codes of float32 amax; largest: see largest_product."""
     if FMT.scale_mantissa > 0:
         divisor, normalize, reciprocal, rest = largest
-        # The divisor is below 2: beyond twice the largest scale lie quotients that no scale reaches.
+        # The divisor is below 2, so a dividend above twice the largest scale has a quotient above every scale.
         dividend = tl.minimum(amax * normalize, FMT.largest_quotient)
         if FMT.scale_mantissa > MULTIPLIED_MANTISSA:
             wanted = tl.div_rn(dividend, tl.broadcast_to(divisor, dividend.shape))

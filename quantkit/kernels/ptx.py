@@ -1,7 +1,7 @@
 """All PTX text of the kernels, with its operands' constraints.
 
-Each writer returns an ``Assembly`` for ``tl.inline_asm_elementwise``. Its docstring lists the operands in the order of
-their numbers $0, $1, …, outputs first. The plain twin of each text stands where a kernel uses it, for GPUs without
+Each function returns an ``Assembly`` for ``tl.inline_asm_elementwise``. Its docstring lists the operands $0, $1, … in
+order, outputs first, then a semicolon and the inputs. Each use in a kernel has a plain twin beside it, for GPUs without
 these instructions and for the interpreter.
 
 "f" is a float32 register, "d" float64, "r" 32 bits, "l" 64 bits; "=" marks an output, "=&" an output that is written
@@ -63,15 +63,15 @@ def magnitude(function: str) -> Assembly:
 
 
 def max_magnitude_x2(type: str) -> Assembly:
-    """The larger magnitude, NaN if either is, of two ``type`` values each: the result; a, b. ``type``: bf16 or f16.
+    """Elementwise larger magnitude of two ``type``x2 registers, NaN if either is NaN: the result; a, b.
 
-    The result's sign is the product's of both signs.
+    ``type``: bf16 or f16. The result has the sign of the product a · b.
     """
     return Assembly(f"max.NaN.xorsign.abs.{type}x2 $0, $1, $2;", "=r,r,r")
 
 
 def convert_to_fp16x2(rounding: str) -> Assembly:
-    """fp16x2 of two float32 values: the result; the lower half, the upper half. ``rounding``: rn or rz."""
+    """fp16x2 of two float32 values: the result; lower value, upper value. ``rounding``: rn or rz."""
     return Assembly(f"cvt.{rounding}.f16x2.f32 $0, $2, $1;", "=r,f,f")
 
 
@@ -81,8 +81,8 @@ def convert_to_fp16x2(rounding: str) -> Assembly:
 # Operands of both packings: four bytes of codes; four even and four odd elements.
 PACK_CONSTRAINTS = "=r,f,f,f,f,f,f,f,f"
 
-# From two registers of four E4M3 bytes, those of the even and of the odd elements. E4M3 holds E2M1's code and its sign
-# in the upper bits, so two masked moves a register pick them.
+# Packs two registers of four E4M3 bytes, one of even and one of odd elements. The upper bits of an E4M3 byte hold
+# E2M1's code and sign, so two masked moves per register extract them.
 _PACK_E4M3 = """
             shr.b32 up, even, 2;
             shr.b32 even, even, 4;
@@ -94,9 +94,9 @@ _PACK_E4M3 = """
 
 
 def pack_levels() -> Assembly:
-    """Four bytes of E2M1 codes from levels, 2^-6 of element values: the bytes; four even and four odd float32 levels.
+    """Four bytes of E2M1 codes from float32 levels: the bytes; four even and four odd levels.
 
-    Two levels are converted to E4M3 at once.
+    A level is an element value times 2^-6. One instruction converts two levels to E4M3.
     """
     lines = ["{ .reg .b16 low, high; .reg .b32 even, odd, up;"]
     for word, first in (("even", 1), ("odd", 5)):
@@ -109,9 +109,9 @@ def pack_levels() -> Assembly:
 
 
 def _round_to_grid_x2(level: str, x: str, spare: str) -> list[str]:
-    """Rounds fp16x2 ``x`` to the element grid, ties to even, as device.round_to_grid does: into ``level``.
+    """Rounds fp16x2 ``x`` to the element grid, ties to even, as device.round_to_grid does, into ``level``.
 
-    All three are registers. The registers ``least`` and ``times`` hold the two constants of the rounding in fp16x2. The
+    The arguments are registers. The registers ``least`` and ``times`` hold the rounding's two constants in fp16x2. The
     level is not saturated, and a zero loses its sign.
     """
     return [
@@ -129,10 +129,10 @@ def _fp16x2(value: float) -> str:
 
 
 def pack_quotients(element: ElementGrid) -> Assembly:
-    """Four bytes of codes from 2^-6 of signed quotients: the bytes; four even and four odd float32 quotients.
+    """Four bytes of codes from signed float32 quotients times 2^-6: the bytes; four even and four odd quotients.
 
-    fp16 must hold each quotient, unless it is far below the smallest tie or above fp16's largest number. Two quotients
-    are rounded to levels at once.
+    fp16 must hold each quotient exactly, unless it is far below the smallest tie or above fp16's largest number. Each
+    instruction rounds two quotients.
     """
     unit = 2.0 ** (element.bias - 7)
     least = 2.0**element.min_exponent * (1 + 2.0 ** (element.mantissa_bits - 9)) * unit
@@ -164,10 +164,10 @@ def shared_memory(name: str, size: int, alignment: int) -> Assembly:
 
 
 def rotate(size: int) -> Assembly:
-    """All ``size`` float64 values of a warp, through shared memory: ``size`` results; the lane's value, the address to
-    write it to, the buffer's address.
+    """All ``size`` float64 values of a warp, through shared memory: ``size`` results; the lane's value, the address
+    where it is written, the buffer's address.
 
-    Every lane reads the whole buffer in order, so the written addresses give the order of the results.
+    Every lane reads the whole buffer in order, so the written addresses determine the order of the results.
     """
     value, own, base = (f"${size + index}" for index in range(3))
     lines = [
@@ -182,24 +182,24 @@ def rotate(size: int) -> Assembly:
 
 # ---- ‖r A‖ in fp16 ---------------------------------------------------------------------------------------------------
 #
-# mma.m16n8k16 for a warp of 32 blocks. The instruction wants the rows of r spread over four lanes each, so residuals go
-# through shared memory, in lines of 128 bytes. Elements 8 c … 8 c + 7 of the block of lane 4 g + t lie at byte
-# 16 (g xor 2 t) of line t · block_size / 8 + c. Eight lanes that write their own elements, or read those of eight g,
-# then use different banks. Lane t of the quad g receives four sums of squares and keeps that of its own block.
+# mma.m16n8k16 for a warp of 32 blocks. mma distributes each row of r over four lanes, so residuals go through shared
+# memory, in lines of 128 bytes. Elements 8 c … 8 c + 7 of the block of lane 4 g + t lie at byte 16 (g xor 2 t) of line
+# t · block_size / 8 + c. So eight lanes that write their own elements, or that read those of eight g, have no bank
+# conflict. Lane t of quad g receives four sums of squares and keeps the one of its own block.
 
 
 def factor_registers(block_size: int) -> int:
-    """Registers of a lane's part of A: fp16x2 pairs of the 8 × 16 tiles on and below the diagonal."""
+    """Number of registers per lane for A: two fp16x2 for each 8 × 16 tile on and below the diagonal."""
     depth, eights = block_size // 16, block_size // 8
     return 2 * sum(depth - column // 2 for column in range(eights))
 
 
 def fp16_norm(block_size: int) -> Assembly:
     """‖r A‖² and Σ |r_i| w_i of each lane's block: the two float32 results; ``block_size`` float32 residuals, A, w, and
-    where a lane uses shared memory.
+    the shared-memory operands.
 
-    A: ``factor_registers`` of fp16x2, w: block_size / 8 of fp16x2, both as the instruction wants them. Where: the
-    buffer's address, offsets of what the lane writes and reads, the lane's index.
+    A is ``factor_registers`` of fp16x2 and w block_size / 8 of fp16x2, both in mma's layout. The shared-memory operands
+    are the buffer's address, the lane's write offset, its read offset, and the lane's index.
     """
     residuals = []
     for chunk in range(block_size // 8):
@@ -210,11 +210,10 @@ def fp16_norm(block_size: int) -> Assembly:
 
 
 def fp16_norm_x2(block_size: int) -> Assembly:
-    """As ``fp16_norm``, from elements instead of residuals, at scales that are powers of two: the two float32 results;
-    block_size / 2 fp16x2 elements, three float32 constants of the rounding, A, w, and where, as there.
+    """``fp16_norm`` from elements instead of residuals, at power-of-two scales: the two float32 results; block_size / 2
+    fp16x2 elements, three float32 constants of the rounding, A, w, and the shared-memory operands.
 
-    The constants: ``least`` and ``times`` of round-to-grid, and the largest level between them, all times the scale
-    except ``times``.
+    The constants are ``least`` of _round_to_grid_x2 times the scale, the largest level times the scale, and ``times``.
     """
     constants = 2 + block_size // 2
     least, most, times = (f"${constants + index}" for index in range(3))
@@ -237,7 +236,7 @@ def fp16_norm_x2(block_size: int) -> Assembly:
 def _norm(block_size: int, start: list[str], residuals: list[list[str]], inputs: list[str]) -> Assembly:
     """``fp16_norm`` of the residuals that ``start`` and ``residuals`` compute from ``inputs``.
 
-    ``residuals`` holds the text of each fp16x2 of residuals, which goes to r0 … r3 in turn.
+    ``residuals`` has the text that computes each fp16x2 of residuals, into r0 … r3 in turn.
     """
     depth, eights = block_size // 16, block_size // 8
     factor = 2 + len(inputs)
@@ -278,7 +277,7 @@ def _registers(name: str, step: int) -> str:
 
 
 def _load_residuals(half: int, depth: int, row: str, shared: str) -> list[str]:
-    """Loads 16 blocks of a warp, its lower or upper ``half``, as ``depth`` tiles a0 … ."""
+    """Loads 16 blocks of a warp, the lower or upper ``half``, as ``depth`` tiles of registers a0, a1, …"""
     lines = [f"xor.b32 at, {row}, {64 * half};", f"add.u32 at, at, {shared};"]
     for step in range(depth):
         offset = 128 * (2 * half * 2 * depth + 2 * step)
@@ -299,7 +298,7 @@ def _weighted_sums(half: int, depth: int, weight: int) -> list[str]:
 
 
 def _sums_of_squares(half: int, depth: int, factor: int) -> list[str]:
-    """A lane's part of ‖r A‖² of 16 blocks in s0 … s3; ``factor``: the first operand of A, whose zeros are left out."""
+    """A lane's part of ‖r A‖² of 16 blocks in s0 … s3; ``factor``: the first operand of A, which has no zero tiles."""
     lines, at = [], factor
     for column in range(2 * depth):
         before = ZEROS
@@ -316,7 +315,7 @@ def _sums_of_squares(half: int, depth: int, factor: int) -> list[str]:
 
 
 def _keep_own_sums(lane: str) -> list[str]:
-    """Adds the parts of a quad's four lanes by two shuffles; each lane keeps the sums of its own block."""
+    """Adds the parts of a quad's four lanes by two shuffles; each lane keeps its own block's sums."""
     lines = [
         f"and.b32 bits, {lane}, 1;",
         "setp.ne.u32 odd, bits, 0;",
@@ -347,7 +346,7 @@ def _keep_own_sums(lane: str) -> list[str]:
 def fp32_error(block_size: int) -> Assembly:
     """‖r A‖² of a block that four lanes share: the float32 result; ``block_size`` float32 residuals, a 64-bit address.
 
-    Each of the four lanes takes every fourth column; the address is that of its first column in Aᵀ.
+    Each of the four lanes computes every fourth column; the address is that of its first column in Aᵀ.
     """
     address = block_size + 1
     lines = [".reg .f32 a<4>, projected, total;", "mov.f32 total, 0f00000000;"]
@@ -391,7 +390,7 @@ def hessian_bounds_x2(block_size: int) -> Assembly:
             f"fma.rn.f16x2 more, ${factor + index}, radius, x;",
             "max.f16x2 most, most, less;",
             "set.le.u32.f16x2 none, less, zero;",
-            "or.b32 more, more, none;",  # NaN where |x| is within its reach: a minimum ignores NaN
+            "or.b32 more, more, none;",  # NaN where |x| is within its reach: min ignores NaN
             "min.f16x2 least, least, more;",
         ]
     for result, name, function in ((0, "most", "max"), (1, "least", "min")):

@@ -1,9 +1,9 @@
 """The representable scale of least squared error; the twin of reference/sse.py, where the formula is.
 
-A program holds a tile of blocks in registers. It takes as many steps as the tile's widest window has codes, first those
-at which some element may be clipped. Residuals are rounded once and their squares summed in float32; docs/theory.md
-bounds the error. The first search approximates quotients by products with the reciprocal. Where the two least errors
-are too close for that, the tile is searched again with rounded quotients.
+A program holds a tile of blocks in registers. It takes one step per code of the tile's widest window. The steps at
+which an element may be clipped come first. Residuals are rounded once, and their squares are summed in float32;
+docs/theory.md bounds the error. The first search approximates quotients by products with the reciprocal. If the two
+least errors of a block are too close for that, the tile is searched again with rounded quotients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from quantkit.kernels.device import (
 
 __all__ = ["sse_kernel"]
 
-CLOSE = tl.constexpr(1e-5)  # relative; twice the change of an error by a quotient on the wrong side of a tie
+CLOSE = tl.constexpr(1e-5)  # relative; twice the error's largest change by quotients on the wrong side of a tie
 
 
 @triton.jit

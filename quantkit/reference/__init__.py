@@ -1,4 +1,5 @@
-"""The methods in plain PyTorch, for any device: what the kernels are checked against.
+"""The objectives in plain PyTorch, for any device. The kernels are checked against them.
 
-Each module has ``choose_scales(blocks, …) -> ScaleChoice`` for blocks ``[rows, num_blocks, block_size]`` in float32.
+naive, sse and hessian each have ``choose_scales(blocks, …) -> ScaleChoice`` for float32 blocks
+``[rows, num_blocks, block_size]``.
 """

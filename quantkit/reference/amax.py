@@ -20,6 +20,6 @@ def global_scale_of(matrix: Tensor, fmt: BlockFormat) -> Tensor:
     if not fmt.two_level or matrix.numel() == 0:
         return torch.ones((), dtype=torch.float32, device=matrix.device)
     amax = torch.linalg.vector_norm(matrix, torch.inf).float()
-    # Divided by a tensor: by a number, CUDA would multiply with its reciprocal and may miss the quotient by an ulp.
+    # The divisor is a tensor: by a Python number, CUDA multiplies with its reciprocal and may be off by an ulp.
     multiplier = amax / torch.full_like(amax, fmt.element.max_value * fmt.scale.max_value)
     return torch.where(amax > 0, multiplier.clamp(min=FLOAT32_SMALLEST_NORMAL), 1.0)

@@ -1,9 +1,9 @@
-"""What the three methods share: the effective scale, the residual of round-to-nearest, and the search among pairs.
+"""Shared by the three objectives: the effective scale, the residual of round-to-nearest, and the search among pairs.
 
 S = scale · global_scale   (float32),   y = x / S   (float32, IEEE),   r = x − S·Q(y)   (float64, exact)
 
 Windows differ in length between blocks, some by a factor of ten. So the search evaluates a list of (block, scale code)
-pairs, which holds each block's window and nothing else.
+pairs: exactly the codes in each block's window.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_CODE = 1 << 30  # above every code
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """codes: int32 scale codes of the blocks; candidates: int32 how many scales were evaluated for each. One shape."""
+    """codes: int32 scale code of each block; candidates: int32 number of scales evaluated for it, of the same shape."""
 
     codes: Tensor
     candidates: Tensor
@@ -47,9 +47,9 @@ def residual(blocks: Tensor, scale: Tensor, fmt: BlockFormat) -> Tensor:
 
 
 class Search:
-    """The best scale seen so far of each block of float32 ``blocks [..., block_size]``; ties go to the smaller code.
+    """The best scale so far of each block of float32 ``blocks [..., block_size]``; ties go to the smaller code.
 
-    Inside, blocks have flat indices.
+    Attributes and methods use flat block indices.
     """
 
     def __init__(self, blocks: Tensor) -> None:
@@ -61,8 +61,8 @@ class Search:
         self.candidates = torch.zeros(number, dtype=torch.int32, device=device)
 
     def pairs(self, first: Tensor, last: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(index of the block, code), two int64 lists, for the codes ``first … last`` of every block: a piece at a time
-        in the blocks' order. first, last: int32 ``[...]``; a block with ``first > last`` has none.
+        """(block index, code), two int64 tensors, for the codes ``first … last`` of every block; in pieces, in the
+        blocks' order. first, last: int32 ``[...]``; a block with ``first > last`` has no pair.
         """
         first, last = first.flatten(), last.flatten()
         count = (last - first + 1).clamp(min=0)
@@ -76,7 +76,7 @@ class Search:
             yield block[start : start + piece], codes[start : start + piece]
 
     def offer(self, block: Tensor, codes: Tensor, error: Tensor) -> None:
-        """Takes, for each block, the one of ``codes`` with the least float64 ``error``, if that is the best so far."""
+        """Keeps, for each block, the code of least float64 ``error`` among ``codes`` and the best so far."""
         least = self.error.scatter_reduce(0, block, error, "amin")
         kept = torch.where(self.error <= least * (1 + TIE), self.codes, NO_CODE)
         ties = error <= least.index_select(0, block) * (1 + TIE)

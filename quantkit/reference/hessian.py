@@ -2,14 +2,13 @@
 
 With H = A Aᵀ the error is ‖r A‖², which stays accurate where r lies in H's weak directions. Three steps:
 
-1. incumbent: the best scale of the squared error's window (bounds.py), though the optimum need not lie there;
-2. window: the codes that the incumbent's error does not rule out;
-3. the rest of that window: what lies above, then what lies below, downwards.
+1. incumbent: the best scale of the squared error's window (bounds.py). The optimum may lie outside it.
+2. window: the codes that the incumbent's error does not rule out.
+3. rest: the codes of this window above the squared error's window, then those below it in descending order.
 
-Below, it evaluates a few codes at a time. Where more remain, the magnitude bound excludes some, given the best error so
-far. That bound needs x A.
+The codes below are evaluated a few at a time. In between, the magnitude bound excludes some, by the best error so far.
 
-The codes are round-to-nearest at the chosen scale; H picks the scale alone (no error feedback as in GPTQ).
+The element codes are round-to-nearest at the chosen scale. There is no error feedback as in GPTQ.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from quantkit.reference.common import ScaleChoice, Search, effective_scale, resi
 
 __all__ = ["choose_scales"]
 
-CODES_AT_A_TIME = 4  # below the window, before the bound by magnitude is asked
+CODES_AT_A_TIME = 4  # evaluated below the squared error's window before the magnitude bound is applied again
 
 
 def choose_scales(blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, factors: HessianFactors) -> ScaleChoice:
-    """Hessian-optimal scale of ``blocks [rows, num_blocks, block_size]``; Hessian j is of ``blocks[:, j]``."""
-    blocks = blocks.transpose(0, 1)  # [num_blocks, rows, block_size]: the blocks of one Hessian lie together
+    """Hessian-optimal scales of ``blocks [rows, num_blocks, block_size]``; Hessian j belongs to ``blocks[:, j]``."""
+    blocks = blocks.transpose(0, 1)  # [num_blocks, rows, block_size]: the blocks of one Hessian are contiguous
     rows, magnitudes = blocks.shape[1], blocks.abs()
     search_first, search_last = bounds.sse_window(
         magnitudes.amax(-1), fmt.element, fmt.scale, global_scale, blocks.shape[-1]

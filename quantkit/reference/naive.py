@@ -1,12 +1,12 @@
 """Naive scales: the block's largest magnitude is mapped near the top of the element grid.
 
-    fractional scales (E4M3)   scale = nearest-even of amax / (6 · global_scale), at least the smallest positive scale
+    fractional scales (E4M3)   amax / (6 · global_scale) rounded to nearest even, at least the smallest positive scale
     powers of two (UE8M0)      floor   2^(⌊log₂ amax⌋ − 2)           (OCP MX v1.0, section 6.3)
                                ceil    2^(⌈log₂ amax⌉ − 2)
                                even    2^(⌊log₂ e⌋ − 2), e = amax rounded to the element's mantissa, half up
                                rceil   2^⌈log₂(amax / 6)⌉
 
-Exponents are read from the float's bits. One candidate a block, nothing is searched.
+6 is E2M1's largest value and 2 its exponent. Exponents are read from the float32's bits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The representable scale of least squared error, one block at a time.
 
-    E(s) = Σ (|x_i| − s·Q(|x_i|/s))²,  minimised over the codes that bounds.py leaves
+    E(s) = Σ (|x_i| − s·Q(|x_i|/s))²,  minimised over the codes of bounds.sse_window
 
-No code outside that window has a smaller error. Errors are summed in float64 from exact residuals. Ties go to the
-smaller scale.
+No code outside that window has a smaller error. Residuals are exact, and their squares are summed in float64. Ties go
+to the smaller scale.
 """
 
 from __future__ import annotations
