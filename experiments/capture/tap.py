@@ -86,9 +86,8 @@ class InputTap:
             x = _rows(x)
             rows = token_ids.numel() * self.decoder.calls[key]
             if not self.routed[keys.index(key)] and x.shape[0] != rows:
-                raise SourceError(
-                    f"layer.module={key[1]} sees {x.shape[0]} of {rows} tokens: not every token passes it."
-                )
+                model = f"{self.name} ({self.decoder.kind})"
+                raise SourceError(f"layer.module={key[1]} of {model} sees {x.shape[0]} rows for {rows} tokens.")
             consume(keys.index(key), x)
 
         self._run(token_ids.to(self.decoder.device), keys, take)

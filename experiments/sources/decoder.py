@@ -72,7 +72,7 @@ class Decoder:
         self.model = self._skeleton()
         self.path, self.stack = self._find_stack()
         self.targets = {_key(layer): find_target(self.stack[layer.index], layer, self.name) for layer in layers}
-        self.last = max(layer.index for layer in layers)
+        self.last = max((layer.index for layer in layers), default=-1)
         self.stored = _Stored(checkpoint, self.model)
         self.loaded: set[str] = set()
         self.calls: dict[tuple[int, str], int] = {}
@@ -86,9 +86,11 @@ class Decoder:
 
     def _skeleton(self) -> Any:
         """The whole model on the meta device; buffers that are computed and not stored are real."""
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
         config = copy.deepcopy(self.checkpoint.config)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise SourceError(f"{self.name} ({self.kind}): transformers has no causal decoder of this model_type.")
         try:
             with torch.device("meta"), _default_dtype(torch.float32):
                 model = AutoModelForCausalLM.from_config(
@@ -254,7 +256,7 @@ class Decoder:
                 f"{self.name} ({self.kind}) runs {trial.again} again after later layers; a part of it sees a part of "
                 "the inputs. Such models are not captured."
             )
-        if trial.failed and not trial.at_the_end:
+        if trial.failed:
             raise SourceError(f"{self.name} ({self.kind}) cannot be run in part: {trial.failed}")
         self.calls = trial.calls
 
@@ -268,7 +270,6 @@ class _Trial:
         self.again: str | None = None
         self.failed: str | None = None
         self.beyond = False  # the last loaded layer has run
-        self.at_the_end = False  # something after all the layers was reached
         self.undo: list[Callable[[], None]] = []
         self.output: Any = None
 
@@ -313,8 +314,6 @@ class _Trial:
     def _leave_last(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = output
         self.beyond = True
-        if self.decoder.last + 1 == len(self.decoder.stack):
-            self.at_the_end = True
 
     def _above(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -323,8 +322,6 @@ class _Trial:
                 raise SourceError(
                     f"{self.decoder.name} ({self.decoder.kind}): {path} runs before layer {self.decoder.last} ends."
                 )
-            if index + 1 == len(self.decoder.stack):
-                self.at_the_end = True
             return self.output
 
         return forward

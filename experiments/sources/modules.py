@@ -61,6 +61,12 @@ def linear_modules(layer: nn.Module) -> Iterator[tuple[str, Target]]:
             yield path, Target(module, path, transposed=True)
 
 
+def expert_modules(layer: nn.Module, number: int) -> list[str]:
+    """The names of one expert's matrices, for each module of experts in a decoder layer."""
+    fused = ((path, module) for path, module in layer.named_modules() if _is_fused(module))
+    return [f"{path}.{number}.{matrix}" for path, module in fused for matrix in _matrices(module)]
+
+
 def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
     """Raises SourceError for a module that is not there, with the list of those that are."""
     linear = dict(linear_modules(layer))
@@ -71,11 +77,12 @@ def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
     if match and len(fused) == 1:
         path, module = next(iter(fused.items()))
         return _expert(module, path, int(match["number"]), match["matrix"], wanted, name)
-    experts = [f"{path}.0.{matrix}" for path, module in fused.items() for matrix in _matrices(module)]
+    experts = expert_modules(layer, 0)
     count = [f"(experts 0 to {_count(module) - 1})" for module in fused.values()]
     raise SourceError(
         f"layer.module={wanted.module}: no such linear module in layer {wanted.index} of {name}. "
         f"It has {', '.join([*linear, *experts])}{' ' if count else ''}{' '.join(count)}."
+        f"{' The experts of this model are computed together and cannot be told apart.' if match and not fused else ''}"
     )
 
 
