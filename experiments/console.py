@@ -49,6 +49,7 @@ class Console:
     started: float = field(default_factory=time.perf_counter)
     output_dir: str = ""
     shown: str = ""  # the heading
+    is_lost: bool = False  # the output folder cannot be written
     reason: str | None = None  # why a run did not end well, as shown last
 
     def heading(self, config: Config) -> None:
@@ -93,6 +94,16 @@ class Console:
         if config is not None:
             which = _columns(config.format.name, config.block_size, config.method.name, config.backend.name) + " "
         print(f"{which}error: {reason(error)}", file=sys.stderr, flush=True)
+        if full_errors():
+            traceback.print_exception(error)
+
+    def lost(self, error: OSError, output_dir: str) -> None:
+        """The run's folder cannot be written: nothing of this run is kept."""
+        self.is_lost = True
+        self.counts["failed"] += 1
+        why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        remedy = "free some space or choose another"
+        print(f"error: output_dir={output_dir} cannot be written: {why}; {remedy}", file=sys.stderr, flush=True)
         if full_errors():
             traceback.print_exception(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+TRIAL_BYTES = 1 << 16
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that takes no more
 
 
 class SourceError(ValueError):
@@ -42,8 +46,9 @@ def listing(folder: Path) -> str:
 def check_writable(folder: Path) -> None:
     """Makes the folder where it is missing. Raises OSError where no file can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(TRIAL_BYTES))  # a full disk still takes empty files
+        file.flush()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,8 @@ def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.RUN and (swept := HydraConfig.get().sweeper.params):
         print(f"Without -m this is one run only: the experiment's values of {', '.join(swept)} are not swept.")
     run(composed, CONSOLE)
+    if CONSOLE.is_lost:
+        raise SystemExit(1)  # the runs after this one could not be written either
 
 
 def run(composed: DictConfig, console: Console) -> None:
@@ -64,7 +66,7 @@ def run(composed: DictConfig, console: Console) -> None:
     try:
         _run(composed, console)
     except OSError as error:
-        console.refused(error)
+        console.lost(error, str(composed.output_dir))
 
 
 def _run(composed: DictConfig, console: Console) -> None:
@@ -192,11 +194,19 @@ def status_of(error: Exception) -> str:
     return "unsupported" if isinstance(error, BackendUnavailableError) else "failed"
 
 
+class _LogFile(logging.FileHandler):
+    """Without logging's own tracebacks where the disk is full: writing the record says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def run_log(path: Path) -> Iterator[None]:
     """Everything logged inside goes to this file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler = _LogFile(path, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)
@@ -206,7 +216,8 @@ def run_log(path: Path) -> Iterator[None]:
     finally:
         root.setLevel(level)
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def cli() -> int:
@@ -216,6 +227,9 @@ def cli() -> int:
         return 1
     try:
         main()
+    except SystemExit:
+        if not CONSOLE.is_lost:
+            raise
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where it stopped.", file=sys.stderr)
         CONSOLE.close()

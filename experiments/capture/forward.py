@@ -8,21 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from experiments.capture.cache import complete_manifest
-from experiments.capture.inputs import SPLITS
+from experiments.capture.inputs import SPLITS, check_width
 from experiments.capture.shards import Layout, ShardWriter
-from experiments.capture.store import JOURNAL_NAME, WEIGHT_NAME, Entry, save_tensors
+from experiments.capture.store import JOURNAL_NAME, PARTIAL_NAME, WEIGHT_NAME, Entry, save_tensors
 from experiments.capture.tokens import token_sequences
 from experiments.config import LayerConfig
-from experiments.files import SourceError, write_atomically
+from experiments.files import FULL, SourceError, write_atomically
 from experiments.sources.bundles import CAPTURE_VERSION, MANIFEST_NAME
 from experiments.sources.resolved import Resolved
 
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 BATCH_TOKENS = 4096  # per forward pass
+KEEP_SECONDS = 10.0  # between two times that an unfinished capture is kept
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} sequences [{elapsed}<{remaining}]"
 PASS_BYTES = 4 << 30  # Gram matrices and shards that may be held during one pass over the text
 
 
@@ -46,7 +50,15 @@ def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: boo
             wanted = resolved.config.cache.activations
             layers = [layer for layer in layers if complete_manifest(resolved.layer_folder(layer), wanted) is None]
         if layers:
-            _Capture(resolved, layers).run()
+            try:
+                _Capture(resolved, layers).run()
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise SourceError(
+                    f"cache.dir={resolved.config.cache.folder}: it cannot be written ({error.strerror}). Free some "
+                    "space, or set cache.dir to another folder."
+                ) from None
 
 
 def _lock(folder: Path) -> Any:
@@ -66,15 +78,20 @@ class _Capture:
 
     def __init__(self, resolved: Resolved, layers: Sequence[LayerConfig]) -> None:
         from experiments.sources.checkpoints import open_checkpoint
-        from experiments.sources.decoder import build_decoder, check_layers
+        from experiments.sources.decoder import Decoder, check_layers
 
         self.resolved, self.config, self.layers = resolved, resolved.config, layers
         self.checkpoint = open_checkpoint(self.config.model, self.config.cache.folder)
         check_layers(self.checkpoint, layers)
         self._check_length()
+        dtype: torch.dtype = getattr(torch, self.config.model.dtype)
+        self.decoder = Decoder(self.checkpoint, layers, dtype, resolved.device)
+        own = self.config.layer
+        if own in layers:
+            check_width(self.config, self.decoder.target(own).in_features, self.checkpoint.name)
         self.sequences = token_sequences(self.config, self.checkpoint.tokenizer())
         self._check_ids()
-        self.decoder = build_decoder(self.checkpoint, layers, self.config.model.dtype, resolved.device)
+        self.decoder.load()
 
     def _check_ids(self) -> None:
         size = getattr(self.checkpoint.config.get_text_config(decoder=True), "vocab_size", None)
@@ -185,11 +202,41 @@ class _Capture:
         total = self.sequences.count
         if not sys.stderr.isatty():  # where the bar is not shown
             print(f"Capturing the inputs of {title}: {total} sequences", flush=True)
-        with tqdm(total=total, desc=f"capture {title}", unit="seq", disable=None) as bar:
+        if kept := min(sum(writer.done.values()) for writer in writers):
+            print(f"An interrupted capture goes on at sequence {kept} of {total}", flush=True)
+        keeper = _Keeper(writers)
+        with tqdm(total=total, desc=f"capture {title}", bar_format=BAR, disable=None) as bar, keeper:
+            progress = _Progress(self.decoder, bar)
             for split, ids in self.sequences.ids.items():
                 for first in range(0, len(ids), batch):
-                    _one_batch(tap, writers, split, first, ids[first : first + batch])
-                    bar.update(len(ids[first : first + batch]))
+                    part = ids[first : first + batch]
+                    with progress.of(len(part)):
+                        self._one_batch(tap, writers, split, first, part)
+                    keeper.tick()
+
+    def _one_batch(self, tap: Any, writers: list[ShardWriter], split: str, first: int, ids: Tensor) -> None:
+        """Run ids [sequences, seq_len], whose first sequence has number `first`, for the writers that lack them."""
+        lacking = {number for number, writer in enumerate(writers) if not writer.reread(split, first)}
+
+        def consume(group: int, x: Tensor) -> None:
+            if group in lacking:
+                self._check_finite(tap.groups[group][0], x)
+                writers[group].add(split, first, x)
+
+        if lacking:
+            tap.run(ids, consume)
+
+    def _check_finite(self, layer: LayerConfig, x: Tensor) -> None:
+        if bool(x.isfinite().all()):
+            return
+        dtype = self.config.model.dtype
+        wider = {"float16": "model.dtype=bfloat16 or float32", "bfloat16": "model.dtype=float32"}.get(dtype)
+        remedy = f"Use {wider}" if wider else "Check the checkpoint's weights: a wider type there is none"
+        count = int((~x.isfinite()).sum())
+        raise SourceError(
+            f"layer {layer.index} {layer.module} of {self.checkpoint.name}: its inputs hold {count} NaN or Inf, with "
+            f"the model in {dtype}. {remedy}."
+        )
 
     def _finish(self, group: list[LayerConfig], writer: ShardWriter) -> None:
         files = writer.finish()
@@ -199,7 +246,8 @@ class _Capture:
             weight = save_tensors(folder / WEIGHT_NAME, {"weight": self.decoder.weight(layer)})
             manifest = self._manifest(layer, writer, {WEIGHT_NAME: weight, **files})
             write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
-            (folder / JOURNAL_NAME).unlink(missing_ok=True)
+            for name in (JOURNAL_NAME, PARTIAL_NAME):
+                (folder / name).unlink(missing_ok=True)
 
     def _manifest(self, layer: LayerConfig, writer: ShardWriter, files: dict[str, Entry]) -> dict[str, Any]:
         data = self.config.data
@@ -234,16 +282,60 @@ class _Capture:
         }
 
 
-def _one_batch(tap: Any, writers: list[ShardWriter], split: str, first: int, ids: Tensor) -> None:
-    """Run ids [sequences, seq_len], whose first sequence has number `first`, for the writers that lack them."""
-    lacking = {number for number, writer in enumerate(writers) if not writer.reread(split, first)}
+class _Keeper:
+    """Keeps an unfinished capture where it is interrupted, and now and then, in a twentieth of the time at most."""
 
-    def consume(group: int, x: Tensor) -> None:
-        if group in lacking:
-            writers[group].add(split, first, x)
+    def __init__(self, writers: Sequence[ShardWriter]) -> None:
+        self.writers = writers
+        self.next = time.monotonic() + KEEP_SECONDS
 
-    if lacking:
-        tap.run(ids, consume)
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, (OSError, SourceError)):
+            self._keep()
+
+    def tick(self) -> None:
+        started = time.monotonic()
+        if started >= self.next:
+            self._keep()
+            ended = time.monotonic()
+            self.next = ended + max(KEEP_SECONDS, 20 * (ended - started))
+
+    def _keep(self) -> None:
+        for writer in self.writers:
+            writer.keep()
+
+
+class _Progress:
+    """Moves a bar of sequences within a batch, too, as the modules of the loaded layers end."""
+
+    def __init__(self, decoder: Any, bar: Any) -> None:
+        self.bar = bar
+        layers = decoder.stack[: decoder.last + 1]
+        self.parts = [part for layer in layers for part in layer.modules() if not list(part.children())]
+        self.expected = max(1, len(self.parts))  # calls in a pass; after the first, as many as that had
+
+    @contextmanager
+    def of(self, sequences: int) -> Iterator[None]:
+        """A batch of so many sequences."""
+        start, calls = self.bar.n, 0
+
+        def move(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            here = start + sequences * min(1.0, calls / self.expected)
+            self.bar.update(max(0.0, here - self.bar.n))
+
+        handles = [] if self.bar.disable else [part.register_forward_hook(move) for part in self.parts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.expected = calls or self.expected
+        self.bar.update(start + sequences - self.bar.n)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

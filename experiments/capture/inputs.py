@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from experiments.config import Config
+from experiments.files import SourceError
+
 SPLITS = ("calibration", "heldout")
+
+
+def check_width(config: Config, in_features: int, name: str) -> None:
+    """Raises SourceError where the block size does not divide the layer's in_features: no capture would help."""
+    if in_features % config.block_size:
+        others = " or ".join(str(size) for size in (16, 32) if in_features % size == 0)
+        remedy = f"Use block_size={others}" if others else "Choose another layer"
+        raise SourceError(
+            f"block_size={config.block_size}: layer {config.layer.index} {config.layer.module} of {name} has "
+            f"{in_features} input features, which {config.block_size} does not divide. {remedy}."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Writing a captured layer: its inputs stream into Gram matrices and shards.
 
-Memory holds one shard, whatever the number of tokens. A journal lists the finished shards, so that an interrupted
-capture goes on at the first missing one. Layers with the same input (q, k and v; gate and up) share one Gram matrix and
-one set of shards, hard-linked into each folder.
+Memory holds one shard, whatever the number of tokens. A journal lists the finished shards, and the Gram matrices and
+the shard begun are kept now and then: an interrupted capture goes on where it stopped. Layers with the same input (q, k
+and v; gate and up) share one Gram matrix and one set of shards, hard-linked into each folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.capture.store import GRAM_NAME, JOURNAL_NAME, Entry, is_intact, link, load_tensors, save_tensors
+from experiments.capture.store import (
+    GRAM_NAME,
+    JOURNAL_NAME,
+    PARTIAL_NAME,
+    Entry,
+    is_intact,
+    link,
+    load_tensors,
+    save_tensors,
+)
 from experiments.files import write_atomically
 from experiments.sources.bundles import MANIFEST_NAME
 from quantkit.calibration import GramAccumulator
@@ -77,6 +86,11 @@ class ShardWriter:
         self.buffer: Tensor | None = None
         self.parts: list[Tensor] = []
         self.from_disk = False
+        self.done = dict.fromkeys(layout.sequences, 0)  # sequences that are in the Gram matrices
+        self.whole = True  # not in the middle of a batch
+        self.partial: Entry | None = None
+        self._resume()
+        self.resumed = dict(self.done)
 
     def _finished_before(self) -> dict[str, Entry]:
         for name in (JOURNAL_NAME, MANIFEST_NAME):
@@ -87,24 +101,30 @@ class ShardWriter:
         return {}
 
     def reread(self, split: str, first: int) -> bool:
-        """Whether the batch from sequence `first` on lies in a shard that is on the disk and intact."""
+        """Whether the batch from sequence `first` on was counted before, or lies in an intact shard on the disk."""
+        if first < self.resumed[split]:
+            return True
         size = self.layout.shard_sequences
         if not size:
             return False
-        if first % size == 0:
-            name, entry = self.layout.shard(split, first)
+        if first % size == 0 or first == self.resumed[split]:
+            start = first // size * size
+            name, entry = self.layout.shard(split, start)
             known = self.finished.get(name, {})
             self.from_disk = {key: known.get(key) for key in entry} == entry and is_intact(self.folder / name, known)
             if self.from_disk:
                 self.shards[name] = known
-                self._add_to_gram(split, self.folder / name, known)
+                self.whole = False
+                self._add_to_gram(split, self.folder / name, known, (first - start) // self.layout.batch)
+                self.done[split] = min(start + size, self.layout.sequences[split])
+                self.buffer, self.parts, self.whole = None, [], True
         return self.from_disk
 
-    def _add_to_gram(self, split: str, shard: Path, entry: Entry) -> None:
-        """In the batches of the capture: the sum is then the same to the last bit."""
+    def _add_to_gram(self, split: str, shard: Path, entry: Entry, skip: int) -> None:
+        """In the batches of the capture, but for the first `skip`: the sum is then the same to the last bit."""
         layout = self.layout
         batches = entry["batches"] if layout.routed else layout.batch * layout.seq_len * layout.calls
-        for x in load_tensors(shard)["inputs"].split(batches):
+        for x in load_tensors(shard)["inputs"].split(batches)[skip:]:
             self._count(split, x)
 
     def _count(self, split: str, x: Tensor) -> None:
@@ -114,10 +134,16 @@ class ShardWriter:
 
     def add(self, split: str, first: int, x: Tensor) -> None:
         """x [tokens, in_features]: the inputs of the sequences from `first` on."""
+        self.whole = False
         self._count(split, x)
+        if self.layout.shard_sequences:
+            self._put(split, first, x)
+        self.done[split] = min(first + self.layout.batch, self.layout.sequences[split])
+        self.whole = True
+
+    def _put(self, split: str, first: int, x: Tensor) -> None:
+        """Into the shard begun, which is written when it is full."""
         size = self.layout.shard_sequences
-        if not size:
-            return
         start = first // size * size
         name, entry = self.layout.shard(split, start)
         if self.layout.routed:
@@ -137,7 +163,55 @@ class ShardWriter:
         assert self.buffer is not None
         self.shards[name] = entry | save_tensors(self.folder / name, {"inputs": self.buffer})
         self.buffer, self.parts = None, []
-        write_atomically(self.folder / JOURNAL_NAME, json.dumps({"shards": self.finished | self.shards}, indent=1))
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        journal = {"shards": self.finished | self.shards, "partial": self.partial}
+        write_atomically(self.folder / JOURNAL_NAME, json.dumps(journal, indent=1))
+
+    def keep(self) -> None:
+        """Keep the capture as far as it is. Nothing, where it stopped in the middle of a batch or has not begun."""
+        if not self.whole or self.done == self.resumed:
+            return
+        tensors = {f"{split}.{name}": x for split, gram in self.grams.items() for name, x in _tensors(gram).items()}
+        inputs = torch.cat(self.parts) if self.parts else self.buffer
+        if inputs is not None:
+            tensors["inputs"] = inputs
+        entry = save_tensors(self.folder / PARTIAL_NAME, tensors)
+        self.partial = entry | {
+            "layout": self._layout_as_text(),
+            "done": self.done,
+            "rows": self.rows,
+            "shards": self.shards,
+            "parts": [len(part) for part in self.parts],
+            "numbers": {split: _numbers(gram) for split, gram in self.grams.items()},
+        }
+        self._write_journal()
+
+    def _layout_as_text(self) -> str:
+        return repr(self.layout)
+
+    def _resume(self) -> None:
+        """Take up what `keep` wrote, if it is whole and of this very layout, and its shards are."""
+        try:
+            partial = dict(json.loads((self.folder / JOURNAL_NAME).read_text())["partial"])
+            listed = {PARTIAL_NAME: partial, **partial["shards"]}
+            fits = partial["layout"] == self._layout_as_text()
+            if not fits or not all(is_intact(self.folder / name, entry) for name, entry in listed.items()):
+                return
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return
+        tensors = load_tensors(self.folder / PARTIAL_NAME)
+        for split, gram in self.grams.items():
+            for name, x in _tensors(gram).items():
+                x.copy_(tensors[f"{split}.{name}"])
+            vars(gram).update(partial["numbers"][split])
+        self.done, self.rows, self.shards = partial["done"], partial["rows"], partial["shards"]
+        self.partial = partial
+        if partial["parts"]:
+            self.parts = list(tensors["inputs"].split(partial["parts"]))
+        else:
+            self.buffer = tensors.get("inputs")
 
     def finish(self) -> dict[str, Entry]:
         """Write the Gram matrices and fill the sibling folders. Returns their entries for the manifest."""
@@ -150,6 +224,14 @@ class ShardWriter:
             for name in (GRAM_NAME, *self.shards):
                 link(self.folder / name, sibling / name)
         return {GRAM_NAME: entry}
+
+
+def _tensors(gram: GramAccumulator) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(gram).items() if isinstance(value, Tensor)}
+
+
+def _numbers(gram: GramAccumulator) -> dict[str, int | float]:
+    return {name: value for name, value in vars(gram).items() if isinstance(value, (int, float))}
 
 
 def _new_buffer(rows: int, layout: Layout) -> Tensor:

@@ -4,12 +4,14 @@ weight.safetensors               the layer's weight [out_features, in_features]
 gram.safetensors                 G = XᵀX [in_features, in_features], calibration and held-out tokens apart
 calibration-00000.safetensors …  X [tokens, in_features], about 256 MiB a shard, whole sequences (cache.activations)
 manifest.json                    what all this is, with the sha256 of every file; written last
-capture.json                     the shards that are finished, until the manifest lists them
+capture.json                     of an unfinished capture: its finished shards, and what partial.safetensors is
+partial.safetensors              of an unfinished capture: its Gram matrices, and the inputs of the shard begun
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from experiments.files import replacing, sha256_file
 
 JOURNAL_NAME = "capture.json"
+PARTIAL_NAME = "partial.safetensors"
 WEIGHT_NAME = "weight.safetensors"
 GRAM_NAME = "gram.safetensors"
 
@@ -30,11 +33,18 @@ def is_intact(path: Path, entry: Entry) -> bool:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> Entry:
-    """Write a safetensors file. Returns its size and sha256."""
+    """Write a safetensors file. Returns its size and sha256. Raises OSError, of a full disk, say."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # tells the system's error by its number, in words
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         return {"bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
 
 

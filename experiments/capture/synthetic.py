@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.capture.inputs import SPLITS, LayerInputs, SourceInfo
+from experiments.capture.inputs import SPLITS, LayerInputs, SourceInfo, check_width
 from experiments.config import Config
 from experiments.files import SourceError
 from experiments.sources.resolved import Resolved
@@ -23,6 +23,7 @@ def synthetic_layer(resolved: Resolved) -> LayerInputs:
     """X = (noise + z F) · channel scale: channels correlate, and a few are heavy. Raises SourceError."""
     config = resolved.config
     model, data = config.model, config.data
+    check_width(config, model.in_features, "the synthetic model")
     dtype: torch.dtype = getattr(torch, model.dtype)
     weight = _normal(_generator(config.seed, 0), model.out_features, model.in_features)
     inputs = _SyntheticInputs.of(config, dtype)

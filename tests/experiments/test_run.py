@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from experiments import run as entry
+from experiments import sweep
 from experiments.config import CONF_DIR, REPO_ROOT, LayerConfig
 from experiments.console import Console, _milliseconds
 from experiments.measure import stages
@@ -503,3 +507,50 @@ def test_a_sweep_captures_its_layers_in_one_pass(tmp_path: Path) -> None:
     assert passes(modules, "layer.index=0,1", "seed=1,2") == "passes [6, 6] status 0"
     # A layer that does not exist fails alone.
     assert passes("layer.module=mlp.up_proj", "layer.index=0,99") == "passes [1] status 1"
+
+
+def test_a_full_disk_is_one_line(output: Path) -> None:
+    """Files may not grow: run.log and record.json fail half-way, and logging keeps its tracebacks to itself."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    console = Console()
+    run(output, "seed=7")  # whatever is imported is, now
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
+        try:
+            records = run(output, console=console)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(records) == 1 and console.is_lost and console.close() == 1
+    (line,) = error.getvalue().splitlines()
+    assert line.startswith(f"error: output_dir={output} cannot be written: ") and "free some space" in line
+
+
+def test_a_full_disk_is_found_before_the_first_run(tmp_path: Path) -> None:
+    """It still takes empty files."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"error: output_dir=.* cannot be written \(.*\); choose another"):
+            sweep._check_writable(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_disk_is_full_ends(tmp_path: Path) -> None:
+    """From its first run on; the second is not begun."""
+    code = (
+        "import resource, runpy, sys\n"
+        "from experiments.console import Console\n"
+        "real = Console.heading\n"
+        "def heading(self, config):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "    real(self, config)\n"
+        "Console.heading = heading\n"
+        f"sys.argv = ['experiments/run.py', '-m', 'method=naive,sse', *{list(SMALL)!r}, 'output_dir={tmp_path}']\n"
+        "runpy.run_path('experiments/run.py', run_name='__main__')\n"
+    )
+    full = command("-B", "-c", code)
+    assert full.returncode == 1 and "1 run in" in full.stdout and "1 failed" in full.stdout
+    (line,) = full.stderr.splitlines()
+    assert line.startswith(f"error: output_dir={tmp_path} cannot be written: File too large")

@@ -16,6 +16,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test decides anew, and may switch the hub libraries to offline for itself alone."""
     monkeypatch.setattr(hub_module, "_answers", {})
     monkeypatch.setattr(twins, "_announced", set())
+    monkeypatch.setattr(hub_module, "_gave_up", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     texts._say_once.cache_clear()

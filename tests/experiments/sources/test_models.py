@@ -14,7 +14,9 @@ import pytest
 
 from experiments.config import ModelConfig, ModelSource, compose
 from experiments.files import SourceError
+from experiments.run import base_fields
 from experiments.sources import models
+from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import configuration
 
 CONTENT = b"a model"
@@ -97,3 +99,19 @@ def test_a_local_checkpoint_is_known_by_its_bytes(tmp_path: Path) -> None:
         models.model_identity(configuration(tmp_path / "texts").model)
     with pytest.raises(SourceError, match=r"model.path=.*nowhere: no such folder"):
         models.model_identity(configuration(tmp_path / "nowhere").model)
+
+
+def test_runs_of_a_local_model_are_called_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever configuration its path was put into; in the name of the run, of the cache and in a failed record."""
+    folder = tmp_path / "my-finetune"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "train.txt").write_text("words")
+    config = configuration(folder, tmp_path / "train.txt")
+    assert config.model.name == "qwen3_4b"
+    resolved = resolve(config)
+    for name in (resolved.run_id, resolved.layer_folder().name, str(base_fields(resolved)["model"])):
+        assert "my-finetune" in name and "qwen3_4b" not in name
+    monkeypatch.chdir(folder)
+    assert configuration(Path(".")).model.label == "my-finetune"
+    assert ModelConfig("smollm2_135m", ModelSource.pypi_gguf, path="a.gguf").label == "smollm2_135m"

@@ -127,6 +127,50 @@ def test_hf_hub_offline_is_honoured(hub: SimpleNamespace, monkeypatch: pytest.Mo
     assert not hub.asked
 
 
+def test_nothing_is_said_to_be_missing_that_was_not_asked_for(
+    hub: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what is said is said once."""
+    for _ in range(2):
+        choose_sources(default(offline=Offline.always))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "offline=always" in message and "were not asked for" in message and "model=smollm2_135m" in message
+    assert "cannot be had" not in message and "offline=never" not in message
+
+
+def test_of_a_hub_that_was_not_asked_no_more_is_said(
+    hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    choose_sources(default())
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "not in the local cache; the hub was not asked, as HF_HUB_OFFLINE is set" in message
+    with pytest.raises(SourceError, match="the hub was not asked, as HF_HUB_OFFLINE is set"):
+        choose_sources(default(offline=Offline.never))
+
+
+def test_a_hub_that_failed_is_not_said_to_be_switched_off(hub: SimpleNamespace) -> None:
+    """The switch is this process's own."""
+    unreachable(hub)
+    choose_sources(default())
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(SourceError, match="the hub was not asked again after it had failed") as caught:
+        choose_sources(change(default(offline=Offline.never), model__repo="another/model"))
+    assert "HF_HUB_OFFLINE" not in str(caught.value)
+
+
+def test_the_model_and_the_text_are_announced_once_each(
+    hub: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreachable(hub)
+    (tmp_path / "train.txt").write_text("words")
+    for _ in range(2):
+        choose_sources(default(data__path=str(tmp_path)))
+        choose_sources(default())
+    one, two = [record.getMessage() for record in caplog.records]
+    assert "model=smollm2_135m" in one and "data=" not in one and "data=python_docs" in two and "model=" not in two
+
+
 def test_local_folders_are_never_replaced(hub: SimpleNamespace, tmp_path: Path) -> None:
     unreachable(hub)
     (tmp_path / "text").mkdir()
