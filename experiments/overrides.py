@@ -86,8 +86,12 @@ def _no_choice(group: str, value: str) -> str | None:
     if not wrong:
         return None
     meant = _meant_by(group, value, wrong[0])
-    question = f"did you mean {meant}? Its choices: " if meant else "use "
-    return f"{group}={value}: no such choice of {group}; {question}{', '.join(_choices(group))}"
+    choices = ", ".join(_choices(group))
+    if meant is None:
+        remedy = f"use {choices}"
+    else:
+        remedy = f"did you mean {meant}?" + (f" Choices: {choices}" if meant.startswith(f"{group}=") else "")
+    return f"{group}={value}: no such choice of {group}; {remedy}"
 
 
 def _meant_by(group: str, value: str, wrong: str) -> str | None:
