@@ -56,7 +56,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_for(moe: SimpleNamespace, module: str, **changes: Any) -> Config:
-    return configuration(moe.folder, moe.texts, layer__index=LAYER, layer__module=module, **changes)
+    return configuration(moe.folder, moe.texts, layer__index=LAYER, layer__module=module, block_size=8, **changes)
 
 
 def captured(config: Config) -> LayerInputs:
