@@ -132,7 +132,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
             raise SourceError(f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in {folder}.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
         return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -34,6 +34,11 @@ TOKENIZER_FILES = (
 )
 
 
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")  # in config.json
+LAYER_NAME = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
+EMBEDDING_NAME = re.compile(r"embed|(?:^|\.)w[tp]e\.")
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What a record says of a model. `key` pins its bytes, for cache keys."""
@@ -153,16 +158,20 @@ def count_layers(model: ModelConfig) -> int | None:
     path = checkpoint_files(model)("config.json")
     if path is None:
         return None
-    config = json.loads(path.read_text())
-    return int(config.get("text_config", config)["num_hidden_layers"])
+    try:
+        config = json.loads(path.read_text())
+        text = config.get("text_config", config)
+        return next((int(text[key]) for key in DEPTH_KEYS if key in text), None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
 
 
 def shards_below(weight_map: dict[str, str], num_layers: int) -> list[str]:
-    """Checkpoint shards that hold the embedding and decoder layers 0 … num_layers − 1. weight_map: tensor → shard."""
+    """Checkpoint shards that hold the embeddings and decoder layers 0 … num_layers − 1. weight_map: tensor → shard."""
     needed = set()
     for name, shard in weight_map.items():
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        if "embed_tokens" in name or (layer and int(layer[1]) < num_layers):
+        layer = LAYER_NAME.search(name)
+        if EMBEDDING_NAME.search(name) or (layer and int(layer[1]) < num_layers):
             needed.add(shard)
     return sorted(needed)
 

@@ -16,8 +16,9 @@ from experiments.capture import forward, load
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.limit import limit_calibration
 from experiments.capture.tokens import token_sequences
-from experiments.config import Config, LayerConfig
+from experiments.config import Config, LayerConfig, MethodConfig
 from experiments.files import SourceError
+from experiments.run import measure
 from experiments.sources.checkpoints import open_checkpoint
 from experiments.sources.decoder import build_decoder
 from experiments.sources.resolved import resolve
@@ -41,7 +42,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module", params=KINDS)
 def moe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp(request.param)
-    model = tiny_model(request.param, vocab_size=300)
+    model = tiny_model(request.param, vocab_size=300, moe_intermediate_size=32)
     model.save_pretrained(root / "tiny")
     train_tokenizer(root / "tiny")
     write_text(root / "texts")
@@ -56,7 +57,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_for(moe: SimpleNamespace, module: str, **changes: Any) -> Config:
-    return configuration(moe.folder, moe.texts, layer__index=LAYER, layer__module=module, block_size=8, **changes)
+    return configuration(moe.folder, moe.texts, layer__index=LAYER, layer__module=module, **changes)
 
 
 def captured(config: Config) -> LayerInputs:
@@ -81,7 +82,9 @@ def plain_loop(moe: SimpleNamespace, ids: Tensor, matrix: str) -> Tensor:
             logits = router.weight @ x + (router.bias if moe.kind == "gpt_oss" else 0)
             if logits.topk(2).indices[choice] == EXPERT:
                 rows.append(x if matrix != "down_proj" else activated(moe, block.experts, x))
-    return torch.stack(rows) if rows else torch.empty(0, len(x) if matrix != "down_proj" else 24, dtype=torch.float32)
+    inner = block.experts.down_proj.shape[1 if moe.kind == "gpt_oss" else 2]
+    width = inner if matrix == "down_proj" else hidden.shape[1]
+    return torch.stack(rows) if rows else torch.empty(0, width, dtype=torch.float32, device="cpu")
 
 
 def activated(moe: SimpleNamespace, experts: Any, x: Tensor) -> Tensor:
@@ -162,6 +165,17 @@ def test_an_expert_that_no_token_reaches_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=message):
         captured(config_for(moe, f"mlp.experts.{EXPERT}.up_proj"))
     assert captured(config_for(moe, "mlp.experts.0.up_proj")).tokens_calibration > 0
+
+
+def test_the_record_counts_the_tokens_of_an_expert(moe: SimpleNamespace) -> None:
+    config = config_for(moe, f"mlp.experts.{EXPERT}.gate_proj", method=MethodConfig("hessian"))
+    record, _ = measure(resolve(config))
+    assert (record.status, record.reason) == ("ok", None)
+    inputs = captured(config)
+    assert (record.tokens_calibration, record.tokens_heldout) == (inputs.tokens_calibration, inputs.tokens_heldout)
+    assert 0 < record.tokens_calibration < 384
+    assert (record.out_features, record.in_features) == tuple(inputs.weight.shape)
+    assert 0 < record.output_error_heldout < 1
 
 
 def test_gate_and_up_share_their_inputs(moe: SimpleNamespace) -> None:

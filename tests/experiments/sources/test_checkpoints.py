@@ -112,6 +112,22 @@ def test_a_models_own_code_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_a_tokenizers_own_code_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tokenization_own.py").write_text("raise SystemExit('run')")
+    (folder / "tokenizer.json").unlink()
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+
+    def asked(*_: Any) -> str:
+        raise AssertionError("asked on stdin")
+
+    monkeypatch.setattr("builtins.input", asked)
+    checkpoint = open_checkpoint(configuration(folder).model, folder)
+    with pytest.raises(SourceError, match=r"^tiny \(local\): its tokenizer cannot be loaded: .*$") as refused:
+        checkpoint.tokenizer()
+    assert "\n" not in str(refused.value)
+
+
 def test_a_known_model_with_code_of_its_own_runs_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "modeling_own.py").write_text("raise SystemExit('run')")
     edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Model", "AutoConfig": "modeling_own.Config"})

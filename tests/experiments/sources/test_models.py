@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from experiments.config import ModelConfig, ModelSource, compose
 from experiments.files import SourceError
 from experiments.run import base_fields
 from experiments.sources import models
+from experiments.sources.models import count_layers, shards_below
 from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import configuration
 
@@ -115,3 +117,37 @@ def test_runs_of_a_local_model_are_called_by_its_folder(tmp_path: Path, monkeypa
     monkeypatch.chdir(folder)
     assert configuration(Path(".")).model.label == "my-finetune"
     assert ModelConfig("smollm2_135m", ModelSource.pypi_gguf, path="a.gguf").label == "smollm2_135m"
+
+
+@pytest.mark.parametrize(
+    ("config", "depth"),
+    [
+        ({"num_hidden_layers": 36}, 36),
+        ({"n_layer": 12}, 12),
+        ({"text_config": {"num_hidden_layers": 62}, "vision_config": {"num_hidden_layers": 27}}, 62),
+        ({}, None),
+    ],
+)
+def test_the_depth_by_the_names_that_configurations_give_it(tmp_path: Path, config: Any, depth: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert count_layers(ModelConfig("tiny", ModelSource.hub, path=str(tmp_path))) == depth
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3')
+    with pytest.raises(SourceError, match=r"config\.json is damaged .*Download the checkpoint again"):
+        count_layers(ModelConfig("tiny", ModelSource.hub, path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("embedding", "layer"),
+    [
+        ("model.embed_tokens", "model.layers.{}.mlp"),
+        ("wte", "h.{}.attn"),
+        ("transformer.word_embeddings", "transformer.h.{}.mlp"),
+    ],
+)
+def test_the_shards_of_the_embedding_and_the_layers_below(embedding: str, layer: str) -> None:
+    weight_map = {f"{embedding}.weight": "a", "lm_head.weight": "z"}
+    weight_map |= {f"{layer.format(i)}.weight": shard for i, shard in enumerate("bcd")}
+    assert shards_below(weight_map, 2) == ["a", "b", "c"]
