@@ -6,6 +6,9 @@
 H_j is, up to a factor, the Hessian of the layer's squared output error with respect to one block of a weight row; it
 is the same for every row. One pass over the activations gives G. G contains the Hessians of every block size. Products
 are float32 or better.
+
+Tokens may have weights: G = Σ_t w_t x_t x_tᵀ, where w_t is, for example, the mean squared gradient of the loss at the
+layer's output.
 """
 
 from __future__ import annotations
@@ -111,6 +114,25 @@ def check_activations(activations: Tensor, in_features: int | None = None) -> No
     check_finite(activations, "activations")
 
 
+def check_weights(weights: object, tokens: int, groups: int | None = None) -> None:
+    """Raises TypeError for what is no tensor, and ValueError unless ``weights`` are float32 or float64, finite and not
+    negative, ``[tokens]``, or ``[tokens, groups]`` where ``groups`` is given."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}; pass one weight a token")
+    expected = [tokens] if groups is None else [tokens, groups]
+    if weights.dtype not in (torch.float32, torch.float64) or list(weights.shape) != expected:
+        meaning = "one weight a token" if groups is None else "one weight a token and group"
+        raise ValueError(f"weights must be float32 or float64 {expected}, {meaning}, got {_describe(weights)}")
+    check_finite(weights, "weights")
+    negative = weights < 0
+    if bool(negative.any()):
+        first = tuple(int(i) for i in negative.nonzero()[0])
+        raise ValueError(
+            f"weights hold {int(negative.sum())} negative values, the first, {float(weights[first]):g}, at index "
+            f"{first}; a weight is a mean of squares, so take the square or clamp it at 0"
+        )
+
+
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raises ValueError with the count of NaN and Inf in ``tensor`` and the index of the first."""
     finite = tensor.isfinite()
@@ -122,24 +144,47 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 class GramAccumulator:
-    """Sums ``XᵀX`` over batches.
+    """Sums ``XᵀX`` over batches, or ``Σ_t w_t x_t x_tᵀ`` where tokens have weights.
 
-    in_features: width of every batch; device and dtype (float32 or float64) are those of the sum.
+    in_features: width of every batch; device and dtype (float32 or float64) are those of the sum. groups: how many
+    weights a token has; the sum is then ``[groups, in_features, in_features]``, one Gram matrix a group. Without it, it
+    is ``[in_features, in_features]``.
     """
 
     def __init__(
-        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        groups: int | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"a Gram matrix is accumulated in float32 or float64, not {dtype}")
-        self.gram = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        if groups is not None and groups < 1:
+            raise ValueError(f"groups must be 1 or more, got {groups}; leave it out for one weight a token")
+        self.groups = groups
+        shape = (in_features, in_features) if groups is None else (groups, in_features, in_features)
+        self.gram = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = 0
 
-    def update(self, activations: Tensor) -> None:
-        """Adds a batch ``[tokens, in_features]``, any float dtype. Raises ValueError for another width, NaN or Inf."""
-        check_activations(activations, self.gram.shape[0])
-        for batch in _float_chunks(activations, self.gram.device, self.gram.dtype):
-            self.gram.addmm_(batch.T, batch)
+    def update(self, activations: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch ``[tokens, in_features]``, any float dtype.
+
+        weights: float32 or float64 ``[tokens]``, not negative; ``[tokens, groups]`` where there are groups. Without
+        them, every token weighs 1. Raises ValueError for another shape, NaN or Inf, or a negative weight.
+        """
+        check_activations(activations, self.gram.shape[-1])
+        if weights is None and self.groups is not None:
+            raise ValueError(f"a Gram matrix a group needs weights [tokens, {self.groups}]; pass them to update()")
+        if weights is None:
+            for batch in _float_chunks(activations, self.gram.device, self.gram.dtype):
+                self.gram.addmm_(batch.T, batch)
+        else:
+            check_weights(weights, activations.shape[0], self.groups)
+            dtype = torch.promote_types(weights.dtype, self.gram.dtype)
+            roots = weights.detach().to(dtype).sqrt().reshape(activations.shape[0], self.groups or 1)
+            for total, root in zip(self.gram.view(-1, *self.gram.shape[-2:]), roots.unbind(1), strict=True):
+                add_weighted_products(total, activations, root)
         self.tokens += activations.shape[0]
 
     def hessians(self, block_size: int) -> Tensor:
@@ -147,11 +192,36 @@ class GramAccumulator:
         return block_hessians(self.gram, block_size)
 
 
-def gram_matrix(activations: Tensor) -> Tensor:
-    """``XᵀX`` of activations ``[tokens, in_features]``, float32 (float64 for float64 input)."""
+def add_weighted_products(total: Tensor, activations: Tensor, roots: Tensor) -> None:
+    """``total [K, K] += yᵀy`` with ``y = √w x``, from ``activations [tokens, K]`` and the ``roots [tokens]`` √w.
+
+    Both factors carry √w, so the sum is positive semi-definite whatever y is rounded to. y has the sum's dtype. The
+    exception is bfloat16 activations on a GPU, which stay bfloat16 for the tensor cores: y is rounded once more (relative
+    2⁻⁹), products are exact, and they are added in float32. docs/methods.md has the error. CHUNK_ELEMENTS of y exist at
+    a time.
+    """
+    device = total.device
+    if device.type == "cuda" and total.dtype == torch.float32 and activations.dtype == torch.bfloat16:
+        for batch, root in _weighted_chunks(activations, roots):
+            batch = batch.to(device)
+            y = torch.mul(batch, root.to(device, torch.float32), out=torch.empty_like(batch))
+            torch.addmm(total, y.T, y, out_dtype=torch.float32, out=total)
+        return
+    for batch, root in _weighted_chunks(activations, roots):
+        y = batch.to(device=device, dtype=total.dtype) * root.to(device=device, dtype=total.dtype)
+        total.addmm_(y.T, y)
+
+
+def gram_matrix(activations: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``XᵀX`` of activations ``[tokens, in_features]``, float32 (float64 for float64 input).
+
+    weights: of the tokens, ``[tokens]``, for ``Σ_t w_t x_t x_tᵀ``; with ``[tokens, groups]`` the result is
+    ``[groups, in_features, in_features]``. See :class:`GramAccumulator`.
+    """
     dtype = torch.promote_types(activations.dtype, torch.float32)
-    accumulator = GramAccumulator(activations.shape[-1], activations.device, dtype)
-    accumulator.update(activations)
+    groups = weights.shape[1] if isinstance(weights, Tensor) and weights.ndim == 2 else None
+    accumulator = GramAccumulator(activations.shape[-1], activations.device, dtype, groups)
+    accumulator.update(activations, weights)
     return accumulator.gram
 
 
@@ -236,6 +306,12 @@ def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype)
     rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
     for batch in activations.detach().split(rows):
         yield batch.to(device=device, dtype=dtype)
+
+
+def _weighted_chunks(activations: Tensor, roots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of ``activations`` as they are, and their ``roots`` as a column, CHUNK_ELEMENTS or fewer at a time."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
+    yield from zip(activations.detach().split(rows), roots.unsqueeze(1).split(rows), strict=True)
 
 
 def _describe(tensor: Tensor) -> str:

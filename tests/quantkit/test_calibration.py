@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantkit import calibration
 from quantkit.calibration import (
     GramAccumulator,
     block_hessians,
@@ -81,3 +82,90 @@ def test_errors() -> None:
         block_hessians(torch.eye(40), 16)
     with pytest.raises(ValueError, match="hessian holds 256 NaN or Inf values"):
         factorize(torch.full((1, 16, 16), torch.nan))
+
+
+# --- weighted ---------------------------------------------------------------------------------------------------------
+
+
+def token_weights(tokens: int = 700, *groups: int) -> torch.Tensor:
+    return torch.rand(tokens, *groups, generator=torch.Generator().manual_seed(1)).square()
+
+
+def weighted_sum(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Σ w_t x_t x_tᵀ, term by term in float64."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for row, weight in zip(x.double(), w.double(), strict=True):
+        total += weight * row.outer(row)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
+def test_weighted_batches_give_the_weighted_gram_matrix(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, w = activations().to(dtype), token_weights().to(weight_dtype)
+    w[::7] = 0
+    accumulator = GramAccumulator(64, dtype=torch.promote_types(dtype, torch.float32))
+    for rows in torch.arange(700).split([1, 300, 0, 399]):
+        accumulator.update(x[rows], w[rows])
+    want = weighted_sum(x, w)
+    rtol = 1e-13 if dtype == torch.float64 else 1e-5  # of 700 terms, each rounded three times
+    atol = float(want.diagonal().max()) * rtol / 10
+    assert accumulator.tokens == 700
+    torch.testing.assert_close(accumulator.gram.double(), want, rtol=rtol, atol=atol)
+    torch.testing.assert_close(gram_matrix(x, w).double(), want, rtol=rtol, atol=atol)
+
+
+def test_groups_have_a_gram_matrix_each() -> None:
+    x, w = activations(), token_weights(700, 3)
+    grams = gram_matrix(x, w)
+    assert grams.shape == (3, 64, 64)
+    for group in range(3):
+        assert torch.equal(grams[group], gram_matrix(x, w[:, group]))
+    accumulator = GramAccumulator(64, groups=3)
+    accumulator.update(x, w)
+    assert torch.equal(accumulator.gram, grams)
+
+
+def test_weights_of_one_leave_the_sum_as_it_is() -> None:
+    x = activations()
+    assert torch.equal(gram_matrix(x, torch.ones(700, dtype=torch.float32)), gram_matrix(x))
+
+
+def test_chunks_of_activations_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = activations().double(), token_weights()
+    whole = gram_matrix(x, w)
+    monkeypatch.setattr(calibration, "CHUNK_ELEMENTS", 64 * 33)
+    torch.testing.assert_close(gram_matrix(x, w), whole, rtol=1e-13, atol=1e-13 * float(whole.diagonal().max()))
+
+
+def test_the_tensor_cores_rounding_costs_a_thousandth() -> None:
+    """What a GPU does with bfloat16 activations, on a CPU: √w x rounded to bfloat16, products and sums exact."""
+    x, w = activations(4096).bfloat16(), token_weights(4096)
+    exact = weighted_sum(x, w)
+    rounded = (x.float() * w.sqrt()[:, None]).bfloat16().double()
+    scale = exact.diagonal().sqrt()
+    error = (rounded.T @ rounded - exact) / scale / scale[:, None]
+    # A term is off by two roundings of up to 2⁻⁹; the sum's errors partly cancel.
+    assert 0 < error.abs().max() <= 2 * 2.0**-9
+    assert torch.linalg.eigvalsh(rounded.T @ rounded)[0] > 0
+
+
+def test_errors_of_weights() -> None:
+    x, w = activations(), token_weights()
+    for wrong, message in (
+        (w[:5], r"weights must be float32 or float64 \[700\], one weight a token, got float32 \[5\]"),
+        (w[:, None], r"weights must be float32 or float64 \[700\], one weight a token, got float32 \[700, 1\]"),
+        (w.half(), r"got float16 \[700\]"),
+        (w.where(w != w[3], torch.nan), r"weights holds 1 NaN or Inf value, the first at index \(3,\)"),
+        (w.where(w != w[2], -0.5), r"weights hold 1 negative values, the first, -0\.5, at index \(2,\); .* clamp it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GramAccumulator(64).update(x, wrong)
+    with pytest.raises(TypeError, match=r"weights must be a torch\.Tensor, got list"):
+        GramAccumulator(64).update(x, w.tolist())
+    with pytest.raises(ValueError, match=r"\[700, 2\], one weight a token and group, got float32 \[700\]"):
+        GramAccumulator(64, groups=2).update(x, w)
+    with pytest.raises(ValueError, match=r"needs weights \[tokens, 2\]"):
+        GramAccumulator(64, groups=2).update(x)
+    with pytest.raises(ValueError, match="groups must be 1 or more, got 0"):
+        GramAccumulator(64, groups=0)
