@@ -65,6 +65,13 @@ class DataSource(_Choice):
     synthetic = "synthetic"
 
 
+class Weighting(_Choice):
+    """What a token weighs in the Hessians of a layer."""
+
+    output = "output"  # 1: squared error of the layer's output
+    loss = "loss"  # the mean squared gradient of the model's loss at the layer's output
+
+
 class Offline(_Choice):
     """What to do when the model or the text is neither in the cache nor reachable."""
 
@@ -205,6 +212,22 @@ class DataConfig:
 
 
 @dataclass
+class HessianConfig:
+    weighting: Weighting = Weighting.output
+    groups: int = 1  # of neighbouring rows of the weight, each with token weights and Hessians of its own
+    samples: int = 1  # labels drawn from the model for each token
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "samples"):
+            value = getattr(self, name)
+            _require(value > 0, f"hessian.{name}={value}: must be positive.")
+            _require(
+                value == 1 or self.weighting == Weighting.loss,
+                f"hessian.{name}={value}: only loss weights have {name}. Add hessian=loss, or leave it out.",
+            )
+
+
+@dataclass
 class CacheConfig:
     dir: str | None = None  # null: $QUANTKIT_CACHE, else ~/.cache/quantkit
     shard_mib: int = 256
@@ -256,6 +279,7 @@ class Config:
     model: ModelConfig
     layer: LayerConfig
     data: DataConfig
+    hessian: HessianConfig = field(default_factory=HessianConfig)
     cache: CacheConfig
     record: RecordConfig
     tracking: TrackingConfig
@@ -316,6 +340,8 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
         del values["model"][name]
     if values["data"]["calibration_tokens"] is None:  # a later setting: identities from before it stay the same
         del values["data"]["calibration_tokens"]
+    if config.hessian == HessianConfig():  # later too
+        del values["hessian"]
     values["device"] = device.partition(":")[0]
     values["backend"] = backend
     return values

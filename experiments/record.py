@@ -23,6 +23,8 @@ RECORD_NAME = "record.json"
 BLOCKS_NAME = "blocks.parquet"
 # Records from before these have none.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
+# Left out of a record, and of a CSV, where nothing has a value: what few runs have.
+SPARSE_FIELDS = ("hessian_weighting", "hessian_groups", "hessian_samples")
 STATUSES = ("ok", "unsupported", "failed")
 
 # Distributions over a run's blocks: name → (counts, edges), with one more edge than counts.
@@ -49,6 +51,10 @@ class RunRecord:
     device_name: str | None = None
     global_scale: str | float | None = None  # the rule or number asked for, after the format's default
     scale_rule: str | None = None
+    # Of a run whose method takes loss-weighted Hessians; None where tokens weigh alike.
+    hessian_weighting: str | None = None
+    hessian_groups: int | None = None
+    hessian_samples: int | None = None
 
     model: str | None = None
     model_revision: str | None = None
@@ -107,9 +113,16 @@ class RunRecord:
             raise RecordError(f"Record status {self.status!r} is none of {', '.join(STATUSES)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Field name → plain value, in column order. NaN and infinity become None: JSON has neither."""
+        """Field name → plain value, in column order. NaN and infinity become None: JSON has neither.
+
+        Without those of SPARSE_FIELDS that are None.
+        """
         values = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+            if not (v is None and k in SPARSE_FIELDS)
+        }
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "record") -> RunRecord:
@@ -122,7 +135,7 @@ class RunRecord:
                 "delete it or run it again with force=true."
             )
         unknown = sorted(values.keys() - set(FIELDS))
-        missing = sorted(set(FIELDS) - values.keys() - set(LATER_FIELDS))
+        missing = sorted(set(FIELDS) - values.keys() - {*LATER_FIELDS, *SPARSE_FIELDS})
         if unknown or missing:
             parts = [f"unknown fields {', '.join(unknown)}"] if unknown else []
             parts += [f"missing fields {', '.join(missing)}"] if missing else []

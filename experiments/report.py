@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.files import write_atomically
-from experiments.record import FIELDS, RECORD_NAME, RecordError, RunRecord, read_record, read_records
+from experiments.record import FIELDS, RECORD_NAME, SPARSE_FIELDS, RecordError, RunRecord, read_record, read_records
 from experiments.reporting import ReportError
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dic
     """CSV files of records, and pictures and data of figures, that have lost their records."""
     from experiments.reporting.figures import FOLDER, PICTURES
 
-    header = f"{','.join(FIELDS)}\n".encode()
+    header = ",".join(takewhile(lambda name: name not in SPARSE_FIELDS, FIELDS)).encode()
     tables = [path for path in sorted((root / "results").glob("*.csv")) if path.read_bytes().startswith(header)]
     figures = [
         root / FOLDER / f"{name}.{kind}" for name in frames if not len(frames[name]) for kind in ("csv", *PICTURES)

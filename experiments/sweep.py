@@ -27,7 +27,7 @@ from experiments.files import SourceError, check_writable
 
 # Overrides that change nothing about what a forward pass captures. One that is missing here costs a pass, no more.
 NOT_CAPTURED = (
-    *("backend", "block_size", "experiment", "force", "format", "method", "output_dir", "record", "sweep"),
+    *("backend", "block_size", "experiment", "force", "format", "hessian", "method", "output_dir", "record", "sweep"),
     *("timing", "tracking", "verify", "data.calibration_tokens"),
 )
 

@@ -45,7 +45,7 @@ def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: boo
     layers = [LayerConfig(*key) for key in sorted({(layer.index, layer.module) for layer in layers})]
     with ExitStack() as locks:
         for folder in sorted(resolved.layer_folder(layer) for layer in layers):  # one order for all: no deadlock
-            locks.enter_context(_lock(folder))
+            locks.enter_context(lock(folder))
         if not force:
             wanted = resolved.config.cache.activations
             layers = [layer for layer in layers if complete_manifest(resolved.layer_folder(layer), wanted) is None]
@@ -61,7 +61,8 @@ def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: boo
                 ) from None
 
 
-def _lock(folder: Path) -> Any:
+def lock(folder: Path) -> Any:
+    """A context in which no other process writes `folder`; waits for one that does."""
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -43,10 +43,19 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """weights [calibration tokens, groups]; gram: Σ w x xᵀ, [groups, in_features, in_features]; float32, on the CPU."""
+
+    weights: Tensor
+    gram: Tensor
+
+
+@dataclass(frozen=True)
 class LayerInputs:
     """weight [out_features, in_features]; Gram matrices [in_features, in_features] float32; all on the CPU.
 
     routed: the tokens are those that a router sends to an expert, and sequences differ in how many they have.
+    loss: where tokens weigh by their loss in the method's Hessians. Output errors stay unweighted.
     """
 
     weight: Tensor
@@ -57,6 +66,12 @@ class LayerInputs:
     provenance: SourceInfo
     _read: Callable[[str], Iterator[Tensor]] = field(repr=False)
     routed: bool = False
+    loss: LossWeights | None = None
+
+    @property
+    def method_grams(self) -> Tensor:
+        """[groups, in_features, in_features]: what a method takes for each group of the weight's rows."""
+        return self.gram_calibration.unsqueeze(0) if self.loss is None else self.loss.gram
 
     def batches(self, split: str = "calibration") -> Iterator[Tensor]:
         """The layer's inputs [tokens, in_features], a shard at a time. Raises SourceError when they were not kept."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments.capture.inputs import LayerInputs
+from experiments.capture.inputs import LayerInputs, LossWeights
 from experiments.capture.tokens import shuffled
 from experiments.files import SourceError
 from quantkit.calibration import GramAccumulator
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def limit_calibration(inputs: LayerInputs, tokens: int, seq_len: int, seed: int) -> LayerInputs:
-    """The same layer with the Gram matrix of `tokens` calibration tokens, or of all where there are no more.
+    """The same layer with the Gram matrices of `tokens` calibration tokens, or of all where there are no more.
 
     A seeded shuffle chooses whole sequences, and of the last one its first tokens. A larger number includes the tokens
     of a smaller one. The held-out tokens stay. Reads the activations: raises SourceError when they were not kept.
@@ -32,12 +32,21 @@ def limit_calibration(inputs: LayerInputs, tokens: int, seq_len: int, seed: int)
     order = shuffled(inputs.tokens_calibration // seq_len, seed)[: -(-tokens // seq_len)]
     rows = {sequence: seq_len for sequence in order}
     rows[order[-1]] = tokens - (len(order) - 1) * seq_len
-    gram = GramAccumulator(inputs.gram_calibration.shape[0])
+    width = inputs.gram_calibration.shape[0]
+    gram = GramAccumulator(width)
+    weights = None if inputs.loss is None else inputs.loss.weights
+    weighted = None if weights is None else GramAccumulator(width, groups=weights.shape[1])
+    kept = []
     first = 0
     for batch in inputs.batches("calibration"):
         sequences = batch.split(seq_len)
-        chosen = [x[: rows[i]] for i, x in enumerate(sequences, start=first) if i in rows]
-        if chosen:
-            gram.update(torch.cat(chosen))
+        numbers = [i for i in range(first, first + len(sequences)) if i in rows]
+        if numbers:
+            x = torch.cat([sequences[i - first][: rows[i]] for i in numbers])
+            gram.update(x)
+            if weights is not None and weighted is not None:
+                kept.append(torch.cat([weights[i * seq_len : i * seq_len + rows[i]] for i in numbers]))
+                weighted.update(x, kept[-1])
         first += len(sequences)
-    return replace(inputs, gram_calibration=gram.gram, tokens_calibration=tokens)
+    loss = None if weighted is None else LossWeights(torch.cat(kept), weighted.gram)
+    return replace(inputs, gram_calibration=gram.gram, tokens_calibration=tokens, loss=loss)

@@ -21,13 +21,14 @@ from experiments import provenance
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.limit import limit_calibration
 from experiments.capture.load import load_layer_inputs
-from experiments.config import Config, LayerConfig
+from experiments.capture.weighted import weigh_by_loss
+from experiments.config import Config, LayerConfig, Weighting
 from experiments.measure import timing
 from experiments.measure.blocks import block_columns, counts, histograms, write_blocks
+from experiments.measure.groups import Statistics, quantize_groups, statistics_of, verify_groups
 from experiments.record import BLOCKS_NAME, Histograms
 from experiments.sources.resolved import Resolved
-from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend, verify
-from quantkit.calibration import block_hessians
+from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend
 from quantkit.metrics import output_error_from_gram, weight_error
 
 log = logging.getLogger(__name__)
@@ -37,14 +38,14 @@ Fields = dict[str, Any]  # field of RunRecord → value
 
 @dataclass(frozen=True)
 class Quantized:
-    """A layer on the run's device. `quantize` is quantkit's, with the run's weight and options filled in.
+    """A layer on the run's device. `quantize` is quantkit's, with the run's options filled in.
 
     result: by the run's method; naive: by the naive one, for comparison.
-    weight [out_features, in_features]; hessian [num_blocks, block_size, block_size], where the method needs it.
+    weight [out_features, in_features]; given: what the method needs of the activations, for each group of rows.
     """
 
     weight: Tensor
-    hessian: Tensor | None
+    given: Sequence[Statistics]
     result: QuantizedTensor
     seconds: float  # what `result` took
     quantize: Callable[..., QuantizedTensor]
@@ -67,6 +68,8 @@ def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
     config = resolved.config
     resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
     inputs = load_layer_inputs(resolved, ahead)
+    if weighs_by_loss(config):
+        inputs = weigh_by_loss(resolved, inputs)
     if config.data.calibration_tokens is not None:
         inputs = limit_calibration(inputs, config.data.calibration_tokens, config.data.seq_len, config.seed)
     work = quantize_layer(resolved, inputs)
@@ -90,13 +93,15 @@ def check_options(config: Config) -> None:
     if config.backend.name not in BACKENDS:
         resolve_backend(config.backend.name, "cpu")
     size = config.block_size
-    hessian = (
-        torch.eye(size, dtype=torch.float32, device="cpu").unsqueeze(0)
-        if get_method(config.method.name).needs_hessian
-        else None
-    )
+    gram = torch.eye(size, dtype=torch.float32, device="cpu").unsqueeze(0)
+    given = statistics_of(get_method(config.method.name).needs, gram, size, "cpu")
     weight = torch.empty(0, size, dtype=torch.float32, device="cpu")
-    quantize(weight, method=config.method.name, hessian=hessian, backend="reference", **options(config))
+    quantize_groups(partial(quantize, backend="reference", **options(config)), weight, given, method=config.method.name)
+
+
+def weighs_by_loss(config: Config) -> bool:
+    """Whether the run uses loss weights: a method that takes no Hessian has no use for them."""
+    return config.hessian.weighting == Weighting.loss and get_method(config.method.name).needs is not None
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -112,21 +117,20 @@ def options(config: Config) -> dict[str, Any]:
 def quantize_layer(resolved: Resolved, inputs: LayerInputs) -> Quantized:
     config, device = resolved.config, resolved.device
     weight = inputs.weight.to(device)
-    hessian = None
-    if get_method(config.method.name).needs_hessian:
-        hessian = block_hessians(inputs.gram_calibration, config.block_size).to(device)
-    call = partial(quantize, weight, backend=resolved.backend, **options(config))
+    given = statistics_of(get_method(config.method.name).needs, inputs.method_grams, config.block_size, device)
+    of_rows: Callable[..., QuantizedTensor] = partial(quantize, backend=resolved.backend, **options(config))
     start = time.perf_counter()
-    result = call(method=config.method.name, hessian=hessian, count_candidates=True)
+    result = quantize_groups(of_rows, weight, given, method=config.method.name, count_candidates=True)
     seconds = time.perf_counter() - start
-    naive = result if config.method.name == "naive" else call(method="naive")
-    return Quantized(weight, hessian, result, seconds, call, naive)
+    naive = result if config.method.name == "naive" else of_rows(weight, method="naive")
+    return Quantized(weight, given, result, seconds, of_rows, naive)
 
 
 def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
     """The sources that were really used, and the format's defaults where the configuration says null."""
     used, layout = inputs.provenance, work.result.format
     scale = config.format.global_scale
+    by_loss = weighs_by_loss(config)
     return {
         "model": used.model,
         "model_revision": used.model_revision,
@@ -145,6 +149,9 @@ def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
         "tokens_heldout": inputs.tokens_heldout,
         "global_scale": layout.default_global_scale if scale is None else scale,
         "scale_rule": config.format.rule or layout.scale_rules[0],
+        "hessian_weighting": str(config.hessian.weighting) if by_loss else None,
+        "hessian_groups": config.hessian.groups if by_loss else None,
+        "hessian_samples": config.hessian.samples if by_loss else None,
     }
 
 
@@ -178,7 +185,7 @@ def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
 def verify_scales(config: Config, work: Quantized) -> Fields:
     """Compare every scale with all representable ones. For a method that promises no optimum, the violations count the
     blocks that have a better scale."""
-    found = verify(work.result, work.weight, work.hessian)
+    found = verify_groups(work.result, work.weight, work.given)
     log.info("verified: %s", found)
     if not found.ok and get_method(config.method.name).is_optimal:
         log.warning(
@@ -195,7 +202,9 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
 
 def measure_time(resolved: Resolved, work: Quantized) -> Fields:
     config, device = resolved.config, resolved.device
-    call = partial(work.quantize, method=config.method.name, hessian=work.hessian, check_finite=False)
+    call = partial(
+        quantize_groups, work.quantize, work.weight, work.given, method=config.method.name, check_finite=False
+    )
     interpreted = resolved.backend == "triton" and device == "cpu"
     name = provenance.device_name(device)
     measured = timing.measure(call, device, name, config.timing, interpreted=interpreted, expected_s=work.seconds)

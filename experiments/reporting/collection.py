@@ -11,8 +11,8 @@ from pathlib import Path
 from experiments.files import write_atomically
 from experiments.record import RunRecord, read_records
 from experiments.reporting import ReportError
-from experiments.reporting.labels import FORMATS, METHODS
-from experiments.reporting.rows import record_order
+from experiments.reporting.labels import FORMATS
+from experiments.reporting.rows import method_label, record_order
 
 RECORDS = Path("results/records")
 RESERVED = ("published", "summary")  # names of other generated blocks
@@ -87,7 +87,7 @@ def described(records: Iterable[RunRecord]) -> list[str]:
             ", ".join(dict.fromkeys(values))
             for values in (
                 [FORMATS.get(run.format, run.format) for run in runs],
-                [METHODS.get(run.method, run.method) for run in runs],
+                [method_label(run) for run in runs],
                 [f"block size {run.block_size}" for run in runs],
                 [run.backend for run in runs],
             )

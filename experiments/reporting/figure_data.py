@@ -319,7 +319,8 @@ def _record_timings(sources: Sources) -> pd.DataFrame:
 def _has_default_settings(run: dict[str, Any]) -> bool:
     scale = run["global_scale"]
     default = GLOBAL_SCALES.get(run["format"], scale)
-    return scale in (None, default) and run["scale_rule"] in (None, *DEFAULT_RULES)
+    weighted = run.get("hessian_weighting") is not None
+    return scale in (None, default) and run["scale_rule"] in (None, *DEFAULT_RULES) and not weighted
 
 
 def _preference(runs: pd.DataFrame, by: Sequence[str]) -> tuple[Any, ...]:

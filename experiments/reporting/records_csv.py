@@ -8,16 +8,18 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.record import FIELDS, RunRecord
+from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 
 
 def records_csv(records: Iterable[RunRecord]) -> str:
-    """Every field of every record."""
+    """Every field of every record; of SPARSE_FIELDS those that a record has."""
+    lines = [record.to_dict() for record in records]
+    columns = [name for name in FIELDS if name not in SPARSE_FIELDS or any(name in line for line in lines)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for record in records:
-        writer.writerow([_cell(value) for value in record.to_dict().values()])
+    writer.writerow(columns)
+    for line in lines:
+        writer.writerow([_cell(line.get(name)) for name in columns])
     return out.getvalue()
 
 

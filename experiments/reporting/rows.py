@@ -13,11 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.record import FIELDS, RunRecord
+from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, rank
 
 # The two backends' errors may differ by rounding, never visibly.
 BACKEND_TOLERANCE = 1e-3
+
+Hessian = tuple[str | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Row:
     global_scale: str | float | None
     scale_rule: str | None
     method: str
+    hessian: Hessian  # weighting, groups, samples; None where tokens weigh alike
     runs: tuple[RunRecord, ...]  # the newest of each backend, the reference first
 
     @property
@@ -92,11 +95,12 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
 
     A run that was not timed (timing=none) takes the time of an earlier run of the same code with the same errors.
     """
-    newest: dict[tuple[Subject, str, str | float | None, str | None, str], dict[str, RunRecord]] = {}
+    newest: dict[tuple[Subject, str, str | float | None, str | None, str, Hessian], dict[str, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at or ""):
         if record.status != "ok":
             continue
-        key = (Subject.of(record), record.format, record.global_scale, record.scale_rule, record.method)
+        setting = (record.format, record.global_scale, record.scale_rule, record.method, _hessian(record))
+        key = (Subject.of(record), *setting)
         runs = newest.setdefault(key, {})
         runs[record.backend] = _timed_as(record, runs.get(record.backend))
     rows = [
@@ -104,6 +108,22 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
         for key, runs in newest.items()
     ]
     return sorted(rows, key=_row_order)
+
+
+def _hessian(record: RunRecord) -> Hessian:
+    return record.hessian_weighting, record.hessian_groups, record.hessian_samples
+
+
+def method_label(record: RunRecord) -> str:
+    """The method's name, and how tokens weigh in its Hessians where that is not alike."""
+    label = METHODS.get(record.method, record.method)
+    if record.hessian_weighting is not None:
+        label += f", {record.hessian_weighting}-weighted"
+    if (record.hessian_groups or 1) > 1:
+        label += f", {record.hessian_groups} row groups"
+    if (record.hessian_samples or 1) > 1:
+        label += f", {record.hessian_samples} labels a token"
+    return label
 
 
 def _timed_as(record: RunRecord, before: RunRecord | None) -> RunRecord:
@@ -120,9 +140,12 @@ def row_frame(rows: Iterable[Row]) -> pd.DataFrame:
     settings = ("format", "global_scale", "scale_rule", "method")
     results = ("weight_error", "output_error", "output_error_heldout", "speedup")
     names = [*(f.name for f in fields(Subject)), "model_origin", "substituted", *settings, "backends", *results]
+    rows = list(rows)
+    sparse = [name for name in SPARSE_FIELDS if any(getattr(row.runs[0], name) is not None for row in rows)]
+    names += sparse
     lines = [
         asdict(row.subject)
-        | {name: getattr(row.runs[0], name) for name in ("model_origin", "substituted")}
+        | {name: getattr(row.runs[0], name) for name in ("model_origin", "substituted", *sparse)}
         | {name: getattr(row, name) for name in (*settings, *results)}
         | {"backends": "+".join(run.backend for run in row.runs)}
         for row in rows
@@ -137,6 +160,7 @@ def record_order(record: RunRecord) -> tuple[Any, ...]:
         rank(FORMATS, record.format),
         *_sortable((record.global_scale, record.scale_rule)),
         rank(METHODS, record.method),
+        *_sortable(_hessian(record)),
         rank(BACKENDS, record.backend),
         record.run_id,
     )

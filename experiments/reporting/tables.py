@@ -9,7 +9,7 @@ import pandas as pd
 from experiments.record import RunRecord
 from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, NONE, as_factor, as_number, as_percent
 from experiments.reporting.published import Published
-from experiments.reporting.rows import Row, Subject, commit_label, make_rows, record_order
+from experiments.reporting.rows import Row, Subject, commit_label, make_rows, method_label, record_order
 from experiments.reporting.table import Table
 
 
@@ -50,7 +50,7 @@ def unfinished(records: Sequence[RunRecord]) -> list[str]:
         if record.status == "ok" or (record.run_id, record.device_name) in finished:
             continue
         label = (
-            f"{FORMATS.get(record.format, record.format)} {METHODS.get(record.method, record.method)} "
+            f"{FORMATS.get(record.format, record.format)} {method_label(record)} "
             f"b{record.block_size} {BACKENDS.get(record.backend, record.backend)} on {record.model}"
         )
         labels = by_reason.setdefault((record.status, record.reason or "no reason recorded"), [])
@@ -62,7 +62,7 @@ def unfinished(records: Sequence[RunRecord]) -> list[str]:
 def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> Table:
     columns: dict[str, list[str]] = {
         "Format": [_format_label(row, rows) for row in rows],
-        "Method": [METHODS.get(row.method, row.method) for row in rows],
+        "Method": [method_label(row.runs[0]) for row in rows],
         "Weight error": [as_percent(row.weight_error) for row in rows],
         "Output error": [as_percent(row.output_error) for row in rows],
         "Output error, held out": [as_percent(row.output_error_heldout) for row in rows],
@@ -72,7 +72,7 @@ def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[
     if published:
 
         def beside(show: Callable[[Published], str]) -> list[str]:
-            found = [published.get((row.format, row.method)) for row in rows]
+            found = [published.get((row.format, row.method)) if row.hessian[0] is None else None for row in rows]
             return [NONE if p is None else show(p) for p in found]
 
         columns["Published weight error"] = beside(lambda p: as_percent(p.weight_error))
@@ -129,9 +129,7 @@ def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str
     if all(row.speedup is None for row in rows):
         notes.append("No speed-up: this device did not time both Triton and the reference.")
     notes += [f"Published figures: {source}" for source in dict.fromkeys(p.source for p in published.values())]
-    disagree = [
-        f"{_format_label(row, rows)} {METHODS.get(row.method, row.method)}" for row in rows if not row.backends_agree
-    ]
+    disagree = [f"{_format_label(row, rows)} {method_label(row.runs[0])}" for row in rows if not row.backends_agree]
     if disagree:
         notes.append(f"The backends disagree on {', '.join(disagree)}; the reference's errors are shown.")
     return notes

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from experiments.record import RunRecord
-from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, NONE, OPTIMAL, as_number
-from experiments.reporting.rows import commit_label, record_order
+from experiments.reporting.labels import BACKENDS, FORMATS, NONE, OPTIMAL, as_number
+from experiments.reporting.rows import commit_label, method_label, record_order
 from experiments.reporting.table import Table
 
 
@@ -20,7 +20,7 @@ def verification_tables(records: Iterable[RunRecord]) -> list[Table]:
     for record in verified:
         setting = (record.layer_index, record.layer_module, record.format, record.global_scale, record.block_size)
         lines = by_source.setdefault((record.model, record.data), {})
-        lines[(*setting, record.method, record.backend)] = record
+        lines[(*setting, method_label(record), record.backend)] = record
     return [
         _verification_table(f"{model}, {data}: every scale against all representable ones", list(lines.values()))
         for (model, data), lines in by_source.items()
@@ -38,11 +38,11 @@ def _verification_table(title: str, records: list[RunRecord]) -> Table:
         notes.append(f"{wrong:,} codes are not the nearest at their scale")
     lines: dict[tuple[Any, ...], list[RunRecord]] = {}
     for r in records:
-        lines.setdefault((r.format, r.method, r.backend, r.block_size, r.global_scale), []).append(r)
+        lines.setdefault((r.format, method_label(r), r.backend, r.block_size, r.global_scale), []).append(r)
     excess = [[r.verified_worst_excess for r in line if r.verified_worst_excess is not None] for line in lines.values()]
     columns = {
         "Format": [FORMATS.get(key[0], key[0]) for key in lines],
-        "Method": [METHODS.get(key[1], key[1]) for key in lines],
+        "Method": [key[1] for key in lines],
         "Backend": [BACKENDS.get(key[2], key[2]) for key in lines],
         "Block size": [str(key[3]) for key in lines],
         "Global scale": [str(key[4]) for key in lines],

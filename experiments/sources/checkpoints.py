@@ -244,11 +244,13 @@ class GgufCheckpoint(Checkpoint):
             max_position_embeddings=header("llama.context_length"),
             rms_norm_eps=header("llama.attention.layer_norm_rms_epsilon"),
             rope_theta=header("llama.rope.freq_base"),
+            tie_word_embeddings="output.weight" not in self.tensors,
         )
 
         layers = range(self.config.num_hidden_layers)
-        weights = ["embed_tokens.weight", *(f"layers.{i}.{module}.weight" for i in layers for module in GGUF_LLAMA)]
-        self.names = [f"model.{name}" for name in weights if _gguf_name(name) in self.tensors]
+        weights = ["embed_tokens", *(f"layers.{i}.{module}" for i in layers for module in GGUF_LLAMA), "norm"]
+        names = [*(f"model.{module}.weight" for module in weights), "lm_head.weight"]
+        self.names = [name for name in names if _gguf_name(name.removeprefix("model.")) in self.tensors]
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         from gguf.quants import dequantize
@@ -278,9 +280,17 @@ class GgufCheckpoint(Checkpoint):
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+# Of what lies around the layers.
+GGUF_AROUND = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
 def _gguf_name(name: str) -> str:
-    if name == "embed_tokens.weight":
-        return "token_embd.weight"
+    if name in GGUF_AROUND:
+        return GGUF_AROUND[name]
     _, index, rest = name.split(".", 2)
     module, _, kind = rest.rpartition(".")
     return f"blk.{index}.{GGUF_LLAMA.get(module, module)}.{kind}"

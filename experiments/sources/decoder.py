@@ -56,6 +56,13 @@ def build_decoder(checkpoint: Checkpoint, layers: Sequence[LayerConfig], dtype: 
     return decoder
 
 
+def build_whole(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> Decoder:
+    """The decoder with all its layers, the final norm and lm_head. Raises SourceError for a tensor that is missing."""
+    decoder = Decoder(checkpoint, [], getattr(torch, dtype), device)
+    decoder.load_whole()
+    return decoder
+
+
 class Decoder:
     """model: transformers' causal language model, on the meta device but for what was loaded.
 
@@ -131,6 +138,13 @@ class Decoder:
         self._trial()
         for path, module in self._unloaded():
             module.forward = self._left_out(path)
+
+    def load_whole(self) -> None:
+        """Read every tensor of the model."""
+        self._refuse_unexpected(f"{self.path}.")
+        self._load(self.stored.wanted)
+        self.last = len(self.stack) - 1
+        self.loaded = {path for path, _ in self.model.named_modules()}
 
     def _refuse_shared(self) -> None:
         ties = getattr(self.model, "all_tied_weights_keys", {})

@@ -12,6 +12,8 @@ from experiments.sources.bundles import CAPTURE_VERSION, bundle_identity
 from experiments.sources.models import ModelIdentity
 from experiments.sources.texts import load_text
 
+LOSS_VERSION = 1  # raise it when the same configuration would give other loss weights
+
 Identity = dict[str, Any]  # plain JSON values
 
 
@@ -53,3 +55,15 @@ def folder_in_cache(config: Config, identity: Identity, layer: LayerConfig) -> P
     key = sha256_json(identity | {"layer": [layer.index, layer.module]})[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config.model.label}-l{layer.index}-{layer.module}")
     return config.cache.folder / "layers" / f"{name}-{key}"
+
+
+def losses_folder(config: Config, identity: Identity) -> Path:
+    """Where the cache keeps the loss weights of all layers. identity: of any layer of the run.
+
+    They are computed in float32, whatever the type of the captured inputs.
+    """
+    of_all = {name: value for name, value in identity.items() if name not in ("layer", "dtype")}
+    hessian = {"version": LOSS_VERSION, "groups": config.hessian.groups, "samples": config.hessian.samples}
+    key = sha256_json(of_all | {"loss": hessian})[:16]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", config.model.label)
+    return config.cache.folder / "losses" / f"{name}-{key}"

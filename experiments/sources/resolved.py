@@ -15,7 +15,7 @@ from experiments.config import Config, LayerConfig, config_hash, result_config, 
 from experiments.files import SourceError, sha256_json
 from experiments.sources.identity import Identity, folder_in_cache, source_identity
 from experiments.sources.models import ModelIdentity, model_identity
-from experiments.sources.twins import choose_sources, refuse_idle_paths
+from experiments.sources.twins import choose_sources, refuse_idle_paths, refuse_loss_without_model
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,15 @@ class Resolved:
 def resolve(config: Config) -> Resolved:
     """Settle a run. Sources that cannot be had are told by `error`, since such a run leaves a record.
 
-    Raises ValueError for a device or backend that is not there, and for a path that nothing reads.
+    Raises ValueError for a device or backend that is not there, and for a path that nothing reads, or loss weights
+    without a model.
     """
     device = provenance.resolve_device(config.device)
     backend = provenance.resolve_backend_name(
         config.backend, device, config.method.name, config.block_size, config.format.name
     )
     refuse_idle_paths(config)
+    refuse_loss_without_model(config)
     substituted, model, identity, error = False, None, None, None
     try:
         choice = choose_sources(config)

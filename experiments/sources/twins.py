@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline
+from experiments.config import CONF_DIR, Config, DataConfig, DataSource, ModelConfig, ModelSource, Offline, Weighting
 from experiments.files import SourceError
 from experiments.sources import hub
 from experiments.sources.bundles import MANIFEST_NAME, resolve_bundle
@@ -80,6 +80,15 @@ def refuse_idle_paths(config: Config) -> None:
     if data.path is not None and (own_text is not None or data.source != DataSource.hub):
         which = f"data={data.name}" if own_text is None else f"model={own_text.name}, which has its own inputs,"
         raise SourceError(f"data.path={data.path}: {which} reads no text folder. Leave one of the two out.")
+
+
+def refuse_loss_without_model(config: Config) -> None:
+    """Raises SourceError for loss weights of a layer that belongs to no model."""
+    if config.hessian.weighting == Weighting.loss and config.model.source == ModelSource.synthetic:
+        raise SourceError(
+            f"hessian=loss: model={config.model.name} has no loss, its layer is a seeded weight alone. Use "
+            "hessian=output, or a model with weights."
+        )
 
 
 def _missing(config: Config) -> dict[str, str]:

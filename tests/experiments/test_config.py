@@ -10,7 +10,17 @@ import sys
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from experiments.config import CONF_DIR, REPO_ROOT, CacheConfig, Config, Offline, ScaleRule, compose, run_id
+from experiments.config import (
+    CONF_DIR,
+    REPO_ROOT,
+    CacheConfig,
+    Config,
+    Offline,
+    ScaleRule,
+    compose,
+    result_config,
+    run_id,
+)
 
 SMALL = ("model=synthetic", "data=synthetic")
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml"))
@@ -213,3 +223,19 @@ def test_settings_that_change_no_result_leave_the_identity_alone() -> None:
     assert run_id(compose(["data.calibration_tokens=128"]), "cpu", "reference") != plain
     with pytest.raises(ValueError, match="calibration_tokens=0"):
         compose(["data.calibration_tokens=0"])
+
+
+def test_weighting_by_loss_is_part_of_the_identity_and_the_default_is_not() -> None:
+    def settings(*overrides: str) -> dict[str, object]:
+        return result_config(compose(overrides), "cpu", "reference")
+
+    assert "hessian" not in settings() and settings("hessian=output") == settings()
+    assert settings("hessian=loss")["hessian"] == {"weighting": "loss", "groups": 1, "samples": 1}
+    assert settings("hessian=loss", "hessian.groups=4") != settings("hessian=loss", "hessian.samples=4")
+    for wrong, message in (
+        (["hessian=loss", "hessian.groups=0"], r"hessian\.groups=0: must be positive"),
+        (["hessian.groups=4"], r"hessian\.groups=4: only loss weights have groups\. Add hessian=loss"),
+        (["hessian.samples=2"], r"hessian\.samples=2: only loss weights have samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compose(wrong)

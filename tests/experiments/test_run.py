@@ -47,6 +47,7 @@ def layer_inputs(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Simpl
     return SimpleNamespace(
         weight=weight,
         gram_calibration=calibration.T @ calibration,
+        method_grams=(calibration.T @ calibration)[None],
         gram_heldout=heldout.T @ heldout if config.data.heldout else None,
         tokens_calibration=48,
         tokens_heldout=16 if config.data.heldout else 0,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.record import FIELDS, RunRecord
+from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 from experiments.reporting.labels import DEFAULT_RULES, FORMATS, GLOBAL_SCALES, METHODS, OPTIMAL
 from experiments.reporting.published import published_tables, read_published
 from experiments.reporting.records_csv import records_csv
@@ -240,7 +240,7 @@ def test_csv_has_every_field_in_order_and_full_precision():
     text = records_csv([make(weight_error=0.1 + 0.2, output_error=None)])
     header, line = list(csv.reader(io.StringIO(text)))
     values = dict(zip(header, line, strict=True))
-    assert tuple(header) == FIELDS
+    assert tuple(header) == tuple(name for name in FIELDS if name not in SPARSE_FIELDS)
     assert float(values["weight_error"]) == 0.1 + 0.2
     assert values["output_error"] == ""
     assert values["tokens_calibration"] == "4096"
@@ -281,3 +281,28 @@ def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
     assert {f.scale_rules[0] for f in quantkit.FORMATS.values()} == set(DEFAULT_RULES)
     assert not {rule for f in quantkit.FORMATS.values() for rule in f.scale_rules[1:]} & set(DEFAULT_RULES)
     assert tuple(name for name, method in quantkit.METHODS.items() if method.is_optimal) == OPTIMAL
+
+
+def test_runs_with_loss_weighted_hessians_are_rows_of_their_own() -> None:
+    plain = replace(BASE, method="hessian")
+    weighted = replace(
+        plain, run_id="w", hessian_weighting="loss", hessian_groups=1, hessian_samples=1, output_error=0.06
+    )
+    refined = replace(weighted, run_id="g", hessian_groups=4, hessian_samples=2, output_error=0.07)
+    (table,) = make_tables([refined, weighted, plain])
+    assert list(table.frame["Method"]) == [
+        "Hessian",
+        "Hessian, loss-weighted",
+        "Hessian, loss-weighted, 4 row groups, 2 labels a token",
+    ]
+    assert list(table.frame["Output error"]) == ["4.96 %", "6.00 %", "7.00 %"]
+    frame = row_frame(make_rows([plain, weighted]))
+    assert frame["hessian_weighting"].fillna("output").tolist() == ["output", "loss"]
+    assert "hessian_weighting" not in row_frame(make_rows([plain]))
+
+
+def test_a_csv_has_columns_for_loss_weights_where_a_run_has_them() -> None:
+    weighted = replace(BASE, hessian_weighting="loss", hessian_groups=4, hessian_samples=1)
+    plain, both = (list(csv.DictReader(io.StringIO(records_csv(records)))) for records in ([BASE], [BASE, weighted]))
+    assert not any(name.startswith("hessian") for name in plain[0])
+    assert [line["hessian_groups"] for line in both] == ["", "4"]

@@ -1,0 +1,115 @@
+"""Loss weights of tokens, by one backward pass for all linear modules of a decoder.
+
+    w_t = mean_n g_{t,n}²,   g = ∂/∂y Σ_t −log p(ŷ_t),   ŷ_t drawn from the model's own p
+
+y [tokens, out_features] is a module's output. No label of the text is used: the expectation over ŷ is the Fisher matrix
+itself, which is the Hessian of KL(p ‖ p_q) where the two agree. With row groups the mean is over the outputs of each.
+Parameters need no gradient: the graph begins at the embedding's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.config import LayerConfig
+from experiments.files import SourceError
+from experiments.sources.decoder import Decoder
+from experiments.sources.modules import linear_modules
+
+DRAW_ROWS = 128  # of logits that become float64 at a time
+
+
+def layer_name(layer: LayerConfig) -> str:
+    """The name of a module's weights in a file."""
+    return f"{layer.index}.{layer.module}"
+
+
+def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> dict[str, Tensor]:
+    """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once.
+
+    decoder: whole, float32. ids: [sequences, seq_len]. draws: float64 [sequences, samples, seq_len] from [0, 1): which
+    label each token gets; the weights are the mean over the samples. Raises SourceError for gradients that are not
+    finite, and for a module with fewer outputs than groups.
+    """
+    ids, draws = ids.to(decoder.device), draws.to(decoder.device)
+    samples = draws.shape[1]
+    outputs = _Outputs(decoder, groups)
+    with outputs, torch.enable_grad():
+        logits = decoder.model(input_ids=ids, use_cache=False).logits
+        for sample in range(samples):
+            labels = draw_labels(logits.detach(), draws[:, sample])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            torch.autograd.grad(loss, outputs.root, retain_graph=sample + 1 < samples)
+    tokens = ids.numel()
+    weights = {name: total.cpu() / samples for name, total in outputs.sums.items()}
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise SourceError(
+                f"{decoder.name}: the loss has a gradient at {name} that is not finite. Use hessian=output."
+            )
+    return {name: weight for name, weight in weights.items() if outputs.calls[name] == 1 and len(weight) == tokens}
+
+
+def draw_labels(logits: Tensor, draws: Tensor) -> Tensor:
+    """Labels [sequences, seq_len] from softmax(logits [sequences, seq_len, vocabulary]): where the cumulative
+    probability, in float64, passes `draws` [sequences, seq_len]."""
+    labels = []
+    for part, draw in zip(logits.flatten(0, 1).split(DRAW_ROWS), draws.flatten().split(DRAW_ROWS), strict=True):
+        cumulative = part.softmax(-1, dtype=torch.float64).cumsum(-1)
+        found = torch.searchsorted(cumulative, draw.unsqueeze(1) * cumulative[:, -1:], right=True)
+        labels.append(found.squeeze(1).clamp_(max=logits.shape[-1] - 1))
+    return torch.cat(labels).view(draws.shape)
+
+
+class _Outputs:
+    """Hooks on a decoder's linear modules that sum up squared gradients at their outputs; leaving takes them away.
+
+    root: the embedding's output, of the pass that runs inside. sums: layer_name → [tokens, groups]. calls: in the pass.
+    """
+
+    root: Tensor
+
+    def __init__(self, decoder: Decoder, groups: int) -> None:
+        self.decoder, self.groups = decoder, groups
+        self.sums: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        embedding = self.decoder.model.get_input_embeddings()
+        self.handles.append(embedding.register_forward_hook(self._begin))
+        for index, layer in enumerate(self.decoder.stack):
+            for path, target in linear_modules(layer):
+                hook = self._after(layer_name(LayerConfig(index, path)))
+                self.handles.append(target.module.register_forward_hook(hook))
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _begin(self, module: Any, args: Any, output: Tensor) -> None:
+        self.root = output.requires_grad_()
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if output.shape[-1] < self.groups:
+                raise SourceError(f"hessian.groups={self.groups}: {name} has {output.shape[-1]} outputs. Use fewer.")
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._add(name, gradient))
+
+        return hook
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        squares = mean_squares(gradient.reshape(-1, gradient.shape[-1]), self.groups)
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares
+
+
+def mean_squares(gradient: Tensor, groups: int) -> Tensor:
+    """[tokens, out_features] → float32 [tokens, groups], each over neighbouring outputs."""
+    parts = gradient.float().square().tensor_split(groups, dim=1)
+    return torch.stack([part.mean(1) for part in parts], dim=1)

@@ -1,0 +1,172 @@
+"""The loss weights of a model on a text, in the cache: one backward pass gives those of all its layers.
+
+Their folder holds
+weights-00000.safetensors …  layer_name → [tokens, groups] float32, PIECE_TOKENS tokens a piece, whole sequences
+manifest.json                what all this is, with the sha256 of every piece; written last
+capture.json                 the pieces that are finished, until the manifest lists them
+
+Calibration sequences alone are passed. An interrupted pass goes on at the first missing piece. A damaged piece is
+computed again, to the same bytes. Two processes that want the same weights compute them once. Memory holds one piece.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.capture.forward import lock
+from experiments.capture.gradients import layer_name, loss_weights
+from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
+from experiments.capture.tokens import token_sequences
+from experiments.config import LayerConfig
+from experiments.files import SourceError, write_atomically
+from experiments.sources.bundles import MANIFEST_NAME
+from experiments.sources.identity import losses_folder
+from experiments.sources.resolved import Resolved
+
+log = logging.getLogger(__name__)
+
+PIECE_TOKENS = 1 << 15
+BATCH_TOKENS = 2048  # a batch keeps what every layer computes, for the backward pass
+LOGIT_BYTES = 1 << 29  # of a batch
+
+
+def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
+    """The weights [calibration tokens, groups] of a layer, float32 on the CPU; computed where the cache lacks them.
+
+    Raises SourceError for a module that has none.
+    """
+    folder = losses_folder(resolved.config, resolved.sources)
+    with lock(folder):
+        pieces = _complete(folder)
+        if pieces is None:
+            pieces = _Pass(resolved, folder).run()
+        return torch.cat([_read(folder / name, layer, resolved.config.model.label) for name in sorted(pieces)])
+
+
+def _complete(folder: Path) -> dict[str, Entry] | None:
+    """The pieces of a pass that is whole, by its manifest; None of any other."""
+    try:
+        pieces: dict[str, Entry] = json.loads((folder / MANIFEST_NAME).read_text())["pieces"]
+        damaged = next((name for name, entry in pieces.items() if not is_intact(folder / name, entry)), None)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    if damaged is not None:
+        log.warning("%s is missing or damaged; computing it again", folder / damaged)
+        return None
+    return pieces
+
+
+def _read(path: Path, layer: LayerConfig, model: str) -> Tensor:
+    from safetensors import safe_open
+
+    name = layer_name(layer)
+    with safe_open(path, framework="pt") as file:
+        if name not in file.keys():  # noqa: SIM118 (no mapping)
+            raise SourceError(
+                f"layer.module={layer.module}: {model} has no loss weights of it, since it is an expert or called more "
+                "than once in a pass. Use hessian=output."
+            )
+        weights: Tensor = file.get_tensor(name)
+    return weights
+
+
+class _Pass:
+    """The backward pass over the calibration text. The model is loaded when the first missing piece is reached."""
+
+    def __init__(self, resolved: Resolved, folder: Path) -> None:
+        from experiments.sources.checkpoints import open_checkpoint
+
+        self.resolved, self.config, self.folder = resolved, resolved.config, folder
+        self.checkpoint = open_checkpoint(self.config.model, self.config.cache.folder)
+        self.ids = token_sequences(self.config, self.checkpoint.tokenizer()).ids["calibration"]
+        self.finished = _finished_before(folder)
+        self.decoder: Any = None
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a batch. A piece has whole batches, so that each can be computed alone, to the same bits."""
+        vocabulary = self.checkpoint.config.get_text_config(decoder=True).vocab_size
+        return max(1, min(BATCH_TOKENS, LOGIT_BYTES // (4 * vocabulary)) // self.config.data.seq_len)
+
+    @property
+    def piece(self) -> int:
+        """Sequences of a piece."""
+        return max(self.batch, PIECE_TOKENS // self.config.data.seq_len // self.batch * self.batch)
+
+    def run(self) -> dict[str, Entry]:
+        """Compute the missing pieces and write the manifest. Returns all pieces."""
+        from tqdm import tqdm
+
+        total, name = len(self.ids), self.checkpoint.name
+        if not sys.stderr.isatty():  # where the bar is not shown
+            print(f"Computing the loss weights of all layers of {name}: {total} sequences", flush=True)
+        pieces: dict[str, Entry] = {}
+        with tqdm(total=total, desc=f"loss weights {name}", unit="seq", disable=None) as bar:
+            for first in range(0, total, self.piece):
+                file = f"weights-{first // self.piece:05d}.safetensors"
+                pieces[file] = self._piece(file, first, bar)
+        self._finish(pieces)
+        return pieces
+
+    def _piece(self, file: str, first: int, bar: Any) -> Entry:
+        count = min(self.piece, len(self.ids) - first)
+        about = {"first_sequence": first, "sequences": count}
+        known = self.finished.get(file, {})
+        if {key: known.get(key) for key in about} == about and is_intact(self.folder / file, known):
+            bar.update(count)
+            return known
+        batches = [self._weights(start, bar) for start in range(first, first + count, self.batch)]
+        names = sorted(set.intersection(*(set(batch) for batch in batches)))
+        tensors = {name: torch.cat([batch[name] for batch in batches]) for name in names}
+        entry = about | save_tensors(self.folder / file, tensors)
+        self.finished[file] = entry
+        write_atomically(self.folder / JOURNAL_NAME, json.dumps({"pieces": self.finished}, indent=1))
+        return entry
+
+    def _weights(self, first: int, bar: Any) -> dict[str, Tensor]:
+        """Of the batch of sequences from `first` on."""
+        if self.decoder is None:
+            from experiments.sources.decoder import build_whole
+
+            self.decoder = build_whole(self.checkpoint, "float32", self.resolved.device)
+        ids = self.ids[first : first + self.batch]
+        draws = torch.stack([self._draws(first + i) for i in range(len(ids))])
+        weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups)
+        bar.update(len(ids))
+        return weights
+
+    def _draws(self, sequence: int) -> Tensor:
+        """[samples, seq_len] from [0, 1): those of one sequence depend on the seed and its number alone."""
+        generator = torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + sequence)
+        shape = (self.config.hessian.samples, self.config.data.seq_len)
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    def _finish(self, pieces: dict[str, Entry]) -> None:
+        self.resolved.check_unchanged()
+        manifest = {
+            "key": self.folder.name.rpartition("-")[2],
+            "model": self.checkpoint.name,
+            "groups": self.config.hessian.groups,
+            "samples": self.config.hessian.samples,
+            "seed": self.config.seed,
+            "tokens": self.ids.numel(),
+            "pieces": pieces,
+        }
+        write_atomically(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
+
+
+def _finished_before(folder: Path) -> dict[str, Entry]:
+    for name in (JOURNAL_NAME, MANIFEST_NAME):
+        try:
+            return dict(json.loads((folder / name).read_text())["pieces"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            continue
+    return {}

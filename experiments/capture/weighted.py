@@ -1,0 +1,102 @@
+"""A layer's loss-weighted Gram matrices, beside its activations in the cache.
+
+In the layer's folder, so that a bundle has them too:
+loss-g1-s1.safetensors   weights [tokens, groups] and gram [groups, in_features, in_features], calibration tokens alone
+loss-g1-s1.json          its size and sha256
+
+g is hessian.groups, s is hessian.samples. The held-out Gram matrix stays unweighted: output error is about all tokens
+alike.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.capture.forward import lock
+from experiments.capture.inputs import LayerInputs, LossWeights
+from experiments.capture.losses import load_loss_weights
+from experiments.capture.store import is_intact, load_tensors, save_tensors
+from experiments.config import ModelSource
+from experiments.files import SourceError, write_atomically
+from experiments.sources.resolved import Resolved
+from quantkit.calibration import GramAccumulator
+
+log = logging.getLogger(__name__)
+
+_last: dict[Path, LossWeights] = {}  # of one layer: a sweep has it in several runs, one after another
+
+
+def weigh_by_loss(resolved: Resolved, inputs: LayerInputs) -> LayerInputs:
+    """The layer with its loss weights. Raises SourceError where they cannot be had."""
+    config = resolved.config
+    is_bundle = config.model.source == ModelSource.bundle
+    folder = Path(str(config.model.path)).expanduser() if is_bundle else resolved.layer_folder()
+    path = folder / f"loss-g{config.hessian.groups}-s{config.hessian.samples}.safetensors"
+    if path not in _last:
+        loss = _of_bundle(path) if is_bundle else _of_cache(path, resolved, inputs)
+        _last.clear()
+        _last[path] = loss
+    return replace(inputs, loss=_last[path])
+
+
+def _of_bundle(path: Path) -> LossWeights:
+    loss = _open(path)
+    if loss is None:
+        problem = "is damaged" if path.is_file() else "is missing"
+        raise SourceError(
+            f"hessian=loss: {path} {problem}, and a bundle has no model to compute loss weights from. Run hessian=loss "
+            "where the model is and copy the layer's folder again, or use hessian=output."
+        )
+    return loss
+
+
+def _of_cache(path: Path, resolved: Resolved, inputs: LayerInputs) -> LossWeights:
+    if inputs.routed:
+        raise SourceError(
+            f"layer.module={resolved.config.layer.module}: experts have no loss weights, since a router chooses their "
+            "tokens. Use hessian=output."
+        )
+    with lock(path):
+        loss = _open(path)
+        if loss is None:
+            weights = load_loss_weights(resolved, resolved.config.layer)
+            loss = LossWeights(weights, weighted_gram(inputs, weights, resolved.device))
+            entry = save_tensors(path, {"weights": loss.weights, "gram": loss.gram})
+            write_atomically(path.with_suffix(".json"), json.dumps(entry, indent=1) + "\n")
+    return loss
+
+
+def _open(path: Path) -> LossWeights | None:
+    """None where the file is missing or damaged."""
+    try:
+        entry = json.loads(path.with_suffix(".json").read_text())
+        if is_intact(path, entry):
+            return LossWeights(**load_tensors(path))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    log.warning("%s is missing or damaged", path)
+    return None
+
+
+def weighted_gram(inputs: LayerInputs, weights: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Σ_t w_t x_t x_tᵀ of the calibration tokens, float32 [groups, in_features, in_features] on the CPU.
+
+    weights: [tokens, groups]. Reads the activations: raises SourceError when they were not kept.
+    """
+    if len(weights) != inputs.tokens_calibration:
+        raise SourceError(
+            f"there are {len(weights)} loss weights for {inputs.tokens_calibration} calibration tokens: the module is "
+            "called more than once a token. Use hessian=output."
+        )
+    gram = GramAccumulator(inputs.weight.shape[1], device, groups=weights.shape[1])
+    first = 0
+    for batch in inputs.batches("calibration"):
+        gram.update(batch.to(device), weights[first : first + len(batch)])
+        first += len(batch)
+    return gram.gram.cpu()
