@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from experiments.capture.cache import complete_manifest
 from experiments.capture.inputs import SPLITS, check_width
+from experiments.capture.progress import BAR, Progress, ticking, waiting
 from experiments.capture.shards import Layout, ShardWriter
 from experiments.capture.store import JOURNAL_NAME, PARTIAL_NAME, WEIGHT_NAME, Entry, save_tensors
 from experiments.capture.tokens import token_sequences
 from experiments.config import LayerConfig
 from experiments.files import FULL, SourceError, write_atomically
 from experiments.sources.bundles import CAPTURE_VERSION, MANIFEST_NAME
+from experiments.sources.models import model_name
 from experiments.sources.resolved import Resolved
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,6 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 BATCH_TOKENS = 4096  # per forward pass
 KEEP_SECONDS = 10.0  # between two times that an unfinished capture is kept
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} sequences [{elapsed}<{remaining}]"
 PASS_BYTES = 4 << 30  # Gram matrices and shards that may be held during one pass over the text
 
 
@@ -51,7 +52,9 @@ def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: boo
             layers = [layer for layer in layers if complete_manifest(resolved.layer_folder(layer), wanted) is None]
         if layers:
             try:
-                _Capture(resolved, layers).run()
+                with waiting(f"reading {model_name(resolved.config.model)}"):
+                    capture = _Capture(resolved, layers)
+                capture.run()
             except OSError as error:
                 if error.errno not in FULL:
                     raise
@@ -206,8 +209,8 @@ class _Capture:
         if kept := min(sum(writer.done.values()) for writer in writers):
             print(f"An interrupted capture goes on at sequence {kept} of {total}", flush=True)
         keeper = _Keeper(writers)
-        with tqdm(total=total, desc=f"capture {title}", bar_format=BAR, disable=None) as bar, keeper:
-            progress = _Progress(self.decoder, bar)
+        with ticking(tqdm(total=total, desc=f"capture {title}", bar_format=BAR, disable=None)) as bar, keeper:
+            progress = Progress(self.decoder, bar)
             for split, ids in self.sequences.ids.items():
                 for first in range(0, len(ids), batch):
                     part = ids[first : first + batch]
@@ -307,36 +310,6 @@ class _Keeper:
     def _keep(self) -> None:
         for writer in self.writers:
             writer.keep()
-
-
-class _Progress:
-    """Moves a bar of sequences within a batch, too, as the modules of the loaded layers end."""
-
-    def __init__(self, decoder: Any, bar: Any) -> None:
-        self.bar = bar
-        layers = decoder.stack[: decoder.last + 1]
-        self.parts = [part for layer in layers for part in layer.modules() if not list(part.children())]
-        self.expected = max(1, len(self.parts))  # calls in a pass; after the first, as many as that had
-
-    @contextmanager
-    def of(self, sequences: int) -> Iterator[None]:
-        """A batch of so many sequences."""
-        start, calls = self.bar.n, 0
-
-        def move(*_: Any) -> None:
-            nonlocal calls
-            calls += 1
-            here = start + sequences * min(1.0, calls / self.expected)
-            self.bar.update(max(0.0, here - self.bar.n))
-
-        handles = [] if self.bar.disable else [part.register_forward_hook(move) for part in self.parts]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.expected = calls or self.expected
-        self.bar.update(start + sequences - self.bar.n)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import resource
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,7 @@ import tqdm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments.capture import forward, load, tap
+from experiments.capture import forward, load, progress, tap
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.store import JOURNAL_NAME, PARTIAL_NAME, save_tensors
 from experiments.config import Config, LayerConfig
@@ -178,6 +181,26 @@ def test_the_bar_moves_within_a_forward_pass(tiny: SimpleNamespace, monkeypatch:
     captured(configuration(tiny.folder, tiny.texts, cache__activations=False, layer__index=3))
     assert shown == sorted(shown) and shown[-1] == 16  # sequences, in two passes
     assert sum(0 < n < 12 for n in shown) > 20 and sum(12 < n < 16 for n in shown) > 20
+
+
+def test_a_clock_goes_on_while_the_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    drawn = threading.Event()
+    real = tqdm.tqdm.refresh
+    monkeypatch.setattr(tqdm.tqdm, "refresh", lambda bar, *rest, **more: (real(bar, *rest, **more), drawn.set()))
+    with progress.waiting("reading a model"):
+        drawn.clear()
+        assert drawn.wait(timeout=10)  # drawn anew though nobody updates it
+    assert "reading a model [00:00]" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.waiting("reading a model"):
+        pass
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
