@@ -57,7 +57,7 @@ class Console:
         parts = [config.model.label, f"layer {config.layer.index} {config.layer.module}", config.data.name]
         if HydraConfig.initialized():
             overrides = [str(o) for o in HydraConfig.get().overrides.task]
-            parts += [o for o in overrides if not _in_every_line(o)]
+            parts += [o for o in overrides if not _in_every_line(o) and _is_used(o, config)]
         text = " · ".join(parts)
         if text != self.shown:
             if not self.shown:
@@ -134,6 +134,22 @@ class Console:
 def _in_every_line(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
     return key in NOT_IN_HEADING or key.partition(".")[0] in ("cache", "record", "timing", "tracking")
+
+
+def _is_used(override: str, config: Config) -> bool:
+    """Whether the run has the value: a bundle, or a twin that steps in, brings some of its own."""
+    key, _, text = override.lstrip("+~").partition("=")
+    value: object = config
+    for name in key.split("."):
+        if not hasattr(value, name):
+            return True  # none of a run's settings: it cannot be told
+        value = getattr(value, name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(text) == value
+        except ValueError:
+            return False
+    return text.strip("'\"").lower() == ("null" if value is None else str(value)).lower()
 
 
 def _verified(record: RunRecord) -> str:

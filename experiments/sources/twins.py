@@ -46,7 +46,9 @@ def choose_sources(config: Config) -> Choice:
     share carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
     """
     if config.model.source == ModelSource.bundle:
-        return Choice(resolve_bundle(config))
+        resolved = resolve_bundle(config)
+        _tell_unused(config.data, resolved.data)
+        return Choice(resolved)
     if config.model.source == ModelSource.synthetic:
         if config.data.source == DataSource.synthetic:
             return Choice(config)
@@ -60,6 +62,15 @@ def choose_sources(config: Config) -> Choice:
     model = _replacement("model", TWIN_MODEL, ModelConfig, config.model) if "model" in missing else config.model
     data = _replacement("data", TWIN_DATA, DataConfig, config.data) if "data" in missing else config.data
     return Choice(replace(config, model=model, data=data), substituted=True)
+
+
+def _tell_unused(asked: DataConfig, used: DataConfig) -> None:
+    """Once a process, what was set of the text and is not what the bundle was captured with."""
+    for key in _overridden("data", asked):
+        value = getattr(asked, key)
+        if value != getattr(used, key) and key not in _announced:
+            _announced.add(key)
+            log.warning("data.%s=%s is not used: the bundle was captured with %s", key, value, getattr(used, key))
 
 
 def is_captured(config: Config) -> bool:
@@ -131,15 +142,24 @@ def _replacement(group: str, name: str, schema: type[T], asked: ModelConfig | Da
     from omegaconf import OmegaConf
 
     values = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
-    own = CONF_DIR / group / f"{asked.name}.yaml"
-    defaults = OmegaConf.load(own) if own.is_file() else OmegaConf.create({})
-    for key in CARRIED_OVER[group]:
-        value = getattr(asked, key)
-        if value != OmegaConf.select(defaults, key, default=value):
-            OmegaConf.update(values, key, value)
+    for key in _overridden(group, asked):
+        OmegaConf.update(values, key, getattr(asked, key))
     result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     assert isinstance(result, schema)
     return result
+
+
+def _overridden(group: str, asked: ModelConfig | DataConfig) -> list[str]:
+    """Those settings of CARRIED_OVER that differ from the yaml file of what was asked for."""
+    from omegaconf import OmegaConf
+
+    own = CONF_DIR / group / f"{asked.name}.yaml"
+    defaults = OmegaConf.load(own) if own.is_file() else OmegaConf.create({})
+    return [
+        key
+        for key in CARRIED_OVER[group]
+        if getattr(asked, key) != OmegaConf.select(defaults, key, default=getattr(asked, key))
+    ]
 
 
 def _names(config: Config, missing: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from experiments import run as entry
 from experiments.capture import load
 from experiments.capture.load import load_layer_inputs
 from experiments.config import Config, LayerConfig, ModelConfig, ModelSource, Offline, compose
-from experiments.console import Console
+from experiments.console import Console, _is_used
 from experiments.files import SourceError
 from experiments.record import RunRecord, read_records
 from experiments.sources import hashes, hub, models, revisions, twins
@@ -245,3 +245,35 @@ def test_the_offline_choice_is_no_part_of_the_key() -> None:
     named = resolve(compose([f"model={twins.TWIN_MODEL}", f"data={twins.TWIN_DATA}", "device=cpu"]))
     assert asked.config.offline is Offline.always
     assert (asked.run_id, asked.config_hash) == (named.run_id, named.config_hash)
+
+
+def test_what_a_bundle_does_not_use_is_said_once(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(twins, "_announced", set())
+    bundle = bundle_of(tiny, tmp_path / "bundle")
+    asked = compose(["model=bundle", f"model.path={bundle.model.path}", "data.samples=7", "device=cpu"])
+    for _ in range(2):
+        assert resolve(asked).config.data.samples == 4
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == "data.samples=7 is not used: the bundle was captured with 4"
+
+
+@pytest.mark.parametrize(
+    ("override", "used"),
+    [
+        ("model.dtype=float16", True),
+        ("model.dtype=bfloat16", False),
+        ("model.repo=another/model", False),
+        ("data.seq_len=64", True),
+        ("data.samples=9", False),
+        ("data.heldout=.25", True),
+        ("data.calibration_tokens=null", True),
+        ("verify=True", True),
+        ("seed=1", False),
+        ("hydra.verbose=true", True),
+    ],
+)
+def test_a_heading_shows_the_values_that_are_used(override: str, used: bool) -> None:
+    config = configuration(data__seq_len=64, model__dtype="float16", verify=True)
+    assert _is_used(override, config) == used
