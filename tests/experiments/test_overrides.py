@@ -123,6 +123,13 @@ def test_a_sweep_over_a_pattern_keeps_its_plan(
     assert sweep._plan == [[f"seed={seed}", f"{key}={value}"] for seed in (1, 2) for value in values]
 
 
+def dry_run(*arguments: str) -> str:
+    """What `make run` would do. It may begin with the set-up, which is not done."""
+    command = ["make", "--dry-run", "run", *arguments]
+    shown = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True).stdout
+    return shown.replace("\\\n", " ")
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
     ("arguments", "runs"),
@@ -135,16 +142,13 @@ def test_a_sweep_over_a_pattern_keeps_its_plan(
     ],
 )
 def test_settings_after_make_run_reach_the_sweep(arguments: list[str], runs: str) -> None:
-    command = ["make", "--dry-run", "run", "READY=Makefile", *arguments]
-    shown = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True).stdout
-    line = shown.replace("\\\n", " ").split("||")[0]
-    assert " ".join(line.split()).endswith(f"experiments/run.py -m {runs}")
+    begun, _, rest = dry_run(*arguments).partition("experiments/run.py -m ")
+    assert begun and " ".join(rest.partition("||")[0].split()) == runs
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_tables_are_those_of_the_folder_that_was_given() -> None:
-    command = ["make", "--dry-run", "run", "READY=Makefile", "output_dir=elsewhere"]
-    shown = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True).stdout
+    shown = dry_run("output_dir=elsewhere")
     assert "report.py --runs elsewhere ||" in shown and "'output_dir=elsewhere'" in shown
 
 
