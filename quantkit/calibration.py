@@ -197,7 +197,7 @@ def add_weighted_products(total: Tensor, activations: Tensor, roots: Tensor) -> 
 
     Both factors carry √w, so the sum is positive semi-definite whatever y is rounded to. y has the sum's dtype. The
     exception is bfloat16 activations on a GPU, which stay bfloat16 for the tensor cores: y is rounded once more
-    (relative 2⁻⁹), products are exact, and they are added in float32. docs/methods.md has the error. CHUNK_ELEMENTS of
+    (relative 2⁻⁸), products are exact, and they are added in float32. docs/methods.md has the error. CHUNK_ELEMENTS of
     y exist at a time.
     """
     device = total.device

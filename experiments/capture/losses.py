@@ -33,8 +33,8 @@ from experiments.sources.resolved import Resolved
 log = logging.getLogger(__name__)
 
 PIECE_TOKENS = 1 << 15
-BATCH_TOKENS = 2048  # a batch keeps what every layer computes, for the backward pass
-LOGIT_BYTES = 1 << 29  # of a batch
+BATCH_TOKENS = 1024  # a batch keeps what every layer computes, for the backward pass
+LOGIT_BYTES = 1 << 28  # of a batch
 
 
 def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:

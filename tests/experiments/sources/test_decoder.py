@@ -17,7 +17,7 @@ from experiments.capture.tap import InputTap
 from experiments.config import LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
 from experiments.sources.checkpoints import GGUF_LLAMA, open_checkpoint
-from experiments.sources.decoder import build_decoder
+from experiments.sources.decoder import build_decoder, build_whole
 from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, WIDTH, configuration, qwen3, text, train_tokenizer
 
 
@@ -76,6 +76,11 @@ def test_only_the_shards_of_the_embedding_and_the_layers_below_are_opened(
     assert on_meta == [i > index for i in range(NUM_LAYERS)]
     assert not any(p.is_meta for layer in decoder.stack[: index + 1] for p in layer.parameters())
     assert decoder.model.model.norm.weight.is_meta and decoder.model.lm_head.weight.is_meta
+
+
+def test_a_whole_model_computes_the_models_logits(sharded: SimpleNamespace, tmp_path: Path) -> None:
+    decoder = build_whole(open_checkpoint(configuration(sharded.folder).model, tmp_path), "float32")
+    assert torch.equal(decoder.model(input_ids=IDS).logits, sharded.model(input_ids=IDS).logits)
 
 
 def test_what_was_left_out_raises_when_it_is_reached(sharded: SimpleNamespace, tmp_path: Path) -> None:
@@ -330,6 +335,18 @@ def test_gguf_agrees_with_transformers(gguf: ModelConfig, tmp_path: Path) -> Non
     want = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(sample, add_special_tokens=False).input_ids
     assert checkpoint.tokenizer()(sample) == want
     assert checkpoint.tokenizer()(sample) == want  # from the kept tokenizer
+
+
+def test_a_whole_gguf_model_computes_the_logits_of_transformers(gguf: ModelConfig, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = Path(str(gguf.path))
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    decoder = build_whole(open_checkpoint(gguf, tmp_path), "float32")
+    ids = torch.arange(40, dtype=torch.long, device="cpu").view(2, 20)
+    assert torch.equal(decoder.model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    head = decoder.model.lm_head.weight
+    assert head is decoder.model.model.embed_tokens.weight and not head.requires_grad
 
 
 def test_gguf_builds_only_the_layers_needed(gguf: ModelConfig, tmp_path: Path) -> None:
