@@ -22,6 +22,7 @@ from torch import Tensor
 
 from experiments.capture.forward import lock
 from experiments.capture.gradients import layer_name, loss_weights
+from experiments.capture.progress import BAR, ticking
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
 from experiments.config import LayerConfig
@@ -108,7 +109,7 @@ class _Pass:
         if not sys.stderr.isatty():  # where the bar is not shown
             print(f"Computing the loss weights of all layers of {name}: {total} sequences", flush=True)
         pieces: dict[str, Entry] = {}
-        with tqdm(total=total, desc=f"loss weights {name}", unit="seq", disable=None) as bar:
+        with ticking(tqdm(total=total, desc=f"loss weights {name}", bar_format=BAR, disable=None)) as bar:
             for first in range(0, total, self.piece):
                 file = f"weights-{first // self.piece:05d}.safetensors"
                 pieces[file] = self._piece(file, first, bar)
