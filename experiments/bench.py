@@ -1,12 +1,12 @@
-"""Times of every method × format × block size × backend on one device, beside a plain copy and the peers installed.
+"""Times of every method × format × block size × backend on one device, beside a copy and the installed peers.
 
     python experiments/bench.py --out results/bench/NAME.csv
     python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
 
-How it is timed: measure/bench_clock.py. In which order: measure/bench_rows.py. What the peers compute:
-measure/bench_peers.py. `floor_us` is what the bytes alone need, each read or written once, at the rate of a large copy
-in the same process; `ratio_to_copy` compares gpu_us with a copy of the same weight. The line `launch` adds one number
-to another: the least that any kernel takes.
+measure/bench_clock.py describes the two clocks, measure/bench_rows.py the order of the measurements, and
+measure/bench_peers.py what the peers compute. `floor_us` is the time for reading or writing each byte once, at the
+bandwidth of a large copy in the same process. `ratio_to_copy` is gpu_us over that of a copy of the same weight. The
+line `launch` adds two numbers, which gives the least time of any kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A script has its own folder first on the path, where `config` or `files` would shadow other packages' modules.
+    # Python puts a script's folder first on the path, where `config` or `files` would shadow other packages' modules.
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,17 +51,17 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def compile_ahead(arguments: list[str], jobs: int) -> None:
-    """Fill Triton's cache: each process calls some cases. Compiling takes most of a benchmark's time otherwise."""
+    """Fill Triton's cache in several processes, each of which calls some cases. Compiling takes most of the time."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     processes = [subprocess.Popen([*command, "--compile", f"{job}/{jobs}"]) for job in range(jobs)]
     for process in processes:
-        process.wait()  # its errors show again when this process calls the case
+        process.wait()  # this process repeats the call, and then reports its error
 
 
 def compile_share(options: argparse.Namespace) -> None:
-    """The work of one such process: call every ``jobs``-th of the first shape's cases that Triton compiles."""
+    """The work of one process of compile_ahead: call every ``jobs``-th of the first shape's Triton cases."""
     job, jobs = (int(number) for number in options.compile.split("/"))
-    # Block Hessians: two kernels, soon compiled, whose activations would fill a GPU many times over.
+    # Without block Hessians: their two kernels compile fast, and each process would allocate their activations.
     settings = dataclasses.replace(settings_of(options), block_hessians=False)
     ours, peers = cases_of(options.shapes[0], settings)
     for case in [case for case in (*ours, *available(peers)) if case.backend == "triton"][job::jobs]:
@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--no-peers", action="store_true", help="leave out qwantize and nvidia-modelopt")
-    parser.add_argument("--block-hessians", action="store_true", help=f"also of {TOKENS} tokens of activations")
+    parser.add_argument("--block-hessians", action="store_true", help=f"also time block Hessians of {TOKENS} tokens")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for backend in options.backends.split(","):
             resolve_backend(backend, options.device)
         options.shapes = [shape for name in options.shapes.split(",") for shape in parse_shapes(name)]
-        if options.out:  # known before anything is measured for it
+        if options.out:  # checked before anything is measured
             if options.out.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "a folder; name a file in it")
             check_writable(options.out.parent)

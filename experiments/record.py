@@ -21,7 +21,7 @@ from experiments.files import write_atomically
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
 BLOCKS_NAME = "blocks.parquet"
-# Records from before these have none.
+# Fields that older records lack.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
 # Left out of a record, and of a CSV, where nothing has a value: what few runs have.
 SPARSE_FIELDS = ("hessian_weighting", "hessian_groups", "hessian_samples")
@@ -49,7 +49,7 @@ class RunRecord:
     requested_backend: str
     device: str
     device_name: str | None = None
-    global_scale: str | float | None = None  # the rule or number asked for, after the format's default
+    global_scale: str | float | None = None  # the configured rule or number; the format's default where it is null
     scale_rule: str | None = None
     # Of a run whose method takes loss-weighted Hessians; None where tokens weigh alike.
     hessian_weighting: str | None = None
@@ -63,7 +63,7 @@ class RunRecord:
     data: str | None = None
     data_hash: str | None = None
     data_split: str | None = None
-    substituted: bool | None = None  # an offline twin takes the place of the model or the text asked for
+    substituted: bool | None = None  # an offline twin replaced the configured model or text
     layer_index: int | None = None
     layer_module: str | None = None
     out_features: int | None = None
@@ -82,7 +82,7 @@ class RunRecord:
     output_error_heldout: float | None = None
     bits_per_weight: float | None = None
     scales_moved: float | None = None  # share of blocks whose scale differs from the naive one
-    candidates_mean: float | None = None  # scales evaluated a block
+    candidates_mean: float | None = None  # scales evaluated per block
     candidates_max: int | None = None
     # With record.blocks=true: number of blocks by shift of the scale's index from naive, and by candidates.
     scale_shifts: dict[str, int] | None = None
@@ -142,7 +142,7 @@ class RunRecord:
             raise RecordError(f"{where}: {'; '.join(parts)}.")
         wrong = [name for name, value in values.items() if not isinstance(value, _types(name))]
         if wrong:
-            raise RecordError(f"{where}: {wrong[0]} is {values[wrong[0]]!r:.40}, of another type than it has.")
+            raise RecordError(f"{where}: {wrong[0]} is {values[wrong[0]]!r:.40}, which has the wrong type.")
         return cls(**values)
 
     def to_json(self, indent: int | None = None) -> str:
@@ -186,7 +186,7 @@ def read_record(path: Path | str) -> RunRecord:
 def read_records(folder: Path | str, damaged: list[str] | None = None) -> list[RunRecord]:
     """Every `*/record.json` and every line of every `*.jsonl` in `folder`, by file name. A missing folder has none.
 
-    damaged: takes what is wrong with files that are no records. Without it, the first is a RecordError.
+    damaged: a list that collects the errors of damaged files. Without it, the first one raises RecordError.
     """
     records = []
     for where, text in _record_texts(Path(folder)):
@@ -200,7 +200,7 @@ def read_records(folder: Path | str, damaged: list[str] | None = None) -> list[R
 
 
 def _record_texts(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Of each record where it is, and what reads it."""
+    """(location, function that reads its text) of each record."""
     for path in sorted(folder.glob(f"*/{RECORD_NAME}")):
         yield str(path), functools.partial(_text, path)
     for path in sorted(folder.glob("*.jsonl")):

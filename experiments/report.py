@@ -2,8 +2,8 @@
 
     python experiments/report.py                  rebuild results/*.csv, results/figures and the generated blocks
                                                   of README.md and docs/results.md, from results/records
-    python experiments/report.py --check          exit 1 where they differ from the records; change nothing. The data
-                                                  of figures are compared; a picture must only exist
+    python experiments/report.py --check          exit 1 where they differ from the records; change nothing. Figures'
+                                                  data are compared; their pictures must only exist
     python experiments/report.py --runs [DIR]     print the tables of the runs in DIR, or of the single run in DIR;
                                                   write table.csv and table.md there
     python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed. Runs of
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
-    # A script has its own folder first on the path, where `config` or `tables` would shadow other packages' modules.
+    # Python puts a script's folder first on the path, where `config` or `files` would shadow other packages' modules.
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path("results/records")
 RUNS = Path("results/runs")
 FIGURES_PAGE = "README.md"  # in the figures' folder
-DIFF_LINES = 40  # shown of each file
+DIFF_LINES = 40  # shown per file
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
 
 
@@ -120,7 +120,7 @@ def rebuild(root: Path) -> int:
 
 
 def unshown(root: Path, groups: dict[str, list[RunRecord]]) -> list[str]:
-    """For records that no page and no figure shows: where they are, and how a page gets their table."""
+    """A line for each name of records that no page and no figure shows: its CSV file, and how a page gets its table."""
     from experiments.reporting.figure_data import FIGURE_RECORDS
     from experiments.reporting.pages import how_to_show, shown_on
 
@@ -159,7 +159,7 @@ def check(root: Path) -> int:
 
 
 def report_runs(folder: Path, root: Path) -> int:
-    """Print the tables of the runs in `folder`, or of the run that it is the folder of, and write them there."""
+    """Print the tables of the runs in `folder`, or of the single run whose folder it is, and write them there."""
     from experiments.reporting.pages import PUBLISHED, as_markdown
     from experiments.reporting.published import read_published
     from experiments.reporting.rows import make_rows, row_frame
@@ -189,7 +189,7 @@ def report_runs(folder: Path, root: Path) -> int:
 
 
 def collect(name: str, source: Path, root: Path, models: Sequence[str]) -> int:
-    """Merge the runs in `source` into the committed records `name`, and say what becomes of them."""
+    """Merge the runs in `source` into the committed records `name`, and print what was taken."""
     from experiments.reporting import collection, pages
 
     done = collection.collect(name, source, root, models)
@@ -201,7 +201,7 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str]) -> int:
 
 
 def track(group: str, root: Path) -> int:
-    """Log the CSV files and the pictures of results/ as the report of a W&B group: a sweep, the newest by default."""
+    """Log the CSV files and pictures of results/ as the report of a W&B group, by default the newest sweep."""
     from experiments.config import TrackingConfig
     from experiments.tracking import track_report
 
@@ -246,7 +246,7 @@ def figure_frames(root: Path, groups: dict[str, list[RunRecord]]) -> dict[str, p
 
 
 def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> dict[Path, str]:
-    """Path → the text that follows from the records. The CSV files come first."""
+    """Path → the text that follows from the records, CSV files first."""
     from experiments.reporting.figures import FOLDER, figures_page, frame_csv
     from experiments.reporting.pages import PAGES, Material, fill
     from experiments.reporting.records_csv import records_csv
@@ -270,7 +270,7 @@ def pictures(root: Path, frames: dict[str, pd.DataFrame]) -> list[Path]:
 
 
 def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> list[Path]:
-    """CSV files of records, and pictures and data of figures, that have lost their records."""
+    """CSV files, and pictures and data of figures, whose records no longer exist."""
     from experiments.reporting.figures import FOLDER, PICTURES
 
     header = ",".join(takewhile(lambda name: name not in SPARSE_FIELDS, FIELDS)).encode()

@@ -1,12 +1,12 @@
-"""Quantize one layer and measure it; with `-m`, every combination of the values given.
+"""Quantize one layer and measure it; with `-m`, once for every combination of the given values.
 
     python experiments/run.py -m format=nvfp4,mxfp4 method=naive,sse,hessian
 
-A run settles its sources, executes its stages (stages.py) and writes one record last. A finished run is skipped unless
-`force=true`; one that was unsupported or failed is tried again. A failed run leaves its traceback in the `run.log` of
-its folder and the sweep goes on; the exit status is then 1.
+A run resolves its sources, executes its stages (measure/stages.py) and writes one record last. A finished run is
+skipped unless `force=true`. An unsupported or failed run is tried again. A failed run leaves its traceback in the
+`run.log` of its folder. The sweep goes on, and the exit status is then 1.
 
-torch is imported by the stages alone, so `--help` and a sweep with nothing left to do cost little.
+Only the stages import torch, so `--help` and a sweep of finished runs are quick.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # A script has its own folder first on the path, where `config` or `tables` would shadow other packages' modules.
+    # Python puts a script's folder first on the path, where `config` or `files` would shadow other packages' modules.
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_NAME = "run.log"
-AGAIN_LOG_NAME = "again.log"  # of a run by force, while the record of an earlier one stands
+AGAIN_LOG_NAME = "again.log"  # of a forced run, while an earlier run's record is kept
 CONSOLE = Console()
 
 
@@ -60,8 +60,8 @@ def main(composed: DictConfig) -> None:
 def run(composed: DictConfig, console: Console) -> None:
     """One run, from the composed configuration to its record.
 
-    Every error ends here, in the record and on the console: Hydra would show a sweep's first error only. What the
-    library could never do, and what cannot be written, leaves no record.
+    No error leaves this function, because Hydra would show only a sweep's first one. Errors go to the record and the
+    console. A configuration that the library refuses, and a folder that cannot be written, leave no record.
     """
     try:
         _run(composed, console)
@@ -91,7 +91,7 @@ def _run(composed: DictConfig, console: Console) -> None:
 
 
 def measure_and_record(resolved: Resolved, console: Console, again: bool) -> None:
-    """again: by force. Until this run has ended well, what the earlier one left stays as it is."""
+    """again: the run is forced. The earlier run's files stay unchanged until this one has ended well."""
     log_file = resolved.run_dir / (AGAIN_LOG_NAME if again else LOG_NAME)
     with run_log(log_file):
         record, histograms = measure(resolved)
@@ -107,7 +107,7 @@ def measure_and_record(resolved: Resolved, console: Console, again: bool) -> Non
 
 
 def measure(resolved: Resolved) -> tuple[RunRecord, Callable[[], Histograms] | None]:
-    """The record of the run, whatever happens, and what makes the histograms of one that ended well."""
+    """(record, function that makes the histograms, None unless the run ended well). An error is in the record."""
     started = time.perf_counter()
     log.info("%s\n%s", resolved.run_id, OmegaConf.to_yaml(OmegaConf.structured(resolved.config)))
     fields = base_fields(resolved)
@@ -129,7 +129,7 @@ def measure(resolved: Resolved) -> tuple[RunRecord, Callable[[], Histograms] | N
 
 
 def invalid_options(config: Config) -> Exception | None:
-    """Why no run of this configuration can ever end well, if that is so."""
+    """The library's error for options that it never accepts; None for options that it accepts."""
     from experiments.measure.stages import check_options
 
     try:
@@ -140,9 +140,9 @@ def invalid_options(config: Config) -> Exception | None:
 
 
 def finished_record(resolved: Resolved) -> RunRecord | None:
-    """The record of a run that ended well, from the same sources; from any sources where they cannot be had.
+    """The record of an earlier run that ended well, from the same sources; from any if the sources are not available.
 
-    One from another version of the schema counts for nothing, nor does one without its blocks where they are asked for.
+    None for a record of another schema version, and for one without blocks if record.blocks=true.
     """
     run_dir = resolved.run_dir
     if resolved.config.record.blocks and not (run_dir / BLOCKS_NAME).is_file():
@@ -156,7 +156,7 @@ def finished_record(resolved: Resolved) -> RunRecord | None:
 
 
 def base_fields(resolved: Resolved) -> dict[str, Any]:
-    """What a record says even of a run that fails at once."""
+    """The fields of a record that are known before the run starts."""
     config, device = resolved.config, resolved.device
     commit, dirty = provenance.git_state()
     return {
@@ -204,13 +204,13 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def run_log(path: Path) -> Iterator[None]:
-    """Everything logged inside goes to this file."""
+    """A context whose log messages go to this file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(path, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     root, level = logging.getLogger(), logging.getLogger().level
     root.addHandler(handler)
-    root.setLevel(logging.INFO)  # whatever hydra.job_logging says, the traceback of a failed run must be there
+    root.setLevel(logging.INFO)  # the file gets the traceback of a failed run, whatever hydra.job_logging says
     try:
         yield
     finally:
@@ -231,7 +231,7 @@ def cli() -> int:
         if not CONSOLE.is_lost:
             raise
     except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on where it stopped.", file=sys.stderr)
+        print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
         CONSOLE.close()
         return 130
     return CONSOLE.close()

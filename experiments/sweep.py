@@ -1,10 +1,10 @@
-"""What a sweep asks for as a whole, known before its first run.
+"""The plan of a sweep: the overrides of all its runs, known before the first one starts.
 
-Hydra hands over one run at a time, but a capture should take every layer that the sweep will want in one forward pass.
-`SweepPlan`, a Hydra callback (conf/config.yaml), notes the overrides of all runs as Hydra's own sweeper will form them;
-when a run finds its layer missing from the cache, `layers_ahead` says which others to capture with it. So a sweep whose
-layers are cached, or whose runs are finished, costs nothing. A launcher that starts processes elsewhere has no plan
-there: each layer is then captured when its turn comes.
+Hydra starts one run at a time, but one forward pass should capture every layer that the sweep needs. `SweepPlan`, a
+Hydra callback (conf/config.yaml), stores the overrides of all runs, in the form in which Hydra's sweeper makes them.
+When a run finds its layer missing from the cache, `layers_ahead` names the layers to capture with it. A sweep with
+cached layers or finished runs captures nothing. A launcher that starts other processes has no plan in them, so there
+each run captures its own layer.
 
 Imports no torch.
 """
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments.config import Config, LayerConfig, check_sweep, to_config
 from experiments.files import SourceError, check_writable
 
-# Overrides that change nothing about what a forward pass captures. One that is missing here costs a pass, no more.
+# Overrides that do not change what a forward pass captures. One that is missing here only costs another pass.
 NOT_CAPTURED = (
     *("backend", "block_size", "experiment", "force", "format", "hessian", "method", "output_dir", "record", "sweep"),
     *("timing", "tracking", "verify", "data.calibration_tokens"),
@@ -47,15 +47,15 @@ class SweepPlan(Callback):
         _check_writable(Path(config.output_dir))
         sweeper = config.hydra.sweeper
         if not str(sweeper.get("_target_", "")).endswith(f".{BasicSweeper.__name__}"):
-            return  # a sweeper that chooses its runs as it goes
+            return  # another sweeper may choose its runs one by one
         overrides = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-        loader = GlobalHydra.instance().config_loader()  # knows the choices that a glob means
+        loader = GlobalHydra.instance().config_loader()  # expands globs to choices
         parsed = OverridesParser.create(loader).parse_overrides([*overrides, *config.hydra.overrides.task])
         _plan.extend(BasicSweeper.split_arguments(parsed, None)[0])
 
 
 def _check_writable(folder: Path) -> None:
-    """Ends the program where a sweep could write nothing; Hydra's own error would be a page, for its multirun.yaml."""
+    """Ends the program with one line if the folder cannot be written. Hydra's own error would fill a page."""
     try:
         check_writable(folder)
     except OSError as error:
@@ -63,11 +63,11 @@ def _check_writable(folder: Path) -> None:
 
 
 def layers_ahead(config: Config) -> list[LayerConfig]:
-    """The layers that this run of a sweep and those after it want of the same model and text, each once."""
+    """The layers that this run of a sweep and the later ones need of the same model and text, without repeats."""
     if not _plan or not HydraConfig.initialized():
         return []
     hydra = HydraConfig.get()
-    if OmegaConf.is_missing(hydra.job, "num"):  # not of a sweep
+    if OmegaConf.is_missing(hydra.job, "num"):  # a single run
         return []
     number, own = hydra.job.num, list(hydra.overrides.task)
     if number >= len(_plan) or _plan[number] != own:
@@ -78,7 +78,7 @@ def layers_ahead(config: Config) -> list[LayerConfig]:
 
 
 def _captured_by(overrides: list[str]) -> frozenset[str]:
-    """The overrides that decide what a forward pass sees, the layer apart."""
+    """The overrides that determine what a forward pass captures, without those of the layer."""
 
     def decides(override: str) -> bool:
         key = override.lstrip("+~").partition("=")[0]
@@ -99,8 +99,7 @@ def _layer(overrides: list[str], config: Config) -> LayerConfig:
 def all_layers(*, _root_: DictConfig) -> str:
     """`${all_layers:}`: every layer index of the configured model, or of its offline twin, as a sweep's values.
 
-    Takes the model of the command line, not one that is itself swept. Where the model cannot be had, one index is
-    left, so that its run says why.
+    The model must not be swept itself. If it is not available, one index remains, and its run shows the error.
     """
     from experiments.sources.models import count_layers
     from experiments.sources.twins import choose_sources

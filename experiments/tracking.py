@@ -1,10 +1,10 @@
-"""W&B as the mirror of the records: one run a record, and one of the report; offline unless asked otherwise.
+"""W&B mirrors the records: one W&B run per record, and one for the report. Offline is the default.
 
-The sweep is the group and the run's identity the id, so a run that is repeated with `force=true` updates its W&B run
-when it is synced. A run's page has what was set and used under its configuration, what was measured as its summary, and
+The W&B group is the sweep, and the W&B id is the run's identity. So a run that is repeated with `force=true` updates
+its W&B run when it is synced. A run's page has the settings as its configuration, the measurements as its summary, and
 histograms over its blocks. The report's run, of job type `report`, has the tables and figures of `results/`. Nothing
-about the host, the user, the code or the console is sent. A failure to log a run is a warning: the record is on disk
-already. Imports no torch.
+about the host, the user, the code or the console is sent. A failure to log a run is a warning, because the record is
+already on disk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ log = logging.getLogger(__name__)
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = ("offline", "online", "disabled")
 
-SERVER_SECONDS = 5.0  # to wait for an answer of W&B's server
-INIT_SECONDS = 20.0  # for a server that answers and then is silent
+SERVER_SECONDS = 5.0  # time limit for the first answer of W&B's server
+INIT_SECONDS = 20.0  # time limit for wandb.init, for a server that then stops answering
 ID_LENGTH = 128  # W&B's limit
 
-# The fields of a record that a run's summary shows; the others go to its configuration, where runs are filtered.
+# The fields of a record in a run's summary. The others go to its configuration, by which W&B filters runs.
 MEASURED = (
     *("status", "reason", "weight_error", "output_error", "output_error_heldout", "bits_per_weight", "scales_moved"),
     *("candidates_mean", "candidates_max", "time_ms_median", "time_ms_p20", "time_ms_p80", "time_iterations"),
     *("verified_blocks", "verified_violations", "verified_worst_excess", "verified_wrong_codes", "duration_s"),
 )
 AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
-HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # text, also where all digits are decimal
+HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # read as text, even if all digits are decimal
 
 
 def track(
@@ -46,9 +46,9 @@ def track(
     output_dir: Path,
     histograms: Callable[[], Histograms] | None = None,
 ) -> None:
-    """Mirror one record. Offline runs lie in `output_dir/wandb/offline-run-*`, which `wandb sync` sends.
+    """Log one record to W&B. Offline runs are in `output_dir/wandb/offline-run-*`, which `wandb sync` sends.
 
-    histograms: makes the distributions over the run's blocks; not called where nothing is logged.
+    histograms: computes the distributions over the run's blocks. It is not called if nothing is logged.
     """
     if tracking.name == "none":
         return
@@ -71,9 +71,9 @@ def track_report(
     tracking: TrackingConfig,
     output_dir: Path,
 ) -> bool:
-    """Log the CSV files `tables` and the pictures `figures` as the group's report; False where W&B is disabled.
+    """Log the CSV files `tables` and the pictures `figures` as the group's report. False where W&B is disabled.
 
-    facts: what the report was made from, its configuration. Logged again, it updates the same W&B run.
+    facts: the W&B run's configuration, which says what the report was made from. A repeated call updates the same run.
     """
     mode = _usable(tracking_mode(tracking))
     if mode == "disabled":
@@ -106,7 +106,7 @@ def track_report(
 
 
 def tracking_mode(tracking: TrackingConfig) -> Mode:
-    """The mode asked for, else $WANDB_MODE, else offline."""
+    """The configured mode, else $WANDB_MODE, else offline."""
     asked = str(tracking.mode or os.environ.get("WANDB_MODE") or "offline")
     for mode in MODES:
         if mode == asked:
@@ -115,13 +115,13 @@ def tracking_mode(tracking: TrackingConfig) -> Mode:
 
 
 def report_id(group: str) -> str:
-    """W&B takes 128 characters."""
+    """The id of the group's report; a hash where it would exceed W&B's limit."""
     plain = f"report-{group}"
     return plain if len(plain) <= ID_LENGTH else f"report-{hashlib.sha256(group.encode()).hexdigest()}"
 
 
 def _usable(mode: Mode) -> Mode:
-    """Offline in the place of online where no server answers. Asked once a process; the first time it is said."""
+    """The mode, with offline instead of online if no server answers."""
     if mode != "online":
         return mode
     return mode if _server_problem() is None else "offline"
@@ -129,9 +129,9 @@ def _usable(mode: Mode) -> Mode:
 
 @functools.cache
 def _server_problem() -> str | None:
-    """Why W&B's server cannot be reached, with a warning; None where it answers, whatever it says.
+    """Why W&B's server cannot be reached, which is also logged; None if it answers at all. Asked once per process.
 
-    wandb.init() itself would wait 90 s a run.
+    wandb.init() itself would wait 90 s in each run.
     """
     import requests
     import wandb

@@ -1,1 +1,1 @@
-"""A layer's inputs and Gram matrices: captured once, kept on the disk."""
+"""A layer's inputs and Gram matrices: captured once and cached on disk."""

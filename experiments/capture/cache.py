@@ -1,4 +1,4 @@
-"""Captured layers, read back from their folders. A damaged file is found by its sha256."""
+"""Reads captured layers from their folders. A damaged file is detected by its sha256."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Manifest = dict[str, Any]
 
 
 def open_layer(folder: Path, activations: bool, rebuild: Callable[[], None]) -> LayerInputs | None:
-    """The cached layer, or None when it is not there, incomplete or damaged.
+    """The cached layer, or None if it is missing, incomplete or damaged.
 
-    activations: whether its inputs are wanted too. rebuild: captures it anew, should a shard prove damaged on reading.
+    activations: whether its inputs are needed, too. rebuild: captures it again if a shard is found damaged on reading.
     """
     manifest = complete_manifest(folder, activations)
     return None if manifest is None else _inputs(folder, manifest, rebuild)
@@ -39,7 +39,7 @@ def open_bundle(folder: Path, manifest: Manifest) -> LayerInputs:
 
 
 def complete_manifest(folder: Path, activations: bool) -> Manifest | None:
-    """The manifest of a cached layer that is whole; None of any other."""
+    """The manifest of a complete cached layer, else None."""
     try:
         manifest = _read_manifest(folder)
     except (FileNotFoundError, ValueError):
@@ -59,7 +59,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _problem(folder: Path, manifest: Manifest, shards: bool) -> str | None:
-    """What is wrong with a captured layer. Weight and Gram matrices are hashed here, shards when they are read."""
+    """Describes what is wrong with a captured layer. Weight and Gram matrices are hashed here, shards when read."""
     if manifest.get("capture_version") != CAPTURE_VERSION:
         return f"capture version {manifest.get('capture_version')} is not {CAPTURE_VERSION}"
     if missing := MANIFEST_FIELDS - manifest.keys():
@@ -90,17 +90,17 @@ def _inputs(folder: Path, manifest: Manifest, rebuild: Callable[[], None] | None
 
 @dataclass(frozen=True)
 class _Shards:
-    """The shards of one captured layer. rebuild: captures them anew; None where nothing can."""
+    """The shards of one captured layer. rebuild: captures them again; None for a bundle."""
 
     folder: Path
     manifest: Manifest
     rebuild: Callable[[], None] | None
 
     def read(self, split: str) -> Iterator[Tensor]:
-        """The inputs [tokens, in_features], a shard at a time. Raises SourceError where they were not kept."""
+        """The inputs [tokens, in_features], shard by shard. Raises SourceError if they were not kept."""
         if not self.manifest["activations"]:
             raise SourceError(
-                f"{self.folder} keeps Gram matrices alone. Capture with cache.activations=true to read the inputs."
+                f"{self.folder} has only Gram matrices. Capture with cache.activations=true to read the inputs."
             )
         shards = self.manifest["shards"]
         for name in sorted(shards):
@@ -112,7 +112,7 @@ class _Shards:
             yield load_tensors(path)["inputs"]
 
     def _again(self, damaged: Path) -> dict[str, Any]:
-        """Capture the layer anew; returns the shards of the new manifest."""
+        """Capture the layer again. Returns the shards of the new manifest."""
         if self.rebuild is None:
             raise SourceError(f"{damaged} is missing or damaged. Copy the bundle again.")
         log.warning("%s is missing or damaged; capturing it again", damaged)

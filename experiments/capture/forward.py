@@ -1,6 +1,6 @@
-"""The capture: forward passes over the text that bring the inputs of chosen layers into the cache.
+"""The capture: forward passes over the text that write the inputs of chosen layers to the cache.
 
-Layers captured together share a forward pass. Two processes that want the same layer capture it once.
+Layers that are captured together share a forward pass. Of two processes that need the same layer, one captures it.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 BATCH_TOKENS = 4096  # per forward pass
-KEEP_SECONDS = 10.0  # between two times that an unfinished capture is kept
-PASS_BYTES = 4 << 30  # Gram matrices and shards that may be held during one pass over the text
+KEEP_SECONDS = 10.0  # at least, between two saves of an unfinished capture
+PASS_BYTES = 4 << 30  # memory limit of the Gram matrices and shard buffers of one pass over the text
 
 
 def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: bool = False) -> None:
-    """Capture those of `layers`, of the run's model and text, that the cache lacks.
+    """Capture the `layers` of the run's model and text that the cache lacks. Raises SourceError.
 
-    force: capture all of them, because a shard proved damaged on reading. Raises SourceError.
+    force: capture all of them, because a shard was found damaged on reading.
     """
     layers = [LayerConfig(*key) for key in sorted({(layer.index, layer.module) for layer in layers})]
     with ExitStack() as locks:
-        for folder in sorted(resolved.layer_folder(layer) for layer in layers):  # one order for all: no deadlock
+        for folder in sorted(resolved.layer_folder(layer) for layer in layers):  # a fixed order avoids deadlocks
             locks.enter_context(lock(folder))
         if not force:
             wanted = resolved.config.cache.activations
@@ -123,7 +123,7 @@ class _Capture:
             self._one_pass(layers)
 
     def _passes(self) -> Iterator[list[LayerConfig]]:
-        """The layers, in order, as many at a time as PASS_BYTES allows."""
+        """The layers in order, in groups that PASS_BYTES allows."""
         chosen: list[LayerConfig] = []
         held = 0
         for layer in self.layers:
@@ -156,7 +156,7 @@ class _Capture:
         self._tell_routed(tap, writers)
 
     def _tell_routed(self, tap: Any, writers: list[ShardWriter]) -> None:
-        """How many tokens experts saw. Raises SourceError for one that saw none."""
+        """Print the number of tokens of each captured expert. Raises SourceError for one without tokens."""
         total = len(self.sequences.ids["calibration"]) * self.config.data.seq_len
         starved = []
         for group, writer in zip(tap.groups, writers, strict=True):
@@ -175,7 +175,7 @@ class _Capture:
             )
 
     def _batch(self, tap: Any) -> int:
-        """Sequences per forward pass. No batch crosses the end of a shard, so that a shard can be captured alone."""
+        """Sequences per forward pass. No batch crosses a shard's end, so that a single shard can be captured again."""
         seq_len = self.config.data.seq_len
         batch = max(1, BATCH_TOKENS // seq_len)
         if self.shard_bytes is None:
@@ -200,14 +200,14 @@ class _Capture:
         return f"{title} and {len(layers) - 1} more" if len(layers) > 1 else title
 
     def _stream(self, tap: Any, writers: list[ShardWriter], batch: int, title: str) -> None:
-        """All sequences through the model, and each group's inputs to its writer."""
+        """Run all sequences through the model, and pass each group's inputs to its writer."""
         from tqdm import tqdm
 
         total = self.sequences.count
-        if not sys.stderr.isatty():  # where the bar is not shown
+        if not sys.stderr.isatty():  # then tqdm shows no bar
             print(f"Capturing the inputs of {title}: {total} sequences", flush=True)
         if kept := min(sum(writer.done.values()) for writer in writers):
-            print(f"An interrupted capture goes on at sequence {kept} of {total}", flush=True)
+            print(f"Continuing an interrupted capture at sequence {kept} of {total}", flush=True)
         keeper = _Keeper(writers)
         with ticking(tqdm(total=total, desc=f"capture {title}", bar_format=BAR, disable=None)) as bar, keeper:
             progress = Progress(self.decoder, bar)
@@ -219,7 +219,7 @@ class _Capture:
                     keeper.tick()
 
     def _one_batch(self, tap: Any, writers: list[ShardWriter], split: str, first: int, ids: Tensor) -> None:
-        """Run ids [sequences, seq_len], whose first sequence has number `first`, for the writers that lack them."""
+        """Run ids [sequences, seq_len] for the writers that lack them; `first` is the number of the first sequence."""
         lacking = {number for number, writer in enumerate(writers) if not writer.reread(split, first)}
 
         def consume(group: int, x: Tensor) -> None:
@@ -235,7 +235,7 @@ class _Capture:
             return
         dtype = self.config.model.dtype
         wider = {"float16": "model.dtype=bfloat16 or float32", "bfloat16": "model.dtype=float32"}.get(dtype)
-        remedy = f"Use {wider}" if wider else "Check the checkpoint's weights: a wider type there is none"
+        remedy = f"Use {wider}" if wider else "Check the checkpoint's weights: there is no wider type"
         count = int((~x.isfinite()).sum())
         raise SourceError(
             f"layer {layer.index} {layer.module} of {self.checkpoint.name}: its inputs hold {count} NaN or Inf, with "
@@ -287,7 +287,7 @@ class _Capture:
 
 
 class _Keeper:
-    """Keeps an unfinished capture where it is interrupted, and now and then, in a twentieth of the time at most."""
+    """Saves an unfinished capture when it is interrupted, and regularly, in at most a twentieth of the time."""
 
     def __init__(self, writers: Sequence[ShardWriter]) -> None:
         self.writers = writers

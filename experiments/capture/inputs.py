@@ -1,4 +1,4 @@
-"""A layer's inputs as a run sees them, wherever they come from."""
+"""A layer's weight, inputs and Gram matrices, from any source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_width(config: Config, in_features: int, name: str) -> None:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What was really used."""
+    """The model, tokenizer and text that were really used."""
 
     model: str
     model_revision: str | None
@@ -54,8 +54,8 @@ class LossWeights:
 class LayerInputs:
     """weight [out_features, in_features]; Gram matrices [in_features, in_features] float32; all on the CPU.
 
-    routed: the tokens are those that a router sends to an expert, and sequences differ in how many they have.
-    loss: where tokens weigh by their loss in the method's Hessians. Output errors stay unweighted.
+    routed: the layer is an expert. Its tokens are those that a router sends to it, a varying number per sequence.
+    loss: weights of the tokens by their loss, for the method's Hessians. Output errors stay unweighted.
     """
 
     weight: Tensor
@@ -74,7 +74,7 @@ class LayerInputs:
         return self.gram_calibration.unsqueeze(0) if self.loss is None else self.loss.gram
 
     def batches(self, split: str = "calibration") -> Iterator[Tensor]:
-        """The layer's inputs [tokens, in_features], a shard at a time. Raises SourceError when they were not kept."""
+        """The layer's inputs [tokens, in_features], shard by shard. Raises SourceError if they were not kept."""
         if split not in SPLITS:
             raise ValueError(f"split={split}: use {' or '.join(SPLITS)}.")
         return self._read(split)

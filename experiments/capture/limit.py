@@ -16,10 +16,11 @@ log = logging.getLogger(__name__)
 
 
 def limit_calibration(inputs: LayerInputs, tokens: int, seq_len: int, seed: int) -> LayerInputs:
-    """The same layer with the Gram matrices of `tokens` calibration tokens, or of all where there are no more.
+    """The same layer with the Gram matrices of `tokens` calibration tokens, or of all if there are fewer.
 
-    A seeded shuffle chooses whole sequences, and of the last one its first tokens. A larger number includes the tokens
-    of a smaller one. The held-out tokens stay. Reads the activations: raises SourceError when they were not kept.
+    A seeded shuffle chooses whole sequences, and the first tokens of the last one. A larger number includes the tokens
+    of a smaller one. The held-out tokens stay the same. Reads the activations. Raises SourceError if they were not
+    kept.
     """
     if tokens >= inputs.tokens_calibration:
         log.info("data.calibration_tokens=%d: there are %d, taking all", tokens, inputs.tokens_calibration)

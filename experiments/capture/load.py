@@ -1,6 +1,6 @@
-"""The inputs of a run's layer: from memory, a bundle, a seed, the cache, or a capture that fills the cache.
+"""Loads the inputs of a run's layer: from memory, a bundle, a seed, the cache, or a capture that fills the cache.
 
-‖XΔWᵀ‖² = tr(ΔW G ΔWᵀ), so errors need the Gram matrix G alone, and a warm cache loads no model.
+‖XΔWᵀ‖² = tr(ΔW G ΔWᵀ), so errors need only the Gram matrix G. A cached layer needs no model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _memo: OrderedDict[str, LayerInputs] = OrderedDict()
 
 
 def load_layer_inputs(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> LayerInputs:
-    """The layer of a run. Raises SourceError for everything that the user can mend.
+    """The layer of a run. Raises SourceError for every problem that the user can fix.
 
-    ahead: layers of the same model and text that will be asked for later. A capture takes them along.
+    ahead: layers of the same model and text that later runs need. A capture includes them.
     """
     key = _memo_key(resolved)
     if key in _memo:
@@ -47,7 +47,7 @@ def _memo_key(resolved: Resolved) -> str:
 
 
 def _remember(key: str, inputs: LayerInputs) -> None:
-    """As the newest; the oldest leave where MEMO_BYTES are exceeded."""
+    """Adds the newest layer to the memo, and drops the oldest ones beyond MEMO_BYTES."""
     _memo[key] = inputs
     _memo.move_to_end(key)
     while len(_memo) > 1 and sum(kept.nbytes for kept in _memo.values()) > MEMO_BYTES:
@@ -86,7 +86,7 @@ def _capture(resolved: Resolved, ahead: Sequence[LayerConfig]) -> None:
     try:
         capture_layers(resolved, [own, *ahead])
     except SourceError:
-        # One of the others may not exist: that is its own run's failure, not this one's.
+        # One of the others may not exist. Its own run fails then, and this one goes on.
         if not ahead:
             raise
         capture_layers(resolved, [own])

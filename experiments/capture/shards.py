@@ -1,8 +1,8 @@
-"""Writing a captured layer: its inputs stream into Gram matrices and shards.
+"""Writes a captured layer: its inputs are streamed into Gram matrices and shards.
 
-Memory holds one shard, whatever the number of tokens. A journal lists the finished shards, and the Gram matrices and
-the shard begun are kept now and then: an interrupted capture goes on where it stopped. Layers with the same input (q, k
-and v; gate and up) share one Gram matrix and one set of shards, hard-linked into each folder.
+Memory holds one shard at a time. A journal lists the finished shards. The Gram matrices and the unfinished shard are
+saved regularly, so that an interrupted capture continues where it stopped. Layers with the same input (q, k and v; gate
+and up) share one Gram matrix and one set of shards, hard-linked into each folder.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ from quantkit.calibration import GramAccumulator
 
 @dataclass(frozen=True)
 class Layout:
-    """How the inputs of one module are cut into shards: in whole batches, so that each can be captured alone.
+    """The division of one module's inputs into shards of whole batches, so that a single shard can be captured again.
 
-    width: in_features. batch: sequences per forward pass. sequences: split → how many. shard_bytes: None keeps none.
-    calls: of the module in a pass; each sees every token. routed: it sees as many as a router sends it.
+    width: in_features.
+    batch: sequences per forward pass.
+    sequences: split → number of sequences.
+    shard_bytes: size of a shard; None keeps no shards.
+    calls: number of calls of the module in a pass, each of which sees every token.
+    routed: the module is an expert, which sees only the tokens that a router sends to it.
     """
 
     width: int
@@ -48,14 +52,14 @@ class Layout:
 
     @property
     def shard_sequences(self) -> int:
-        """Sequences of a full shard; 0 where no shards are kept."""
+        """Sequences in a full shard; 0 if no shards are kept."""
         if self.shard_bytes is None:
             return 0
         fitting = self.shard_bytes // (self.seq_len * self.calls * self.width * self.dtype.itemsize)
         return max(self.batch, fitting // self.batch * self.batch)
 
     def shard(self, split: str, first: int) -> tuple[str, Entry]:
-        """Name and description of the shard that begins with sequence `first`."""
+        """(file name, manifest entry) of the shard that begins with sequence `first`."""
         sequences = min(self.shard_sequences, self.sequences[split] - first)
         name = f"{split}-{first // self.shard_sequences:05d}.safetensors"
         rows = {"sequences": sequences} if self.routed else {"rows": sequences * self.seq_len * self.calls}
@@ -67,13 +71,13 @@ class Layout:
         }
 
     def ends_shard(self, split: str, first: int) -> bool:
-        """Whether the batch from sequence `first` on is the last of its shard."""
+        """Whether the batch that begins with sequence `first` is the last one of its shard."""
         end = min(first + self.batch, self.sequences[split])
         return end == self.sequences[split] or end % self.shard_sequences == 0
 
 
 class ShardWriter:
-    """Takes one module's inputs, batch by batch in order, and writes them into the first of `folders`."""
+    """Writes one module's inputs, batch by batch in order, to the first of `folders`, and links the others to them."""
 
     def __init__(self, folders: list[Path], layout: Layout, device: str) -> None:
         self.folder, *self.siblings = folders
@@ -101,7 +105,7 @@ class ShardWriter:
         return {}
 
     def reread(self, split: str, first: int) -> bool:
-        """Whether the batch from sequence `first` on was counted before, or lies in an intact shard on the disk."""
+        """Whether the batch that begins with sequence `first` was counted before, or is in an intact shard on disk."""
         if first < self.resumed[split]:
             return True
         size = self.layout.shard_sequences
@@ -121,7 +125,7 @@ class ShardWriter:
         return self.from_disk
 
     def _add_to_gram(self, split: str, shard: Path, entry: Entry, skip: int) -> None:
-        """In the batches of the capture, but for the first `skip`: the sum is then the same to the last bit."""
+        """Adds a shard without its first `skip` batches. Batches are those of the capture, for bitwise equal sums."""
         layout = self.layout
         batches = entry["batches"] if layout.routed else layout.batch * layout.seq_len * layout.calls
         for x in load_tensors(shard)["inputs"].split(batches)[skip:]:
@@ -133,7 +137,7 @@ class ShardWriter:
             self.grams[split].update(x)
 
     def add(self, split: str, first: int, x: Tensor) -> None:
-        """x [tokens, in_features]: the inputs of the sequences from `first` on."""
+        """x [tokens, in_features]: the inputs of a batch that begins with sequence `first`."""
         self.whole = False
         self._count(split, x)
         if self.layout.shard_sequences:
@@ -142,7 +146,7 @@ class ShardWriter:
         self.whole = True
 
     def _put(self, split: str, first: int, x: Tensor) -> None:
-        """Into the shard begun, which is written when it is full."""
+        """Adds x to the unfinished shard, which is written when it is full."""
         size = self.layout.shard_sequences
         start = first // size * size
         name, entry = self.layout.shard(split, start)

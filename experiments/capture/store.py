@@ -1,11 +1,11 @@
-"""The files of a captured layer. Its folder, a layer bundle, needs nothing beside it:
+"""The files of a captured layer. Their folder is a layer bundle, complete without other files:
 
 weight.safetensors               the layer's weight [out_features, in_features]
-gram.safetensors                 G = XᵀX [in_features, in_features], calibration and held-out tokens apart
-calibration-00000.safetensors …  X [tokens, in_features], about 256 MiB a shard, whole sequences (cache.activations)
-manifest.json                    what all this is, with the sha256 of every file; written last
-capture.json                     of an unfinished capture: its finished shards, and what partial.safetensors is
-partial.safetensors              of an unfinished capture: its Gram matrices, and the inputs of the shard begun
+gram.safetensors                 G = XᵀX [in_features, in_features], one for calibration and one for held-out tokens
+calibration-00000.safetensors …  X [tokens, in_features], whole sequences, about 256 MiB per shard (cache.activations)
+manifest.json                    model, text, layer and settings, with the sha256 of every file; written last
+capture.json                     of an unfinished capture: its finished shards, and the entry of partial.safetensors
+partial.safetensors              of an unfinished capture: its Gram matrices, and the inputs of the unfinished shard
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTIAL_NAME = "partial.safetensors"
 WEIGHT_NAME = "weight.safetensors"
 GRAM_NAME = "gram.safetensors"
 
-Entry = dict[str, Any]  # what the manifest says of a file: its size in bytes, its sha256, and of a shard what it holds
+Entry = dict[str, Any]  # a file's entry in the manifest: size in bytes, sha256 and, for a shard, its contents
 
 
 def is_intact(path: Path, entry: Entry) -> bool:

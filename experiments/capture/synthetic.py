@@ -1,4 +1,4 @@
-"""A layer of no model: seeded weight and inputs of any shape, for timing and tests."""
+"""A synthetic layer: a seeded weight and inputs of any shape, for timing and tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAVY_FACTOR = 20.0
 
 
 def synthetic_layer(resolved: Resolved) -> LayerInputs:
-    """X = (noise + z F) · channel scale: channels correlate, and a few are heavy. Raises SourceError."""
+    """X = (noise + z F) · channel scale, in which channels correlate and a few are heavy. Raises SourceError."""
     config = resolved.config
     model, data = config.model, config.data
     check_width(config, model.in_features, "the synthetic model")
@@ -44,7 +44,7 @@ def synthetic_layer(resolved: Resolved) -> LayerInputs:
 
 @dataclass(frozen=True)
 class _SyntheticInputs:
-    """Sequences that are made when they are read. scale [in_features]; factors [SYNTHETIC_RANK, in_features]."""
+    """Sequences that are generated on reading. scale [in_features]; factors [SYNTHETIC_RANK, in_features]."""
 
     scale: Tensor
     factors: Tensor
@@ -63,7 +63,7 @@ class _SyntheticInputs:
         return cls(scale, factors, config.seed, config.data.seq_len, dtype, _split(config))
 
     def read(self, split: str) -> Iterator[Tensor]:
-        """The inputs [seq_len, in_features], a sequence at a time."""
+        """The inputs [seq_len, in_features], sequence by sequence."""
         width = len(self.scale)
         for sequence in self.sequences[split]:
             own = _generator(self.seed, 2 + sequence)

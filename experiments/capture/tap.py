@@ -1,8 +1,7 @@
-"""A tap on a decoder: the inputs of chosen modules, taken in the forward pass that computes them.
+"""A tap on a decoder: it takes the inputs of chosen modules in the forward pass that computes them.
 
-A linear module's input is taken where the module is called, every call of a pass in its order. An expert's input is
-taken at the product with its matrix, inside the module of all experts: the rows are the tokens that the router sends
-there, none where it sends none.
+A hook takes a linear module's input at each of its calls in a pass, in order. An expert's input is taken at the product
+with its matrix, inside the module of all experts. Its rows are the tokens that the router sends to it, possibly none.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ class _AllSeen(Exception):
 
 
 class InputTap:
-    """Runs a decoder and hands over the inputs of chosen linear modules.
+    """Runs a decoder and passes on the inputs of chosen linear modules.
 
-    groups: the layers that share one input tensor (q, k and v; gate and up), found by a short trial run. Each group's
-    input is handed over once, inside the forward pass, so that only one is held at a time.
-    widths, routed: of each group, its in_features, and whether its rows are those that a router chose.
+    groups: sets of layers that share one input tensor (q, k and v; gate and up), found by a short trial run. Each
+    group's input is passed on once, inside the forward pass, so that memory holds one at a time.
+    widths: in_features of each group. routed: whether a group is an expert, whose rows a router chose.
     """
 
     def __init__(self, decoder: Decoder, layers: Sequence[LayerConfig]) -> None:
@@ -65,7 +64,8 @@ class InputTap:
         self.dtype = inputs[0].dtype
 
     def _share(self, x: Tensor, layer: LayerConfig, other: Tensor, group: int) -> bool:
-        """An expert that the trial's tokens miss has no input to compare: its gate and up share a parameter."""
+        """Whether `layer` has the input of `group`, by identity of the tensors. The router may send an expert none of
+        the trial's tokens, so its gate and up are recognized by their common parameter."""
         if x is other:
             return True
         one, two = self.decoder.target(layer), self.decoder.target(self.groups[group][0])
@@ -76,9 +76,9 @@ class InputTap:
         )
 
     def run(self, token_ids: Tensor, consume: Callable[[int, Tensor], None]) -> None:
-        """token_ids [sequences, seq_len] → consume(group, input [tokens, in_features]) once for each group.
+        """Run token_ids [sequences, seq_len], and call consume(group, input [tokens, in_features]) once per group.
 
-        tokens: sequences · seq_len for each call of the module in a pass, or as many as an expert is sent.
+        tokens: sequences · seq_len times the module's calls in a pass; for an expert, the tokens sent to it.
         """
         keys = [(group[0].index, group[0].module) for group in self.groups]
 
@@ -118,7 +118,7 @@ class InputTap:
 
 
 class _Calls:
-    """Takes the inputs of a module's calls in a pass, all together."""
+    """Takes the inputs of all calls of a module in a pass, as one tensor."""
 
     def __init__(self, decoder: Decoder, key: Key, done: Take) -> None:
         self.key, self.calls, self.done = key, decoder.calls[key], done
@@ -129,12 +129,12 @@ class _Calls:
         self.inputs.append(args[0] if args else next(iter(kwargs.values())))
         if len(self.inputs) == self.calls:
             inputs, self.inputs = self.inputs, []
-            # One call's own tensor is handed over: modules that share their input are told by its identity.
+            # A single call's tensor is passed on itself: its identity shows which modules share their input.
             self.done(self.key, inputs[0] if self.calls == 1 else torch.cat([_rows(x) for x in inputs]))
 
 
 class _Routed(TorchFunctionMode):
-    """Takes the rows that experts are sent, in all calls of their modules in a pass."""
+    """Takes the rows that are sent to experts, in all calls of their modules in a pass."""
 
     def __init__(self, decoder: Decoder, keys: Sequence[Key], done: Take) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The token sequences of a run: cut from the text, shuffled by the seed, split into calibration and held-out ones."""
+"""The token sequences of a run: cut from the text, shuffled by the seed, and split into calibration and held-out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tokenize = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Sequences:
-    """ids: split → token ids [sequences, seq_len]. data, data_hash, data_split: what the record says of the text."""
+    """ids: split → token ids [sequences, seq_len]. data, data_hash, data_split: the record's fields about the text."""
 
     ids: dict[str, Tensor]
     data: str
@@ -37,8 +37,8 @@ class Sequences:
 def token_sequences(config: Config, tokenize: Tokenize) -> Sequences:
     """The sequences of the configured text, `data.samples` of them.
 
-    A seeded shuffle chooses them and holds out the last share. With data.heldout_split, the held-out sequences come
-    from that text and the others from the calibration text. Raises SourceError for a text that is too short.
+    A seeded shuffle chooses them. The last ones, a share of data.heldout, are held out. With data.heldout_split, the
+    held-out sequences come from that split instead. Raises SourceError for a text that is too short.
     """
     data = config.data
     text = load_text(data, config.cache.folder)
@@ -68,12 +68,12 @@ def token_sequences(config: Config, tokenize: Tokenize) -> Sequences:
 def _held_out_elsewhere(
     config: Config, tokenize: Tokenize, text: Text, available: Tensor, order: list[int]
 ) -> Sequences:
-    """Calibration sequences from `available`, in the order `order`; held-out ones from data.heldout_split."""
+    """Calibration sequences from `available`, chosen by `order`, and held-out ones from data.heldout_split."""
     data = config.data
     other = load_text(data, config.cache.folder, data.heldout_split)
     if other.sha256 == text.sha256:
         raise SourceError(
-            f"data.heldout_split={data.heldout_split}: that is the text of calibration ({text.name}, "
+            f"data.heldout_split={data.heldout_split}: this is the calibration text ({text.name}, "
             f"split {text.split}). Name another split, or leave it out to hold out sequences of this one."
         )
     elsewhere = _cut(tokenize(_plain(other, config)), config, other.split)
@@ -93,7 +93,7 @@ def _plain(text: Text, config: Config) -> str:
 
 
 def _cut(ids: list[int], config: Config, split: str) -> Tensor:
-    """[sequences, seq_len]; the rest is dropped. Raises SourceError for a text shorter than one sequence."""
+    """[sequences, seq_len], without an incomplete last one. Raises SourceError for a text shorter than one sequence."""
     seq_len = config.data.seq_len
     count = len(ids) // seq_len
     if count == 0:
@@ -105,7 +105,7 @@ def _cut(ids: list[int], config: Config, split: str) -> Tensor:
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """0 … count − 1 in the order that the seed gives."""
+    """0 … count − 1, shuffled by the seed."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order

@@ -1,1 +1,1 @@
-"""What a run measures: errors, times, statistics of the blocks."""
+"""The measurements of a run and of the benchmark: errors, times, statistics of the blocks."""

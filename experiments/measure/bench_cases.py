@@ -1,4 +1,4 @@
-"""What the benchmark times of ours on one weight, beside a copy and the least that any kernel takes."""
+"""The benchmark's own cases on one weight: every method, a copy, and an empty launch for comparison."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from quantkit import FORMATS, METHODS, quantize, resolve_backend
 from quantkit.formats import BlockFormat
 
-TOKENS = 65536  # of the activations whose block Hessians are timed
-HESSIAN_TOKENS = 2048  # of the activations behind the block Hessians that are given
+TOKENS = 65536  # of the activations from which block_hessians is timed
+HESSIAN_TOKENS = 2048  # of the activations from which the given block Hessians are made
 WEIGHT_STD = 0.02
 LARGEST = 5.3  # standard deviations: the largest magnitude of 2560 × 9728 Gaussian weights
-WARM_ROWS = 32  # of the weight, for the calls that warm up
+WARM_ROWS = 32  # of the weight, for warm-up calls
 
 
 @dataclass(kw_only=True)
 class Case:
-    """Something to time, and its times so far in microseconds.
+    """A call to time, and its times so far in microseconds.
 
-    bytes: read or written, each once. warm_up: the same call on a few rows of the weight; None: the call itself.
-    graph: the call as a CUDA graph. limit: times that are enough.
+    bytes: number of bytes to read and write, each once. warm_up: the same call on a few rows of the weight; None: the
+    call itself. graph: the call as a CUDA graph. limit: maximum number of times.
     """
 
     kind: str  # kernel, copy, launch or peer
@@ -44,10 +44,10 @@ class Case:
 
 
 def sample_weight(rows: int, columns: int) -> Tensor:
-    """Float32 ``[rows, columns]``, Gaussian; the largest magnitude is LARGEST standard deviations, whatever the size.
+    """Float32 ``[rows, columns]``, Gaussian, with a largest magnitude of LARGEST standard deviations at every size.
 
-    So all shapes have the same global scale. It decides where block scales lie in their grid and how many larger ones
-    there are, which changes the time of SSE by 4 %, and that of Hessian by a quarter within a binade.
+    So all shapes have the same global scale. The global scale determines where block scales lie in their grid and how
+    many larger scales there are. This changes the time of SSE by 4 %, and that of Hessian by a quarter within a binade.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
@@ -57,7 +57,7 @@ def sample_weight(rows: int, columns: int) -> Tensor:
 
 
 def sample_tokens(weight: Tensor) -> Tensor:
-    """Float32 activations ``[2048, columns]`` whose neighbouring channels correlate, as in a layer's inputs."""
+    """Float32 activations ``[HESSIAN_TOKENS, columns]``; neighbouring channels correlate, as in a layer's inputs."""
     columns, device = weight.shape[1], weight.device
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randn(HESSIAN_TOKENS, columns, generator=generator, dtype=torch.float32, device=device)
@@ -72,7 +72,7 @@ def sample_hessian(tokens: Tensor, block_size: int) -> Tensor:
 
 
 def cases(weight: Tensor, backends: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Case]:
-    """Everything of ours that is timed on one weight ``[rows, columns]``, and the copy."""
+    """All cases of quantkit on one weight ``[rows, columns]``, the copy and the launch."""
     on_gpu = "triton" in backends and weight.is_cuda
     yield copy_case(weight)
     yield _launch_case(weight.device)
@@ -101,7 +101,7 @@ def _launch_case(device: torch.device) -> Case:
 def _method_cases(
     weight: Tensor, layout: BlockFormat, block_size: int, method: str, backends: Sequence[str], hessian: Tensor
 ) -> Iterator[Case]:
-    """One method by each backend, with the global scale given and, in a two-level format, from amax."""
+    """The cases of one method on each backend: with a given global scale and, for a two-level format, from amax."""
     given: dict[str, Any] = {"hessian": hessian} if METHODS[method].needs_hessian else {}
     moved = weight.nbytes + weight.numel() // 2 + weight.numel() // block_size
     moved += hessian.nbytes if given else 0
@@ -125,7 +125,7 @@ def _method_cases(
 
 
 def _global_scales(weight: Tensor, layout: BlockFormat) -> dict[str, Any]:
-    """Label → the argument of quantize(); None: leave it out."""
+    """Label → quantize()'s argument global_scale; None leaves it out."""
     if not layout.two_level:
         return {"none": None}
     amax = weight.abs().amax().float() / (layout.element.max_value * layout.scale.max_value)

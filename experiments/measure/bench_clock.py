@@ -1,12 +1,11 @@
-"""The benchmark's clock: the GPU's time and the call's time of a case.
+"""The benchmark's clocks: GPU time and call time of a case.
 
-`gpu_us`: the GPU's work alone, a CUDA graph of the whole quantkit call (no check for NaN, the global scale given),
-between two events. `call_us`: the call from Python until the GPU is done, by the host's clock. On a CPU there is only
-the call. Before each measurement a buffer larger than the L2 cache is overwritten.
+`gpu_us` is the GPU's time between two events around a CUDA graph of the whole call, without a check for NaN. `call_us`
+is the host's time from the Python call until the GPU has finished. On a CPU there is only call_us. Before each
+measurement, a buffer larger than the L2 cache is overwritten.
 
-Three calls on a few rows of the weight come before a timed call and bring its code into the host's caches. Calls on the
-whole weight would make the host wait for the GPU, by a millisecond for a long kernel, and the caches would be cold
-again.
+Three calls on a few rows of the weight precede a timed call, to warm the host's caches. After calls on the whole weight
+the host would wait for the GPU, up to a millisecond for a long kernel, and its caches would be cold again.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ import torch
 from experiments.measure.bench_cases import Case, copy_case
 
 FLUSH_BYTES = 256 << 20  # larger than any L2
-LARGE_COPY_BYTES = 1 << 29  # read and written; far beyond the caches. In a graph, a copy of 1 GiB is a third slower
-SETTLING = 5  # calls at the beginning of a round
-WARM_CALLS = 3  # before a timed call that has a graph, which therefore takes less than SLOW_S
+LARGE_COPY_BYTES = 1 << 29  # read and written, far beyond the caches. In a graph, a copy of 1 GiB is a third slower
+SETTLING = 5  # untimed calls at the beginning of a round
+WARM_CALLS = 3  # before a timed call that has a graph and therefore takes less than SLOW_S
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
 
@@ -37,7 +36,7 @@ class Clock:
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
 
     def prepare(self, case: Case) -> None:
-        """Compile, warm up, and capture the call in a graph where it can be."""
+        """Compile, warm up, and capture the call in a CUDA graph if that is possible."""
         case.call()
         if case.warm_up is not None:
             case.warm_up()
@@ -54,7 +53,7 @@ class Clock:
         try:
             with torch.cuda.graph(graph):
                 call()
-        except RuntimeError:  # it waits for the device
+        except RuntimeError:  # a call that synchronizes cannot be captured
             torch.cuda.synchronize()
             return None
         graph.replay()
@@ -62,7 +61,7 @@ class Clock:
         return graph
 
     def settle(self, case: Case) -> None:
-        """Measure a few times and drop the times."""
+        """Run a case a few times without keeping its times."""
         for _ in range(SETTLING):
             self.time_gpu(replace(case, gpu_us=[]))
 
@@ -96,7 +95,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def bandwidth(self) -> float | None:
-        """Bytes a second of a copy that no cache helps, read and written counted; None on a CPU."""
+        """Bytes per second, read plus written, of a copy far larger than the caches; None on a CPU."""
         if not self.cuda:
             return None
         source = torch.ones(LARGE_COPY_BYTES // 2, dtype=torch.int8, device="cuda")

@@ -1,7 +1,7 @@
-"""Other tools that the benchmark times where they are installed. They return other things than codes and scales.
+"""The peers: other tools that the benchmark times if they are installed. None returns codes and scales.
 
-qwantize: element and scale values, float32; its Hessian method builds H itself, here from 2048 tokens.
-nvidia-modelopt: naive, the dequantized weight; sse and hessian, the best amax of each block.
+qwantize returns float32 element and scale values. Its Hessian method also builds H, here from HESSIAN_TOKENS tokens.
+nvidia-modelopt returns the dequantized weight for naive, and the best amax of each block for sse and hessian.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PACKAGES = ("qwantize", "nvidia-modelopt")
 
 
 def peer_cases(weight: Tensor) -> list[Iterator[Case]]:
-    """Each peer's cases; the peer is imported when the first of them is asked for."""
+    """An iterator of each peer's cases. Its first step imports the peer."""
     return [_qwantize_cases(weight), _modelopt_cases(weight)]
 
 
 def available(peers: Iterable[Iterator[Case]]) -> Iterator[Case]:
-    """The cases of those peers that can be imported."""
+    """The cases of all peers that can be imported."""
     for peer in peers:
         try:
             yield from peer

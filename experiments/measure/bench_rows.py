@@ -1,10 +1,10 @@
-"""The benchmark of one weight: its cases timed in turns, a line of the CSV each.
+"""The benchmark of one weight: its cases are timed in rounds, and each becomes a line of the CSV.
 
-The cases take turns, so that a drift of the clocks meets all of them. A call is slower after the long calls of the
-reference and the peers, so these come last in a round; before the first case of the next round the device and the host
-settle on it, untimed. The calls of the kernels are timed in rounds of their own, before the reference has run and the
-peers are imported: afterwards every call costs the host more. The second of several shapes meets the same;
-`--no-peers --backends triton` avoids it.
+The cases take turns, so that a drift of the clock rates affects all of them. A call is slower after the long calls of
+the reference and the peers. So these come last in a round, and the next round begins with untimed calls of its first
+case. call_us of the kernels is measured in separate rounds, before the reference runs and the peers are imported,
+because afterwards every call takes the host longer. That also affects every shape after the first one, unless
+`--no-peers --backends triton` is given.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments.provenance import device_name, git_state, installed, versions
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed on each weight. dtype: of torch, by name. rounds: times of each case."""
+    """The settings for each weight. dtype: name of a torch dtype. rounds: number of times per case."""
 
     device: str
     dtype: str
@@ -67,7 +67,7 @@ class BenchRow:
 
 
 def cases_of(shape: tuple[int, int], settings: Settings) -> tuple[list[Case], list[Iterator[Case]]]:
-    """Our cases and each peer's."""
+    """(quantkit's cases, an iterator of each peer's cases)."""
     rows, columns = shape
     weight = sample_weight(rows, columns).to(settings.device, getattr(torch, settings.dtype))
     ours = list(cases(weight, settings.backends, settings.block_sizes))
@@ -77,7 +77,7 @@ def cases_of(shape: tuple[int, int], settings: Settings) -> tuple[list[Case], li
 
 
 def run_shape(shape: tuple[int, int], clock: Clock, bandwidth: float | None, settings: Settings) -> list[BenchRow]:
-    """bandwidth: bytes a second of a large copy, for the floor; None on a CPU."""
+    """The rows of one shape. bandwidth: bytes per second of a large copy, for floor_us; None on a CPU."""
     ours, peers = cases_of(shape, settings)
     quick = [case for case in ours if case.backend != "reference"]  # kernels, the copy, the launch
     slow = [case for case in ours if case.backend == "reference"]
@@ -98,7 +98,7 @@ def run_shape(shape: tuple[int, int], clock: Clock, bandwidth: float | None, set
 
 
 def _prepared(case: Case, clock: Clock) -> bool:
-    """Whether the case can be timed. A peer that cannot run is left out; an error of ours is raised."""
+    """Whether the case can be timed. A peer that cannot run is left out. An error of quantkit is raised."""
     try:
         clock.prepare(case)
     except Exception as error:

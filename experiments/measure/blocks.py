@@ -1,7 +1,7 @@
-"""Statistics of the blocks: one line for each block, in the order of the weight's blocks, kept beside the record.
+"""Statistics of the blocks, as columns with one value per block, in the weight's order:
 
-shift                  index of the chosen scale minus that of the naive one, in steps of representable scales
-candidates             scales evaluated; absent where nothing was searched
+shift                  index of the chosen scale minus index of the naive scale, in steps of representable scales
+candidates             number of scales evaluated; absent if candidates were not counted
 squared_error          ‖q − w‖² of the block
 squared_norm           ‖w‖²
 squared_output_error   r H rᵀ with r = q − w and H the block's Hessian from the calibration tokens
@@ -26,7 +26,7 @@ ERROR_BINS = 64
 def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTensor, gram: Tensor) -> dict[str, Tensor]:
     """Column → its values [out_features · num_blocks], on the CPU. weight [out_features, K]; gram [K, K].
 
-    A positive scale's byte is its index in both scale grids.
+    The byte of a scale is its index in the scale grid.
     """
     rows, num_blocks = result.scales.shape
     size = weight.shape[1] // num_blocks
@@ -48,10 +48,10 @@ def block_columns(weight: Tensor, result: QuantizedTensor, naive: QuantizedTenso
 
 
 def histograms(columns: Mapping[str, Tensor]) -> dict[str, tuple[list[int], list[float]]]:
-    """Name → (counts, edges), from what block_columns() returns; empty without blocks.
+    """Name → (counts, edges), from the columns of block_columns(); empty without blocks.
 
-    The shift of the scale and the candidates have one bin for each whole number, the relative error ‖q − w‖ / ‖w‖ has
-    64 bins from 0. The error of a block of zeros is 0.
+    The scale's shift and the candidates have one bin per integer. The relative error ‖q − w‖ / ‖w‖ has ERROR_BINS bins
+    from 0. The error of a block of zeros is 0.
     """
     if not len(columns["shift"]):
         return {}
@@ -73,7 +73,7 @@ def _whole_numbers(values: Tensor) -> tuple[list[int], list[float]]:
 
 
 def counts(values: Tensor | None) -> dict[str, int] | None:
-    """Value → how often it occurs, in rising order. The keys are text, as JSON's are."""
+    """Value → number of occurrences, in ascending order. The keys are strings, as in JSON."""
     if values is None:
         return None
     found, times = values.unique(return_counts=True)

@@ -1,7 +1,7 @@
 """The stages of a run: load → quantize → describe → measure errors → verify → measure time.
 
-`execute` strings them together; each stage returns the fields of the record that it found. Imported only when there is
-something to run, since it needs torch.
+`execute` runs them in order. Each stage returns the record fields that it determines. This module needs torch, so it is
+imported only when there is something to run.
 """
 
 from __future__ import annotations
@@ -38,23 +38,24 @@ Fields = dict[str, Any]  # field of RunRecord → value
 
 @dataclass(frozen=True)
 class Quantized:
-    """A layer on the run's device. `quantize` is quantkit's, with the run's options filled in.
+    """A quantized layer on the run's device.
 
-    result: by the run's method; naive: by the naive one, for comparison.
-    weight [out_features, in_features]; given: what the method needs of the activations, for each group of rows.
+    weight: [out_features, in_features]. given: the statistics that the method needs, for each group of rows.
+    result: by the run's method. naive: by the naive method, for comparison.
+    quantize: quantkit's quantize() with the run's options filled in.
     """
 
     weight: Tensor
     given: Sequence[Statistics]
     result: QuantizedTensor
-    seconds: float  # what `result` took
+    seconds: float  # duration of the call that made `result`
     quantize: Callable[..., QuantizedTensor]
     naive: QuantizedTensor
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """fields: of the record. histograms: computes the distributions over the blocks when it is called."""
+    """fields: record fields. histograms: a function that computes the distributions over the blocks."""
 
     fields: Fields
     histograms: Callable[[], Histograms]
@@ -63,7 +64,7 @@ class Outcome:
 def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
     """Run all stages. A backend that cannot run on the device raises ValueError before anything is loaded.
 
-    ahead: layers that later runs of the sweep want of the same model and text.
+    ahead: layers of the same model and text that later runs of the sweep need.
     """
     config = resolved.config
     resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
@@ -80,7 +81,7 @@ def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
     if config.verify:
         fields |= verify_scales(config, work)
     fields |= measure_time(resolved, work)
-    if config.record.blocks:  # last, like the record that they belong to
+    if config.record.blocks:  # written last, like the record
         fields |= keep_blocks(blocks(), resolved.run_dir)
     return Outcome(fields, lambda: histograms(blocks()))
 
@@ -88,7 +89,7 @@ def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
 def check_options(config: Config) -> None:
     """Raise the library's ValueError for options that it refuses, before a capture that may take minutes.
 
-    The library judges format, block size, method, scale and the backend's name on a weight without rows.
+    The library checks format, block size, method, scale and the backend's name on a weight without rows.
     """
     if config.backend.name not in BACKENDS:
         resolve_backend(config.backend.name, "cpu")
@@ -105,7 +106,7 @@ def weighs_by_loss(config: Config) -> bool:
 
 
 def options(config: Config) -> dict[str, Any]:
-    """The arguments of quantize() that the configuration gives, whatever the method and the backend."""
+    """quantize()'s arguments from the configuration, without method and backend."""
     return {
         "format": config.format.name,
         "block_size": config.block_size,
@@ -127,7 +128,7 @@ def quantize_layer(resolved: Resolved, inputs: LayerInputs) -> Quantized:
 
 
 def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
-    """The sources that were really used, and the format's defaults where the configuration says null."""
+    """The sources that were really used, and the format's defaults where the configuration is null."""
     used, layout = inputs.provenance, work.result.format
     scale = config.format.global_scale
     by_loss = weighs_by_loss(config)
@@ -156,7 +157,7 @@ def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
 
 
 def measure_errors(inputs: LayerInputs, work: Quantized) -> Fields:
-    """Errors on the weight, the calibration tokens and the held-out tokens, and what the search did."""
+    """Weight error, output errors on calibration and held-out tokens, and statistics of the search."""
     result = work.result
     quantized = result.dequantize()
 
@@ -183,7 +184,7 @@ def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
 
 
 def verify_scales(config: Config, work: Quantized) -> Fields:
-    """Compare every scale with all representable ones. For a method that promises no optimum, the violations count the
+    """Compare every scale with all representable ones. For a method without a promised optimum, violations are the
     blocks that have a better scale."""
     found = verify_groups(work.result, work.weight, work.given)
     log.info("verified: %s", found)

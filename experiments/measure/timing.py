@@ -1,11 +1,11 @@
 """One timing protocol for both backends: quantiles of repeated calls, warm-up excluded, on one device.
 
-What is timed is the whole call `quantize(W, …, check_finite=False)` with the block Hessians given: for the hessian
-method their factorization is part of it, accumulating them over the activations is not. On a GPU
-`triton.testing.do_bench` runs it, with a cleared L2 cache before each call; on a CPU `torch.utils.benchmark` with all
-of torch's threads. Times are milliseconds.
+A time is that of the whole call `quantize(W, …, check_finite=False)` with given block Hessians. It includes their
+factorization, but not their accumulation over the activations. On a GPU `triton.testing.do_bench` measures it and
+clears the L2 cache before each call. On a CPU `torch.utils.benchmark` measures it with all of torch's threads. Times
+are milliseconds.
 
-A call under Triton's interpreter has no speed worth recording: such a run keeps the word `interpreter` and no number.
+The speed of Triton's interpreter means nothing: such a run has the timer `interpreter` and no time.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def measure(
 ) -> Timing:
     """Time `call`, which works on `device`.
 
-    On a CPU that takes min_run_s and one call, or two calls. A call slower than max_call_s is not timed: the result
-    has the timer's name alone. expected_s: what a call took before, on a CPU. On a GPU one call is made to find out,
-    after a first one that compiles.
+    A call slower than max_call_s is not timed: the result has only the timer's name and the device. expected_s:
+    duration of an earlier call, on a CPU. On a GPU the second call tells, because the first one compiles.
     """
     if not config.enabled:
         return Timing()
@@ -65,7 +64,7 @@ def _measure_cpu(call: Callable[[], object], device_name: str, config: TimingCon
     name = "torch.utils.benchmark"
     if _too_slow(expected_s, config):
         return Timing(timer=name, device=where)
-    # Finding the number of calls a block is the warm-up.
+    # blocked_autorange first finds the number of calls per measurement, which is the warm-up.
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     measured = timer.blocked_autorange(min_run_time=config.min_run_s)
     return _summary([1e3 * t for t in measured.times], measured.number_per_run, name, where)
@@ -84,7 +83,7 @@ def _measure_gpu(call: Callable[[], object], device: str, device_name: str, conf
         warm = time.perf_counter() - start
         if _too_slow(warm, config):
             return Timing(timer=name, device=device_name)
-        # "all": the times that do_bench computes its own quantiles from, because their count is recorded too.
+        # return_mode "all" gives the single times, because their number is recorded, too.
         times = do_bench(call, warmup=config.warmup_ms, rep=config.rep_ms, return_mode="all")
     return _summary(times, 1, name, device_name)
 

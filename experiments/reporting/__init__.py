@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class ReportError(ValueError):
-    """An error that the user can mend; its message says how."""
+    """An error that the user can fix; its message says how."""

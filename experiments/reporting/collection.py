@@ -21,17 +21,17 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect` did, in lines to print."""
+    """The result of `collect`: the file, and lines to print."""
 
     path: Path
     lines: list[str]
 
 
 def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> Collected:
-    """Merge the runs in `source` into the committed records `name`; a run that is known is replaced.
+    """Merge the runs in `source` into the committed records `name`. A run that they already have is replaced.
 
-    models: those whose runs are taken, or "all". By default those that the records have; where there are none yet,
-    the model of the newest run.
+    models: the models whose runs are taken, or "all". The default is the models of the records, or for new records the
+    model of the newest run.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name in RESERVED:
         raise ReportError(
@@ -77,7 +77,7 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> 
 
 
 def described(records: Iterable[RunRecord]) -> list[str]:
-    """A line for each model and text: the number of runs, and what they vary in."""
+    """A line for each model and text: the number of runs, and their formats, methods, block sizes and backends."""
     by_source: dict[tuple[str, str], list[RunRecord]] = {}
     for record in sorted(records, key=record_order):
         by_source.setdefault((record.model or "no model", record.data or "no text"), []).append(record)

@@ -1,8 +1,8 @@
-"""Records → the data of each figure: one tidy frame a figure, the CSV file beside its picture.
+"""Records → the data of each figure: one tidy frame per figure, which is also the CSV file beside its picture.
 
-A frame holds one subject (a model, a text, a layer and so on, but for what the figure compares), so that no figure
-mixes models, and carries in its last columns what its numbers stand on. An empty frame: there is nothing to draw.
-Errors are fractions, times are microseconds. Needs pandas; torch and matplotlib are not imported.
+A frame holds one subject, so that no figure mixes models: one model, text, layer and so on, except for what the figure
+compares. Its last columns have the sources of its numbers. A figure with an empty frame is not drawn. Errors are
+fractions, times are microseconds. Needs pandas, neither torch nor matplotlib.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from experiments.reporting.scaling import us_per_further_mb
 from experiments.reporting.speed import MATRIX
 
 ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py writes it
-BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file a device
+BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file per device
 
-# The files of results/records that a figure is made of.
+# The files of results/records from which figures are made.
 FIGURE_RECORDS = ("main", "block_size", "scale_distance", "layers", "calibration_size", "global_scale", "timing")
 SETTINGS = ("format", "block_size", "method")
-# What a figure's lines have in common, unless the figure compares it.
+# The common properties of a figure's lines, except for those that the figure compares.
 SUBJECT = (
     *("model", "model_revision", "data", "data_hash", "data_split", "layer_index", "layer_module", "block_size"),
     *("seq_len", "tokens_calibration", "tokens_heldout", "seed"),
@@ -45,7 +45,7 @@ ORDER["operation"] = ["copy", *METHODS, "dequantize", "launch"]
 
 @dataclass(frozen=True)
 class Sources:
-    """What figures are made of."""
+    """The data from which figures are made."""
 
     records: dict[str, list[RunRecord]]  # by the name of their file in results/records
     one_block: dict[str, Any] | None = None
@@ -63,13 +63,13 @@ class Sources:
     def runs(
         self, name: str, by: Sequence[str], values: Sequence[str], also: Sequence[str] = (), free: Sequence[str] = ()
     ) -> pd.DataFrame:
-        """`by`, `values`, `also` and STANDS_ON of the runs that have all `values`, one line for each `by`, in order.
+        """The runs of one subject that have all `values`, one line for each combination of `by`, in order.
 
-        free: what else may differ within the subject.
+        Columns: `by`, `values`, `also` and STANDS_ON. free: properties that may also differ within the subject.
 
-        The subject is the one with the most lines; of several, a model in its original precision goes before a
-        quantized release, then more calibration tokens before fewer. The reference goes before Triton, and a newer run
-        before an older one.
+        The subject is the one with the most lines. Among equals, a model in its original precision precedes a quantized
+        release, and then more calibration tokens precede fewer. For each line, the reference precedes Triton, and a
+        newer run an older one.
         """
         found = [record.to_dict() for record in self.records.get(name, ()) if record.status == "ok"]
         if "global_scale" not in by:
@@ -86,7 +86,7 @@ class Sources:
 
 
 def in_order(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Sorted by the columns `by`; names as tables list them, unknown ones last."""
+    """The frame sorted by the columns `by`. Names have the order of the tables, with unknown ones last."""
 
     def rank(column: pd.Series) -> pd.Series:
         names = ORDER.get(str(column.name))
@@ -116,7 +116,7 @@ def candidates(sources: Sources) -> pd.DataFrame:
 
 
 def _histogram(sources: Sources, counts: str, value: str) -> pd.DataFrame:
-    """A line for each `value` that occurred: its number of blocks and their share. Naive searches nothing."""
+    """A line for each `value` that occurs, with the number and share of its blocks. Naive is left out."""
     runs = sources.runs("scale_distance", SETTINGS, [counts])
     facts = [fact for fact in STANDS_ON if fact in runs.columns and fact not in SETTINGS]
     lines = [
@@ -161,7 +161,7 @@ def one_block(sources: Sources) -> pd.DataFrame:
 
 
 def layers(sources: Sources) -> pd.DataFrame:
-    """`reduction`: the share of the naive scales' held-out output error that a method takes away."""
+    """`reduction`: the share of the naive scales' held-out output error that a method removes."""
     by = ["format", "method", "layer_module", "layer_index"]
     runs = sources.runs("layers", by, ["output_error", "output_error_heldout"])
     naive = runs[runs["method"] == "naive"].set_index(["format", "layer_module", "layer_index"])["output_error_heldout"]
@@ -172,7 +172,7 @@ def layers(sources: Sources) -> pd.DataFrame:
 
 
 def calibration_size(sources: Sources) -> pd.DataFrame:
-    """The Hessian method for each number of tokens and seed, and SSE, which needs no tokens: its number is 0."""
+    """The Hessian method for each number of tokens and seed, and SSE, which needs no tokens, as 0 tokens."""
     by = ["format", "method", "tokens_calibration", "seed"]
     values = ["output_error", "output_error_heldout"]
     runs = sources.runs("calibration_size", by, values)
@@ -193,7 +193,7 @@ def calibration_size(sources: Sources) -> pd.DataFrame:
 
 
 def global_scale(sources: Sources) -> pd.DataFrame:
-    # The hash of a synthetic source covers its deviation.
+    # The data hash of a synthetic source depends on its standard deviation.
     by = ["format", "global_scale", "method", "weight_std"]
     return sources.runs("global_scale", by, ["weight_error"], free=["data_hash"])
 
@@ -202,7 +202,7 @@ TIMES = ("us_median", "us_20", "us_80")
 
 
 def speed_up(sources: Sources) -> pd.DataFrame:
-    """The reference's time over Triton's, of whole calls. `low`: its 20 % over Triton's 80 %; `high`: the reverse."""
+    """The reference's time over Triton's, of whole calls. `low`: its 20 % over Triton's 80 % point; `high`: reverse."""
     times = timings(sources, "call_us")
     columns = [*SETTINGS, "speed_up", "low", "high", "reference_us", "triton_us", *MATRIX, "commit"]
     both = pd.merge(
@@ -219,7 +219,7 @@ def speed_up(sources: Sources) -> pd.DataFrame:
 
 
 def time_error(sources: Sources) -> pd.DataFrame:
-    """Triton's time on the GPU, and beside it the output error of the same settings on the main table's layer."""
+    """Triton's GPU time and the output error of the same settings on the main table's layer."""
     times = timings(sources, "gpu_us")
     times = times[times["backend"] == "triton"].drop(columns="backend").rename(columns={"commit": "commit_timing"})
     errors = output_error(sources).rename(columns={"commit": "commit_error"})
@@ -231,8 +231,8 @@ def time_error(sources: Sources) -> pd.DataFrame:
 def timings(sources: Sources, kind: str) -> pd.DataFrame:
     """The times of one matrix on one device; columns: SETTINGS, backend, TIMES, floor_us, MATRIX, commit.
 
-    They are the benchmark's where it has any, else those of the records. The matrix is the one with the most times, and
-    the last of several. kind: gpu_us or call_us, the benchmark's two measurements; records have the whole call alone.
+    They come from the benchmark if it has any, else from the records. The matrix is the one with the most times, and
+    among equals the last one. kind: gpu_us or call_us of the benchmark; records have only the time of the whole call.
     """
     columns = [*SETTINGS, "backend", *TIMES, "floor_us", *MATRIX, "commit"]
     times = _bench_timings(sources.bench, kind)
@@ -267,11 +267,11 @@ def _bench_timings(bench: pd.DataFrame | None, kind: str) -> pd.DataFrame:
 
 
 def scaling(sources: Sources) -> pd.DataFrame:
-    """The benchmark's kernels on weights of one width on one device, with the copy's and the launch's lines.
+    """The benchmark's kernels, copy and launch on weights of one width on one device, over the number of rows.
 
     Columns: operation, format, rows, bytes, us_per_mb, us_per_further_mb, TIMES, columns, dtype, device, commit. Block
-    size 16, global scales given. The width and device are those with the most numbers of rows, and the last of several.
-    us_per_further_mb: the time of a call less that on half the rows, over the difference of their bytes.
+    size 16, given global scales. Width and device are those with the most numbers of rows, and among equals the last.
+    us_per_further_mb: the time that doubling the rows adds, over the megabytes that it adds.
     """
     columns = ["operation", "format", "rows", "bytes", "us_per_mb", "us_per_further_mb", *TIMES]
     columns += ["columns", "dtype", "device", "commit"]
@@ -295,7 +295,7 @@ def scaling(sources: Sources) -> pd.DataFrame:
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:
-    """The times of the records, for settings that both backends were timed with, by one timer on one device."""
+    """The times of the records, for settings in which the same timer timed both backends on the same device."""
     runs = [
         run
         for name in ("timing", "main")

@@ -1,8 +1,8 @@
-"""Frames → figures: `FIGURES` lists them all, with what each shows, where its data come from and how large it is.
+"""Frames → figures. `FIGURES` lists all of them, with title, caption, data, drawing function and size.
 
-A figure is drawn at its final size in a two-column paper and written as PDF and PNG, beside the CSV file of its data.
-Colour and hatch or marker tell the method, so that it is seen without colour too. The caption names the subject.
-Needs matplotlib (no window, no pyplot), not torch.
+A figure is drawn at its final size in a two-column paper, as PDF and PNG, beside the CSV file of its data. Colour and
+hatch or marker identify the method, so that figures can be read without colour. The caption names the subject. Needs
+matplotlib without a window or pyplot, and no torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NARROW, WIDE = 3.4, 7.0  # inches: one column, two columns
 
 
 class _Styles(dict[str, str]):
-    """Of the formats and methods by name; one that has none of its own takes the next of some spare ones."""
+    """Name of a format or method → its style. A name without an own style gets the next spare one."""
 
     def __init__(self, own: dict[str, str], spare: Sequence[str]) -> None:
         super().__init__(own)
@@ -68,7 +68,7 @@ BETTER_OR_WORSE = "RdBu"  # diverging: blue is better than naive, red is worse
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of the paper. `data` gives an empty frame where records are absent, `needs` says which those are."""
+    """A figure of the paper. `data` returns an empty frame if records are absent, and `needs` names these records."""
 
     name: str
     title: str
@@ -97,7 +97,7 @@ class Plot:
         return files
 
     def text(self, frame: pd.DataFrame) -> str:
-        """The caption, and what the numbers stand on."""
+        """The caption and the sources of the numbers."""
         return f"{self.caption} {stands_on(frame)}"
 
     def markdown(self, frame: pd.DataFrame, folder: str = "") -> str:
@@ -110,12 +110,12 @@ def make_frames(sources: Sources) -> dict[str, pd.DataFrame]:
 
 
 def frame_csv(frame: pd.DataFrame) -> str:
-    # Ten digits: the last ones of a float64 may differ between machines.
+    # Ten digits, because the last ones of a float64 may differ between machines.
     return frame.to_csv(index=False, lineterminator="\n", float_format="%.10g")
 
 
 def figures_page(frames: dict[str, pd.DataFrame]) -> str:
-    """All figures with their captions, as Markdown beside the pictures. Those without data say what they need."""
+    """All figures with captions, as a Markdown page beside the pictures. Figures without data name what they need."""
     parts = [
         "# Figures\n\nWritten by `python experiments/report.py`, with the data of each in the CSV file of its name.\n"
     ]
@@ -127,7 +127,7 @@ def figures_page(frames: dict[str, pd.DataFrame]) -> str:
 
 
 def stands_on(frame: pd.DataFrame) -> str:
-    """What all lines of a frame have in common, in sentences: model, layer, text, matrix, device, commits."""
+    """The common sources of a frame's lines, in sentences: model, layer, text, matrix, device, commits."""
 
     def all_of(name: str) -> list[Any]:
         return list(frame[name].dropna().unique()) if name in frame else []
@@ -282,8 +282,8 @@ def draw_layers(figure: Figure, frame: pd.DataFrame) -> None:
 
 
 def _around_zero(values: pd.Series) -> TwoSlopeNorm:
-    """White at zero; the least and the largest value have the strongest colours. Without values below zero, both sides
-    have one length."""
+    """A norm with white at zero and the strongest colours at the least and the largest value. Without negative values,
+    it is symmetric."""
     most = max(values.max(), 1.0)
     return TwoSlopeNorm(0, vmin=values.min() if values.min() < 0 else -most, vmax=most)
 
@@ -393,11 +393,11 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
     _legend(figure, [*_method_markers(methods), *others])
 
 
-GROUP, GAP = 0.87, 0.03  # widths of a format's bars together and of what parts them; formats are 1 apart
+GROUP, GAP = 0.87, 0.03  # widths of a format's group of bars and of the gap between bars; formats are 1 apart
 
 
 def _plain_ticks(axis: Axis, at: Locator, form: str = "g") -> None:
-    """On a logarithmic axis: here and nowhere else, and as numbers rather than powers."""
+    """Ticks of a logarithmic axis only at these places, labelled with numbers instead of powers."""
     axis.set_major_locator(at)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
@@ -412,12 +412,12 @@ def _panels(
 
 
 def _by(frame: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:
-    """The parts of a frame, in the order in which they first occur."""
+    """(value, rows) for each value of the column, in the order of their first occurrence."""
     return iter(frame.groupby(column, sort=False))
 
 
 def _bars(axes: Axes, frame: pd.DataFrame) -> Iterator[tuple[str, list[float], pd.DataFrame]]:
-    """Method, places and rows of grouped bars, a group a format."""
+    """(method, positions, rows) of grouped bars, one group per format."""
     formats, methods = list(frame["format"].unique()), list(frame["method"].unique())
     axes.set_xticks(range(len(formats)), [FORMATS.get(name, name) for name in formats])
     axes.tick_params(axis="x", length=0)
@@ -432,7 +432,7 @@ def _bar_width(frame: pd.DataFrame) -> float:
 
 
 def _trails(axes: Axes, frame: pd.DataFrame, x: pd.Series) -> None:
-    """Output error over `x`: a mark a method, a thin line through the methods of one format and block size."""
+    """Output error over `x`: a marker per method, and a thin line through the methods of one format and block size."""
     sizes = sorted(frame["block_size"].unique())
     for (fmt, size), part in frame.groupby(["format", "block_size"], sort=False):
         axes.plot(x[part.index], 100 * part["output_error"], LINE[str(fmt)], color=GREY, lw=0.7, zorder=1)
@@ -442,7 +442,7 @@ def _trails(axes: Axes, frame: pd.DataFrame, x: pd.Series) -> None:
 
 
 def _histograms(figure: Figure, frame: pd.DataFrame, value: str, label: str) -> None:
-    """Panels: a column a format, a row a block size; the methods' bars side by side."""
+    """Panels with one column per format and one row per block size; the methods' bars are side by side."""
     formats, sizes = list(frame["format"].unique()), list(frame["block_size"].unique())
     spans = [frame.loc[frame["format"] == name, value] for name in formats]
     widths = [span.max() - span.min() + 8 for span in spans]
@@ -472,7 +472,7 @@ def _filled(method: str) -> dict[str, Any]:
 
 
 def _outlined(method: str) -> dict[str, Any]:
-    """For bars too narrow for a hatch: the Hessian's are open."""
+    """Bar style without a hatch, for narrow bars: those of hessian are open."""
     return {"facecolor": "white" if method == "hessian" else COLOR[method], "edgecolor": COLOR[method], "lw": 0.6}
 
 
@@ -503,7 +503,7 @@ def _format_lines(frame: pd.DataFrame) -> list[Line2D]:
 
 
 def _legend(figure: Figure, *rows: list[Any]) -> None:
-    """Above the panels, in these rows."""
+    """A legend above the panels, in these rows."""
     columns = max(map(len, rows))
     nothing = Line2D([], [], ls="", label="")
     padded = [[*row, *[nothing] * (columns - len(row))] for row in rows]
@@ -519,7 +519,7 @@ def _experiment(name: str) -> str:
 
 
 TIMES_MISSING = (
-    "no device has timed both what is compared; run `python experiments/run.py -m experiment=timing` on a GPU and "
+    "no device has timed all compared settings; run `python experiments/run.py -m experiment=timing` on a GPU and "
     "`python experiments/report.py --collect timing --from results/runs/timing`, or put a benchmark in results/bench"
 )
 
@@ -537,8 +537,8 @@ FIGURES = (
     Plot(
         "weight_and_output_error",
         "Weight error and output error",
-        "The least weight error is not the least output error: the Hessian scales give up some of the one for the "
-        "other. Thin lines join the methods of one format and block size: solid NVFP4, dashed MXFP4.",
+        "The least weight error is not the least output error: Hessian scales have more weight error and less output "
+        "error. Thin lines join the methods of one format and block size: solid NVFP4, dashed MXFP4.",
         _experiment("main"),
         figure_data.weight_and_output_error,
         draw_weight_and_output_error,
@@ -559,8 +559,8 @@ FIGURES = (
     Plot(
         "scale_shift",
         "How far the optimal scale lies from the naive one",
-        "Share of blocks by the index of the chosen scale minus that of the naive one, in steps of representable "
-        "scales. A step is one E4M3 value for NVFP4 and a factor of two for MXFP4.",
+        "Share of blocks by the index of the chosen scale minus the index of the naive scale. A step of the index is "
+        "one E4M3 value for NVFP4 and a factor of two for MXFP4.",
         _experiment("scale_distance"),
         figure_data.scale_shift,
         draw_scale_shift,
@@ -583,7 +583,7 @@ FIGURES = (
         "The error of one block at every scale, with the proven windows",
         "Squared error and Hessian error r H rᵀ of one block at every scale, each over its least value. The "
         "bars and bands are the windows that provably hold the optima (stars). This block's Hessian optimum lies "
-        "outside the window of the squared error: each objective needs its own.",
+        "outside the window of the squared error, so each objective needs its own window.",
         "results/records/one_block.json is not there; run `python experiments/one_block.py`",
         figure_data.one_block,
         draw_one_block,
@@ -593,8 +593,8 @@ FIGURES = (
     Plot(
         "layers",
         "Output error saved in every layer and module",
-        "Share of the naive scales' output error, on held-out tokens, that the searched scales take away. Blue: less "
-        "error than naive; red: more. The two sides of the colour bar have their own lengths.",
+        "Share of the naive scales' output error, on held-out tokens, that the searched scales remove. Blue: less "
+        "error than naive; red: more. The two sides of the colour bar have different lengths.",
         _experiment("layers"),
         figure_data.layers,
         draw_layers,
@@ -614,7 +614,7 @@ FIGURES = (
     ),
     Plot(
         "global_scale",
-        "What NVFP4's global scale is for",
+        "NVFP4 with and without a global scale",
         "Weight error of NVFP4 with and without a global scale, by the standard deviation of a Gaussian weight. "
         "Without one, block scales fall among E4M3's subnormals on the left, and saturate on the right.",
         _experiment("global_scale"),
@@ -628,7 +628,7 @@ FIGURES = (
         "Time and output error",
         "Output error over the median time of the Triton kernels, with bars from the 20 % to the 80 % point. Memory "
         "floor: the time in which the device copies the bytes that must be read and written. Times and errors "
-        "are of different matrices. Thin lines: solid NVFP4, dashed MXFP4.",
+        "come from different matrices. Thin lines: solid NVFP4, dashed MXFP4.",
         TIMES_MISSING,
         figure_data.time_error,
         draw_time_error,
@@ -638,8 +638,8 @@ FIGURES = (
     Plot(
         "speed_up",
         "Triton speed-up",
-        "Median time of the PyTorch reference over that of Triton, same device, whole calls. Bars pair the 20 % "
-        "point of one with the 80 % point of the other.",
+        "Median time of the PyTorch reference over the median time of Triton, for whole calls on the same device. "
+        "Error bars pair the 20 % point of one with the 80 % point of the other.",
         TIMES_MISSING,
         figure_data.speed_up,
         draw_speed_up,
@@ -649,9 +649,9 @@ FIGURES = (
     Plot(
         "scaling",
         "Time against the size of the weight",
-        "Median time on the GPU over the bytes that must be read and written, block size 16, beside PyTorch's copy of "
-        "the weight, which in a CUDA graph slows down where more than 1 GB is read and written. Each time includes at "
-        "least one launch (`launch` in the data), and Hessian's the factorization, which does not grow with the rows. "
+        "Median GPU time per byte that must be read and written, at block size 16. PyTorch's copy of the weight is "
+        "slower in a CUDA graph if it reads and writes more than 1 GB. Each time includes at least one launch "
+        "(`launch` in the data). The time of Hessian includes the factorization, which does not grow with the rows. "
         "Dotted: the time that doubling the rows adds, over the bytes that it adds.",
         "results/bench has no timings of three or more numbers of rows; run `python experiments/bench.py --shapes rows "
         "--out results/bench/NAME.csv` on a GPU",

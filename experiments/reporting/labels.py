@@ -1,4 +1,4 @@
-"""Names of formats, methods and backends as readers see them, and numbers as table cells. Imports no torch."""
+"""Labels of formats, methods and backends, and numbers as table cells. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"  # experiments.config has it too, and imports hydra
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"  # the same in experiments.config, which imports hydra
 NONE = "–"
 
 
 def read_formats(folder: Path = CONF_DIR) -> tuple[dict[str, str], dict[str, str]]:
-    """(labels, default global scales) by name, of the files in ``folder/format``.
+    """(name → label, name → default global scale) of the files in ``folder/format``, in the order of table rows.
 
-    A label is the name in capitals. Formats with a global scale come first, then by name: the order of the rows.
+    A label is the name in capitals. Formats with a global scale come first; within each group the order is by name.
     """
     scales: dict[str, str] = {}
     for path in sorted((folder / "format").glob("*.yaml")):
@@ -23,14 +23,14 @@ def read_formats(folder: Path = CONF_DIR) -> tuple[dict[str, str], dict[str, str
     return {name: name.replace("_", " ").upper() for name in order}, scales
 
 
-# The default global scales are what the main tables use. Figures that compare them show the others.
+# The main tables use the default global scales. Figures that compare global scales show the others, too.
 FORMATS, GLOBAL_SCALES = read_formats()
-DEFAULT_RULES = ("nearest", "floor")  # the first naive rule of fractional scales, and of powers of two
+DEFAULT_RULES = ("nearest", "floor")  # the default naive rules of fractional scales and of powers of two
 METHODS = {
     "naive": "Naive",
     "sse": "SSE",
     "hessian": "Hessian",
-    "gptq": "GPTQ, blocks ordered, Hessian scales",  # published alone
+    "gptq": "GPTQ, blocks ordered, Hessian scales",  # only in published results
 }
 OPTIMAL = ("sse", "hessian")  # methods that promise the least error
 BACKENDS = {"reference": "reference", "triton": "Triton"}

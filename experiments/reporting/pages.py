@@ -1,14 +1,14 @@
 """Records → the generated blocks of Markdown pages.
 
-A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`. Its name says what fills it:
+A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`. Its name is one of
 
     NAME               every table of results/records/NAME.jsonl
     summary            one figure and one table of output errors, at the smallest block size
-    published          the figures of results/published
+    published          the tables of results/published
     figure:NAME        a picture of results/figures with its caption
     bench:NAME         every kernel of results/bench/NAME.csv
-    speed:NAME         the same, in eight rows: each search and dequantize, at the smallest block size
-    scaling:NAME       how time grows with the rows, from a benchmark of several numbers of rows
+    speed:NAME         eight of these rows: every method and dequantize, at the smallest block size
+    scaling:NAME       the growth of time with the rows, from a benchmark of several numbers of rows
 
 Text outside the blocks is left alone. Imports no torch.
 """
@@ -39,8 +39,8 @@ TABLES_PAGE = PAGES[1]  # where a new table belongs
 PUBLISHED = "published"
 SUMMARY = "summary"
 SUMMARY_FIGURE = "output_error"
-SUMMARY_WIDTH = 400  # of the picture, in pixels: picture, table and text fit one screen
-OPTIMALITY = "optimality"  # its table is of what verify found
+SUMMARY_WIDTH = 400  # of the picture, in pixels, so that picture, table and text fit on one screen
+OPTIMALITY = "optimality"  # its table has the results of verify
 FIGURE = "figure:"
 BENCHMARKS: dict[str, Callable[[pd.DataFrame], list[Table]]] = {
     "bench": speed_tables,
@@ -54,11 +54,11 @@ MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Material:
-    """What the blocks of a page are made of."""
+    """The data of a page's blocks."""
 
     root: Path
     groups: dict[str, list[RunRecord]]  # by the name of their file in results/records
-    frames: dict[str, pd.DataFrame]  # of the figures; empty where their records are absent
+    frames: dict[str, pd.DataFrame]  # data of the figures; empty where their records are absent
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def blocks(text: str, page: str) -> Iterator[Block]:
 
 
 def fill(text: str, page: str, material: Material) -> str:
-    """`text` with every generated block written anew."""
+    """`text` with new content in every generated block."""
     parts, position = [], 0
     for block in blocks(text, page):
         parts += [text[position : block.start], f"\n\n{_content(block.name, page, material)}\n"]
@@ -123,7 +123,7 @@ def _content(name: str, page: str, material: Material) -> str:
 
 
 def _summary(page: str, material: Material) -> str:
-    """The picture, the table below it, and one caption: both have the same subject."""
+    """The picture, the table below it, and one caption for both, because they have the same subject."""
     plot = next(plot for plot in FIGURES if plot.name == SUMMARY_FIGURE)
     frame = material.frames[plot.name]
     if frame.empty:

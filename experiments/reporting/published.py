@@ -1,4 +1,4 @@
-"""Figures that other projects published, and their tables."""
+"""Results that other projects published, and their tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.reporting.table import Table
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of another project, from `results/published/`. Errors are fractions, times are milliseconds."""
+    """A published result, a line of `results/published/*.csv`. Errors are fractions, times are milliseconds."""
 
     model: str
     layer_index: int
@@ -32,11 +32,11 @@ class Published:
     output_error: float
     reference_ms: float | None
     triton_ms: float | None
-    speedup: float | None  # as published: of unrounded times
+    speedup: float | None  # as published, from unrounded times
     source: str
 
     def describes(self, subject: Subject) -> bool:
-        """Same model, data, layer and block size, from the hub or from a local folder of that name."""
+        """Whether the subject has the same model, data, layer and block size; a local folder counts by its name."""
         same = ("layer_index", "layer_module", "out_features", "in_features", "block_size")
         return (
             all(getattr(self, name) == getattr(subject, name) for name in same)
@@ -46,7 +46,7 @@ class Published:
 
 
 def published_tables(published: Iterable[Published]) -> list[Table]:
-    """The published figures alone, one table a model, layer and block size."""
+    """The published results alone, one table per model, layer, text, block size and source."""
     by_subject: dict[tuple[Any, ...], list[Published]] = {}
     for line in published:
         layer = f"layer {line.layer_index} {line.layer_module} ({line.out_features} × {line.in_features})"
@@ -73,7 +73,7 @@ def published_tables(published: Iterable[Published]) -> list[Table]:
 
 
 def read_published(folder: Path) -> list[Published]:
-    """Every figure of every CSV file in `folder`."""
+    """All published results of all CSV files in `folder`."""
     lines: list[Published] = []
     for path in sorted(folder.glob("*.csv")):
         frame = pd.read_csv(path).astype(object)
@@ -83,6 +83,6 @@ def read_published(folder: Path) -> list[Published]:
 
 
 def _plain(name: str | None) -> str:
-    """The last part of a path, without remarks and punctuation: `Qwen3-4B (local)` is `Qwen/Qwen3-4B`."""
+    """The last part of a path, without brackets and punctuation: `Qwen3-4B (local)` equals `Qwen/Qwen3-4B`."""
     last = re.sub(r"\(.*\)", "", name or "").rpartition("/")[2]
     return re.sub(r"[^a-z0-9]", "", last.lower())

@@ -1,8 +1,8 @@
 """Records → rows, the lines of the main tables.
 
-A row is one format and method on one subject: the same weight, tokens, block size and device. Its errors are those of
-the reference where that ran, else of Triton. Its speed-up is the reference's median time over Triton's, where both were
-timed by one timer on one device. Errors are fractions. Needs pandas, not torch.
+A row is one format and method on one subject: the same weight, tokens, block size and device. Its errors are the
+reference's, or Triton's if the reference did not run. Its speed-up is the reference's median time over Triton's, if the
+same timer timed both on the same device. Errors are fractions. Needs pandas, not torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, rank
 
-# The two backends' errors may differ by rounding, never visibly.
+# Relative; the two backends' errors may differ by rounding, but not in a table's digits.
 BACKEND_TOLERANCE = 1e-3
 
 Hessian = tuple[str | None, int | None, int | None]
@@ -24,7 +24,7 @@ Hessian = tuple[str | None, int | None, int | None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rows of a table have in common. The order of the fields is the order of the tables."""
+    """The common properties of a table's rows. The order of the fields is the order of the tables."""
 
     model: str | None
     model_revision: str | None
@@ -93,7 +93,7 @@ class Row:
 def make_rows(records: Iterable[RunRecord]) -> list[Row]:
     """The rows of the runs that ended well, in the order of the tables. A row has the newest run of each backend.
 
-    A run that was not timed (timing=none) takes the time of an earlier run of the same code with the same errors.
+    A run that was not timed (timing=none) gets the time of an earlier run of the same code with the same errors.
     """
     newest: dict[tuple[Subject, str, str | float | None, str | None, str, Hessian], dict[str, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at or ""):
@@ -136,7 +136,7 @@ def _timed_as(record: RunRecord, before: RunRecord | None) -> RunRecord:
 
 
 def row_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """One line a row, numbers as numbers: for CSV files, notebooks and figures."""
+    """One line per row, with numeric columns, for CSV files, notebooks and figures."""
     settings = ("format", "global_scale", "scale_rule", "method")
     results = ("weight_error", "output_error", "output_error_heldout", "speedup")
     names = [*(f.name for f in fields(Subject)), "model_origin", "substituted", *settings, "backends", *results]
@@ -154,7 +154,7 @@ def row_frame(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def record_order(record: RunRecord) -> tuple[Any, ...]:
-    """A stable order, by what was measured; also that of the committed records."""
+    """Sort key of records by subject and settings; committed records are in this order, too."""
     return (
         *_sortable(asdict(Subject.of(record)).values()),
         rank(FORMATS, record.format),
@@ -175,7 +175,7 @@ def commit_label(record: RunRecord) -> str:
 
 
 def _sortable(values: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Keys that sort None, numbers and text together, which Python does not compare with each other."""
+    """Sort keys for None, numbers and text together, which Python does not compare with each other."""
     return [
         ("", 0) if value is None else ("number", value) if isinstance(value, int | float) else ("text", str(value))
         for value in values

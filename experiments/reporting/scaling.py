@@ -1,4 +1,4 @@
-"""The benchmark as tables: how evenly the time grows with the size of the weight."""
+"""The benchmark as tables: how linearly the time grows with the size of the weight."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from experiments.reporting.labels import NONE
 from experiments.reporting.speed import CASE, MATRIX, case_labels, in_order, machine_note
 from experiments.reporting.table import Table
 
-EVEN_BYTES = 16 << 20  # from this size of the weight on, time is to grow evenly with it
+LINEAR_BYTES = 16 << 20  # for weights of at least this size, time should grow linearly
 
 
 def scaling_tables(bench: pd.DataFrame) -> list[Table]:
-    """How evenly the GPU's time grows with the rows of the weight, from EVEN_BYTES on: one table for each device, width
-    and dtype with two doublings of the rows or more."""
+    """How linearly GPU time grows with the rows of the weight, from LINEAR_BYTES on: one table for each device, width
+    and dtype with at least two doublings of the rows."""
     timed = bench.dropna(subset=["gpu_us_median"]).drop_duplicates([*MATRIX, *CASE], keep="last")
     groups = timed.groupby(["device", "columns", "dtype"], sort=False)
     found = (_scaling_table(f"{same[1]:.0f}, {same[2]}", here) for same, here in groups)
@@ -23,9 +23,9 @@ def scaling_tables(bench: pd.DataFrame) -> list[Table]:
 
 
 def _scaling_table(matrix: str, here: pd.DataFrame) -> Table | None:
-    """matrix: its columns and dtype; here: its lines of the benchmark. None with less than two doublings."""
+    """The table of one matrix, named by columns and dtype; None with less than two doublings. here: its lines."""
     copies = here[here["operation"] == "copy"]
-    large = copies.loc[copies["bytes"] >= 2 * EVEN_BYTES, "rows"]
+    large = copies.loc[copies["bytes"] >= 2 * LINEAR_BYTES, "rows"]
     ours = (here["tool"] == "quantkit") & (here["backend"] == "triton") & (here["operation"] != "block_hessians")
     cases = here[here["rows"].isin(large) & (ours | here.index.isin(copies.index))]
     spreads = [_spread(times) for _, times in cases.groupby(list(CASE), dropna=False)]
@@ -41,7 +41,7 @@ def _scaling_table(matrix: str, here: pd.DataFrame) -> Table | None:
 
 
 def _scaling_line(line: pd.Series, found: pd.DataFrame) -> dict[str, str]:
-    """One case; found: the spreads of all, among them that of the same case with amax."""
+    """The table's row of one case. found: the spreads of all cases, which include the same case with amax."""
     case = found[found["operation"].eq(line["operation"]) & found["format"].eq(line["format"])]
     amax = case.loc[case["block_size"].eq(line["block_size"]) & case["global_scale"].eq("amax"), "further"]
     return {
@@ -65,7 +65,7 @@ def _scaling_notes(machine: str, doublings: int, launches: pd.Series) -> tuple[s
 
 
 def _spread(times: pd.DataFrame) -> dict[str, Any]:
-    """The settings of one case, and how far its time per megabyte varies over the numbers of rows."""
+    """The settings of one case, and the variation of its time per megabyte over the numbers of rows."""
     further = us_per_further_mb(times).dropna()
     whole = times["gpu_us_median"] / times["bytes"]
     return {
@@ -79,9 +79,9 @@ def _spread(times: pd.DataFrame) -> dict[str, Any]:
 
 
 def us_per_further_mb(times: pd.DataFrame, column: str = "gpu_us_median") -> pd.Series:
-    """The time of a call less that on half the rows, over the difference of the bytes that they read and write.
+    """The time that doubling the rows adds, over the megabytes that it adds to read and write.
 
-    times: one case at several numbers of rows. NaN where half the rows were not timed.
+    times: one case at several numbers of rows. NaN where half the number of rows was not timed.
     """
     halves = times.set_index("rows")[[column, "bytes"]].reindex(times["rows"] / 2).set_index(times.index)
     further = times["bytes"] - halves["bytes"]

@@ -22,14 +22,14 @@ BRIEF_COLUMNS = {  # of a full table → of a brief one
     **{name: name for name in ("Operation", "Format", "GPU time, µs", "× copy", "× copy, with amax", "Call, µs")},
     **{"PyTorch, µs": "PyTorch, µs", "qwantize": "qwantize, µs", "ModelOpt": "ModelOpt, µs"},
 }
-MATRIX = ("rows", "columns", "dtype", "device")  # of a line of the benchmark
-CASE = ("kind", "tool", "operation", "format", "block_size", "backend", "global_scale")  # of a case of the benchmark
+MATRIX = ("rows", "columns", "dtype", "device")  # columns of the benchmark that identify the weight and the device
+CASE = ("kind", "tool", "operation", "format", "block_size", "backend", "global_scale")  # columns that identify a case
 
 
 def speed_tables(bench: pd.DataFrame) -> list[Table]:
-    """The benchmark's kernels beside a copy, PyTorch and the peers, one table a matrix; experiments/bench.py writes it.
+    """The benchmark's kernels beside a copy, PyTorch and the peers, one table per matrix.
 
-    The floor of a two-level kernel counts its one pass over the weight.
+    bench: the CSV of experiments/bench.py. The floor of a two-level kernel counts one pass over the weight.
     """
     others = bench[bench["kind"] != "copy"]
     copies = bench[bench["kind"] == "copy"].groupby(["device", "rows", "columns", "dtype"], sort=False)
@@ -38,7 +38,7 @@ def speed_tables(bench: pd.DataFrame) -> list[Table]:
 
 
 def brief_speed_tables(bench: pd.DataFrame) -> list[Table]:
-    """The same in fewer rows and columns: the searches and dequantize, at the smallest block size."""
+    """speed_tables with fewer rows and columns: the searches and dequantize, at the smallest block size."""
     kernels = bench[bench["operation"].isin([*BRIEF_OPERATIONS, "copy"])]
     sizes = kernels["block_size"]
     found = speed_tables(kernels[sizes.isna() | (sizes == sizes.min())])
@@ -53,7 +53,7 @@ def brief_speed_tables(bench: pd.DataFrame) -> list[Table]:
 
 
 def _speed_table(matrix: tuple[Any, ...], copies: pd.DataFrame, others: pd.DataFrame) -> Table | None:
-    """matrix: device, rows, columns and dtype; copies: its lines of the copy. None where no kernel was timed."""
+    """The table of one matrix (device, rows, columns, dtype), None without kernel times. copies: its copy's lines."""
     device, rows, columns, dtype = matrix
     here = others[(others["device"] == device) & (others["columns"] == columns) & (others["dtype"] == dtype)]
     here = here[(here["rows"] == rows) | (here["operation"] == "block_hessians")]
@@ -66,7 +66,7 @@ def _speed_table(matrix: tuple[Any, ...], copies: pd.DataFrame, others: pd.DataF
 
 
 def _speed_line(line: pd.Series, here: pd.DataFrame) -> dict[str, str]:
-    """One kernel; here: every line of the same matrix, with the reference, the peers and the kernel with amax."""
+    """The table's row of one kernel. here: all lines of the same matrix, with the reference, the peers and amax."""
     same = here[(here["operation"] == line["operation"]) & (here["format"] == line["format"])]
     same = same[same["block_size"] == line["block_size"]]
     amax = same["global_scale"] == "amax"
@@ -111,7 +111,7 @@ def in_order(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def case_labels(line: pd.Series) -> dict[str, str]:
-    """The first columns of a line of the benchmark."""
+    """The first cells of a table's row."""
     return {
         "Operation": OPERATIONS.get(line["operation"], str(line["operation"]).capitalize()),
         "Format": FORMATS.get(line["format"], NONE) if isinstance(line["format"], str) else NONE,
@@ -120,7 +120,7 @@ def case_labels(line: pd.Series) -> dict[str, str]:
 
 
 def machine_note(lines: pd.DataFrame, peers: Sequence[str] = ()) -> str:
-    """What lines of the benchmark were measured with, on one device."""
+    """A note on the device, versions and commits of benchmark lines."""
     known = dict(word.split("=") for versions in lines["versions"] for word in versions.split())
     used = [f"{name} {known[name]}" for name in ("torch", "triton", *peers) if name in known]
     commits = dict.fromkeys(str(commit)[:10] for commit in lines["commit"])

@@ -1,4 +1,4 @@
-"""Rows → tables, one table for each subject, so that none mixes models. Errors are percent here."""
+"""Rows → tables, one table per subject, so that no table mixes models. Errors are percent here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.reporting.table import Table
 
 
 def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = ()) -> list[Table]:
-    """One table a subject; published figures stand beside the rows that they describe."""
+    """One table per subject, with published results beside the rows that they describe."""
     by_subject: dict[Subject, list[Row]] = {}
     for row in make_rows(records):
         by_subject.setdefault(row.subject, []).append(row)
@@ -25,9 +25,9 @@ def make_tables(records: Iterable[RunRecord], published: Sequence[Published] = (
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
-    """Of one subject's runs, those with the smallest block size: format, method and the three errors.
+    """Format, method and the three errors of one subject's runs with the smallest block size.
 
-    The columns of `runs`: format, block_size, method, the errors, model, layer_index, layer_module.
+    Columns of `runs`: format, block_size, method, the errors, model, layer_index, layer_module.
     """
     rows = runs[runs["block_size"] == runs["block_size"].min()]
     first = rows.iloc[0]
@@ -43,7 +43,7 @@ def summary_table(runs: pd.DataFrame) -> Table:
 
 
 def unfinished(records: Sequence[RunRecord]) -> list[str]:
-    """A line for each reason why runs have no result, with those runs."""
+    """A line for each reason why runs have no result, with the names of these runs."""
     finished = {(record.run_id, record.device_name) for record in records if record.status == "ok"}
     by_reason: dict[tuple[str, str], list[str]] = {}
     for record in sorted(records, key=record_order):
@@ -88,7 +88,7 @@ def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[
 
 
 def _search_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Where runs have counted their blocks (record.blocks=true): how far scales moved, and how many were evaluated."""
+    """For runs with record.blocks=true: how far scales moved, and how many were evaluated."""
     runs = [row.runs[0] for row in rows]
     if all(run.scale_shifts is None for run in runs):
         return {}
@@ -101,7 +101,7 @@ def _search_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _range(counts: dict[str, int] | None) -> str:
-    """``−3 to +12``: the least and the largest number of a histogram."""
+    """The least and the largest number of a histogram, such as ``−3 to +12``."""
     if not counts:
         return NONE
     found = [int(number) for number in counts]
@@ -136,7 +136,7 @@ def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str
 
 
 def _format_label(row: Row, rows: Sequence[Row]) -> str:
-    """The format's name, with its settings where the table holds more than one setting of it."""
+    """The format's name, with its settings if the table has it with several settings."""
     label = FORMATS.get(row.format, row.format)
     others = [other for other in rows if other.format == row.format]
     settings = []

@@ -1,4 +1,4 @@
-"""What `verify` found, as tables."""
+"""Tables of the results of `verify`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.reporting.table import Table
 
 
 def verification_tables(records: Iterable[RunRecord]) -> list[Table]:
-    """What verify found in the runs that asked for it, one table a model and text, one line a setting."""
+    """The results of verify in runs with verify=true, one table per model and text, one line per setting."""
     verified = sorted((r for r in records if r.verified_blocks is not None), key=record_order)
     by_source: dict[tuple[str | None, str | None], dict[tuple[Any, ...], RunRecord]] = {}
     for record in verified:
@@ -55,7 +55,7 @@ def _verification_table(title: str, records: list[RunRecord]) -> Table:
 
 
 def _layers(records: list[RunRecord]) -> str:
-    """``0, 10, 20 mlp.down_proj``: the indices of each module's layers."""
+    """The indices of each module's layers, such as ``0, 10, 20 mlp.down_proj``."""
     modules: dict[str, list[int]] = {}
     for r in records:
         modules.setdefault(r.layer_module or NONE, []).append(r.layer_index or 0)

@@ -1,1 +1,1 @@
-"""Where weights and texts come from, and which of them a run uses."""
+"""Sources of weights and texts, and the choice among them for a run."""

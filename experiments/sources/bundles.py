@@ -1,6 +1,6 @@
-"""Layer bundles: a captured layer in a folder of its own, which needs neither the model nor the text beside it.
+"""Layer bundles: folders with a captured layer, which need neither the model nor the text.
 
-`capture/store.py` describes the files. This module reads manifest.json alone and imports no torch.
+`capture/store.py` describes the files. This module reads only manifest.json and imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from experiments.config import Config, DataConfig, DataSource, LayerConfig, Mode
 from experiments.files import SourceError, listing, one_line
 from experiments.sources.hashes import file_hashes
 
-CAPTURE_VERSION = 1  # part of every cache key: raise it when the same configuration would capture something else
+CAPTURE_VERSION = 1  # part of every cache key: raise it when the same configuration captures different values
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FIELDS = frozenset(
     ("capture_version", "key", "layer", "data", "seed", "source", "tokens", "activations", "files", "shards")
@@ -22,7 +22,7 @@ MANIFEST_FIELDS = frozenset(
 
 
 def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
-    """What manifest.json of `model.path` says. Raises SourceError for a folder that is no bundle of this version."""
+    """The manifest.json of `model.path`. Raises SourceError for a folder that is no bundle of this version."""
     if model.path is None:
         raise SourceError("model=bundle needs model.path=<folder>: a folder of <cache>/layers, copied whole.")
     folder = Path(model.path).expanduser()
@@ -48,9 +48,9 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
 
 
 def bundle_identity(model: ModelConfig, cache: Path | None = None) -> dict[str, Any]:
-    """What a run on a bundle depends on: the manifest and, of files that are not what it lists, what was found.
+    """All that a run on a bundle depends on: the manifest, and the found hashes of files that differ from it.
 
-    So a file that was exchanged is noticed where a run was finished before; reading it is then an error.
+    So a finished run is not skipped if a file was replaced. Reading such a file is then an error.
     """
     manifest = read_bundle_manifest(model)
     folder = Path(str(model.path)).expanduser()
@@ -61,9 +61,9 @@ def bundle_identity(model: ModelConfig, cache: Path | None = None) -> dict[str, 
 
 
 def resolve_bundle(config: Config) -> Config:
-    """The configuration with the layer, text and seed that the bundle was captured with.
+    """The configuration with the layer, text and seed with which the bundle was captured.
 
-    Raises SourceError for a layer, a type or a seed that is asked for and not the bundle's.
+    Raises SourceError for a configured layer, dtype or seed that is not the bundle's.
     """
     manifest = read_bundle_manifest(config.model)
     layer = LayerConfig(**manifest["layer"])
@@ -81,7 +81,7 @@ def resolve_bundle(config: Config) -> Config:
 
 
 def _refuse_other_values(config: Config, manifest: dict[str, Any]) -> None:
-    """Values that differ from their defaults and from the bundle's: nothing would read them."""
+    """Raises SourceError for values that differ from their defaults and from the bundle's: nothing would read them."""
     default = next(field.default for field in dataclasses.fields(ModelConfig) if field.name == "dtype")
     for name, value, usual, own in (
         ("model.dtype", config.model.dtype, default, manifest["source"].get("dtype")),

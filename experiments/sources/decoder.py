@@ -1,8 +1,8 @@
-"""As much of a decoder as computes the input of some of its layers, with the arithmetic of the whole model.
+"""The part of a decoder that computes the inputs of some layers, with the arithmetic of the whole model.
 
-The model is built whole, at its own depth, without memory; then the layers 0 … index are loaded, and of what lies
-around them each module when a trial run first reaches it. What is never reached (the layers above, the final norm,
-lm_head) is not read, and raises should a later run reach it. transformers renames, merges and casts the stored tensors,
+The whole model is built at its full depth on the meta device. Then the layers 0 … index are loaded. Other modules are
+loaded when a trial run first reaches them. Modules that it never reaches (the layers above, the final norm, lm_head)
+are not read, and raise an error if a later run reaches them. transformers renames, merges and casts the stored tensors,
 as from_pretrained does.
 """
 
@@ -45,10 +45,10 @@ def _depth(checkpoint: Checkpoint) -> int:
 
 
 def build_decoder(checkpoint: Checkpoint, layers: Sequence[LayerConfig], dtype: str, device: str = "cpu") -> Decoder:
-    """The decoder with all that the inputs of `layers` depend on.
+    """The decoder with all modules that the inputs of `layers` depend on.
 
-    A wrong name costs no reading. Raises SourceError for a module that is not there, with the list of those that are,
-    and for a model of which no part can be trusted to compute what the whole computes.
+    Raises SourceError for a module that does not exist, with the list of modules and before any tensor is read. Raises
+    SourceError for a model whose part may compute other values than the whole.
     """
     check_layers(checkpoint, layers)
     decoder = Decoder(checkpoint, layers, getattr(torch, dtype), device)
@@ -64,10 +64,10 @@ def build_whole(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> Deco
 
 
 class Decoder:
-    """model: transformers' causal language model, on the meta device but for what was loaded.
+    """model: transformers' causal language model, on the meta device except for the loaded modules.
 
-    stack: its decoder layers; `path` is their name in the model. last: the highest layer that is loaded.
-    calls: how often each target's module is called in a pass.
+    stack: its decoder layers, named `path` in the model. last: index of the highest loaded layer.
+    calls: target → number of calls of its module in a pass.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Decoder:
         return self.targets[_key(layer)]
 
     def calls_of(self, layer: LayerConfig) -> int:
-        """How often the module is called in a pass."""
+        """Number of calls of the module in a pass."""
         return self.calls[_key(layer)]
 
     def _skeleton(self) -> Any:
-        """The whole model on the meta device; buffers that are computed and not stored are real."""
+        """The whole model on the meta device. Buffers that are computed instead of stored are real tensors."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
         config = copy.deepcopy(self.checkpoint.config)
@@ -106,7 +106,7 @@ class Decoder:
             model._move_missing_keys_from_meta_to_device(set(), {"": "cpu"}, None, None)
             with torch.device("cpu"):
                 model._initialize_missing_keys(False)
-        except Exception as error:  # whatever a model's own constructor raises
+        except Exception as error:  # a model's constructor may raise any error
             raise SourceError(f"{self.name} ({self.kind}) cannot be built: {one_line(error)}") from None
         for path, buffer in model.named_non_persistent_buffers():
             parent, _, name = path.rpartition(".")
@@ -117,7 +117,7 @@ class Decoder:
         depth = _depth(self.checkpoint)
         decoder = self.model.get_decoder() or self.model
         found = _lists(self.model, decoder, depth) or _lists(self.model, self.model, depth)
-        # Vision towers and the like lie deeper.
+        # The layers of vision towers are nested deeper.
         outermost = [path for path in found if path.count(".") == min(other.count(".") for other in found)]
         if len(outermost) != 1:
             names = " and ".join(outermost) or "none"
@@ -127,7 +127,7 @@ class Decoder:
     # --- loading ------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read the layers up to `last` and, by a trial run, what else the pass reaches."""
+        """Read the layers up to `last`, and the other modules that a trial run reaches."""
         self._refuse_shared()
         below = [f"{self.path}.{index}." for index in range(self.last + 1)]
         for path in below:
@@ -158,14 +158,14 @@ class Decoder:
                 )
 
     def _load_below(self, path: str) -> None:
-        """The tensors of the module at `path` and of those in it."""
+        """Read the tensors of the module at `path` and of its submodules."""
         module = self.model.get_submodule(path)
         own = {path, *(f"{path}.{inner}" for inner, _ in module.named_modules() if inner)}
         self._load([name for name in self.stored.wanted if name.rpartition(".")[0] in own])
         self.loaded |= own
 
     def _load_one(self, path: str) -> None:
-        """The tensors that the module at `path` holds itself."""
+        """Read the tensors of the module at `path`, without its submodules'."""
         own = [name for name in self.stored.wanted if name.rpartition(".")[0] == path]
         if path:
             children = {name for name, _ in self.model.get_submodule(path).named_children()}
@@ -211,7 +211,7 @@ class Decoder:
             raise SourceError(f"{self.name}: {name} cannot be converted: {one_line(error)}")
 
     def _refuse_unexpected(self, prefix: str, children: Collection[str] = ()) -> None:
-        """Raises SourceError for a stored tensor under `prefix`, not under one of `children`, that the model lacks."""
+        """Raises SourceError for a stored tensor under `prefix`, outside `children`, that the model does not use."""
         for key, name in self.stored.unexpected.items():
             if name.startswith(prefix) and name.removeprefix(prefix).partition(".")[0] not in children:
                 raise SourceError(
@@ -226,10 +226,10 @@ class Decoder:
         tensor = self.stored.tensor(path, target.expert)
         return target.as_matrix(tensor).contiguous()
 
-    # --- what is reached ----------------------------------------------------------------------------------------------
+    # --- the trial run ------------------------------------------------------------------------------------------------
 
     def _unloaded(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules with tensors of their own that were not read, and the layers above."""
+        """(path, module) of modules whose own tensors were not read, and of the layers above."""
         above = [f"{self.path}.{index}" for index in range(self.last + 1, len(self.stack))]
         for path, module in self.model.named_modules():
             holds = any(t is not None for t in module._parameters.values()) or bool(stored_buffers(module))
@@ -244,10 +244,10 @@ class Decoder:
         return forward
 
     def _trial(self) -> None:
-        """Run a few tokens to the end of the model, past the layers with placeholders for what is not loaded.
+        """Run a few tokens through the whole model, with placeholders for the modules that are not loaded.
 
-        Loads what is reached before the last layer's end. Counts the calls of each target. Raises SourceError for a
-        model that comes back to a layer afterwards: its inputs would be those of a part of its calls.
+        Loads every module that is reached before layer `last` ends. Counts the calls of each target. Raises SourceError
+        for a model that returns to a captured layer later, because a capture would miss the inputs of those calls.
         """
         trial = _Trial(self)
         with trial:
@@ -257,7 +257,7 @@ class Decoder:
                     self.model(input_ids=ids, use_cache=False)
             except SourceError:
                 raise
-            except Exception as error:  # whatever a model raises that is run in part
+            except Exception as error:  # a partly loaded model may raise any error
                 trial.failed = one_line(error) or type(error).__name__
         for (index, module), calls in trial.calls.items():
             if not calls:
@@ -267,8 +267,8 @@ class Decoder:
                 )
         if trial.again is not None:
             raise SourceError(
-                f"{self.name} ({self.kind}) runs {trial.again} again after later layers; a part of it sees a part of "
-                "the inputs. Such models are not captured."
+                f"{self.name} ({self.kind}) runs {trial.again} again after later layers, so a capture would miss some "
+                "of its inputs. Such models are not supported."
             )
         if trial.failed:
             raise SourceError(f"{self.name} ({self.kind}) cannot be run in part: {trial.failed}")
@@ -276,7 +276,7 @@ class Decoder:
 
 
 class _Trial:
-    """The hooks and placeholders of a trial run; leaving the context takes them away."""
+    """A context with the hooks and placeholders of a trial run."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -341,7 +341,7 @@ class _Trial:
         return forward
 
     def _around(self, path: str, module: nn.Module, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Reached before the layer's end: loaded. After it: its input stands for its output."""
+        """A forward that loads the module before layer `last` ends. After that it returns its input as its output."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if path not in self.decoder.loaded:
@@ -355,9 +355,10 @@ class _Trial:
 
 
 class _Stored:
-    """Which stored tensors make which of the model's, by transformers' rules.
+    """The mapping from stored tensors to the model's, by transformers' rules.
 
-    wanted: names of the model's parameters and stored buffers. unexpected: stored name → the name that it would have.
+    wanted: names of the model's parameters and stored buffers. unexpected: stored name → its name by the rules, which
+    the model lacks.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
@@ -391,7 +392,7 @@ class _Stored:
         self.ties = dict(getattr(model, "all_tied_weights_keys", {}))
 
     def _made(self, name: str, pattern: str | None, state: dict[str, Tensor]) -> list[str]:
-        """All tensors that come of the conversion whose first is `name`."""
+        """All results of the conversion whose first result is `name`."""
         if pattern is None:
             return [name]
         targets = self.converter[pattern].target_patterns
@@ -399,7 +400,7 @@ class _Stored:
         return [made for made in dict.fromkeys(names) if made in state]
 
     def _forgive(self) -> None:
-        """Drop what transformers itself ignores: tables that old checkpoints store and models compute."""
+        """Drop the names that transformers itself ignores: buffers that old checkpoints store and models compute."""
         patterns = {r"rotary_emb\.inv_freq", r"position_ids$", r"\.attn\.(masked_)?bias$"}
         patterns |= set(self.model._keys_to_ignore_on_load_unexpected or ())
         self.unexpected = {
@@ -407,7 +408,7 @@ class _Stored:
         }
 
     def keys_for(self, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-        """The stored tensors that make `names`, and name → the tied tensor that stands for one that is not stored."""
+        """(stored tensors from which `names` are made, name → the tied tensor used for one that is not stored)."""
         keys: dict[str, None] = {}
         ties = {}
         for name in names:
@@ -430,7 +431,7 @@ class _Stored:
         return sorted(group - {name})
 
     def tensor(self, name: str, expert: int | None) -> Tensor:
-        """The model's tensor `name` as stored, of one expert alone where it is `expert`'s. Raises SourceError."""
+        """The model's tensor `name` in its stored dtype, or the part of `expert`. Raises SourceError."""
         from transformers.core_model_loading import dot_natural_key
 
         keys, ties = self.keys_for([name])
@@ -456,7 +457,7 @@ class _Stored:
 
 
 def _lists(model: nn.Module, part: nn.Module, depth: int) -> dict[str, nn.ModuleList]:
-    """path in model → list of `depth` modules with linear ones in them, for those in `part`."""
+    """path in `model` → module list in `part` with `depth` entries that contain linear modules."""
     prefix = next(path for path, module in model.named_modules() if module is part)
     found: dict[str, nn.ModuleList] = {}
     for inner, module in part.named_modules():
@@ -468,13 +469,13 @@ def _lists(model: nn.Module, part: nn.Module, depth: int) -> dict[str, nn.Module
 
 
 def stored_buffers(module: nn.Module) -> list[Tensor]:
-    """Those of the module's own buffers that a checkpoint holds."""
+    """The module's own buffers that are stored in a checkpoint."""
     computed = module._non_persistent_buffers_set
     return [tensor for name, tensor in module._buffers.items() if tensor is not None and name not in computed]
 
 
 def _after_experts(key: str) -> str:
-    """The part of a stored name that counts experts: `.3.down_proj.weight`."""
+    """The part of a stored name from the expert's number on, such as `.3.down_proj.weight`."""
     return key[key.rindex("experts") + len("experts") :] if "experts" in key else ""
 
 
@@ -500,7 +501,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own bars: one for each layer."""
+    """A context without transformers' progress bars, of which there would be one for each layer."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

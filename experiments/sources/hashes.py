@@ -1,8 +1,8 @@
-"""Hashes of source files, remembered: a checkpoint of many GB is read once, and again only where a file changed.
+"""Cached hashes of source files: a checkpoint of many GB is read once, and then only changed files are read.
 
-A file is known by its path, size, inode, and times of change of content and of inode (`st_mtime_ns`, `st_ctime_ns`).
-A program may set the first time back, never the second. A file that changed within the last seconds is not remembered:
-a second change could fall into the same tick of the file system's clock. Imports neither torch nor transformers.
+A file counts as unchanged if its path, size, inode, `st_mtime_ns` and `st_ctime_ns` are the same. A program may set
+back st_mtime, but not st_ctime. The hash of a file that changed within the last seconds is not cached, because a second
+change could fall into the same tick of the file system's clock. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 from experiments.files import SourceError, one_line, write_atomically
 
-SETTLED_NS = 2_000_000_000  # since the last change, before a hash is remembered
-BAR_BYTES = 1 << 30  # files to read, from which on a bar is shown
+SETTLED_NS = 2_000_000_000  # a hash is cached if the last change is at least this old
+BAR_BYTES = 1 << 30  # a progress bar is shown for at least this much to read
 CHUNK = 1 << 22
 
-_known: dict[str, Any] = {}  # path → stamp and hash, of this process
+_known: dict[str, Any] = {}  # path → stamp and hash, within this process
 
 
 def file_hashes(paths: Iterable[Path], cache: Path | None = None) -> dict[Path, str]:
-    """path → sha256 of the file's bytes. cache: the folder in which hashes are remembered between processes.
+    """path → sha256 of the file's bytes. cache: the folder that keeps hashes between processes.
 
     Raises SourceError for a file that cannot be read.
     """
@@ -74,7 +74,7 @@ def _remember(path: Path, cache: Path | None, stamp: list[int], sha256: str) -> 
     if cache is not None:
         try:
             write_atomically(_note(path, cache), json.dumps(entry))
-        except OSError:  # the hash is right without being remembered
+        except OSError:  # the hash is valid even if it is not cached
             return
 
 

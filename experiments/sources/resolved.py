@@ -1,7 +1,7 @@
-"""A run, settled: its sources, its device, its backend and its names. Made once per run and handed down.
+"""A resolved run: its sources, device, backend and names. Made once per run and passed down.
 
-Nothing below the scripts asks again what `auto` means, or hashes a configuration. Imports no torch, unless the device
-may be a GPU, so that a sweep with nothing left to do stays quick.
+No code below the scripts resolves `auto` or hashes a configuration again. Imports no torch unless the device may be a
+GPU, so that a sweep of finished runs is quick.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from experiments.sources.twins import choose_sources, refuse_idle_paths, refuse_
 
 @dataclass(frozen=True)
 class Resolved:
-    """config: with the sources that are really used. device, backend: what `auto` came to.
+    """All that a run resolves to.
 
-    substituted: an offline twin takes the place of the model or text asked for. It is no part of the run's identity:
-    the run is the same as one that named the twin.
-    model: its names and what pins its bytes. identity: what the layer's inputs depend on. None where `error` is set.
-    settings: what determines the result, as plain JSON values; run_id names the run by them.
-    config_hash: of the settings and the identity.
-    error: why the sources cannot be had.
+    config: with the sources that are really used.
+    substituted: an offline twin replaces the configured model or text. The run's identity does not depend on this: it
+        equals that of a run that names the twin.
+    device, backend: those that `auto` resolved to.
+    model, identity: names and key of the model; the values that the layer's inputs depend on. None if `error` is set.
+    settings: the values that determine the result, as plain JSON values; run_id names the run by them.
+    config_hash: hash of the settings and the identity.
+    error: why the sources are not available, or None.
     """
 
     config: Config
@@ -47,7 +49,7 @@ class Resolved:
 
     @property
     def sources(self) -> Identity:
-        """The identity. Raises the error where the sources cannot be had."""
+        """The identity. Raises `error` if the sources are not available."""
         if self.error is not None:
             raise self.error
         assert self.identity is not None
@@ -58,19 +60,19 @@ class Resolved:
         return sha256_json(self.sources)
 
     def check_unchanged(self) -> None:
-        """Raises SourceError where the sources are no longer those that the identity was taken of."""
+        """Raises SourceError if the sources have changed since `identity` was computed."""
         if source_identity(self.config, model_identity(self.config.model, self.config.cache.folder)) != self.sources:
             raise SourceError(f"{self.config.model.label} or its text changed while it was read. Run again.")
 
     def layer_folder(self, layer: LayerConfig | None = None) -> Path:
-        """Where the cache keeps the configured layer, or another one of the same model and text."""
+        """The cache folder of the configured layer, or of another layer of the same model and text."""
         return folder_in_cache(self.config, self.sources, layer or self.config.layer)
 
 
 def resolve(config: Config) -> Resolved:
-    """Settle a run. Sources that cannot be had are told by `error`, since such a run leaves a record.
+    """Resolve a run. If the sources are not available, the result has `error`, because such a run leaves a record.
 
-    Raises ValueError for a device or backend that is not there, and for a path that nothing reads, or loss weights
+    Raises ValueError for a device or backend that does not exist, for a path that nothing reads, and for loss weights
     without a model.
     """
     device = provenance.resolve_device(config.device)

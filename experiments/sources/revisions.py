@@ -1,4 +1,4 @@
-"""Which commit a branch or tag of the hub is at: a revision that moves on is another source. Asks no network."""
+"""The commit of a branch or tag of the hub, because a branch that moves is another source. Makes no request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def note_commit(repo: str, revision: str | None, commit: str | None) -> None:
 
 
 def commit_of(repo: str, revision: str | None, kind: str) -> str:
-    """The commit that a branch or tag is at: as the hub said in this process, else as the hub's cache has it, else the
-    name itself."""
+    """The commit of a branch or tag: as noted in this process, else from the hub's cache, else the name itself."""
     from huggingface_hub import constants
 
     revision = revision or "main"

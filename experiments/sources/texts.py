@@ -1,7 +1,7 @@
-"""Which text a configuration means: from the hub, a local folder, or this Python's own documentation.
+"""The configured text and its identity: from the hub, a local folder, or this Python's own documentation.
 
-The text of a table (hub, parquet, datasets folder) is kept in the cache as plain text: a later run needs neither the
-hub nor the libraries that read it.
+The text of a table (hub, parquet, datasets folder) is cached as plain text, so that a later run needs neither the hub
+nor the libraries that read tables.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from experiments.sources.revisions import commit_of
 
 log = logging.getLogger(__name__)
 
-# A text of the same role, under the names that releases use.
+# Split → the names that releases give it.
 SPLIT_ALIASES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its identity; `read` brings the text itself. chat: it is chats, one a line, in JSON."""
+    """A text and its identity; `read` returns the text itself. chat: the text is chats, one per line, in JSON."""
 
     name: str
     split: str
@@ -41,9 +41,9 @@ class Text:
 
 
 def load_text(data: DataConfig, cache: Path, split: str | None = None) -> Text:
-    """split: exactly this one; None takes data.split, or in a local folder that lacks it the first that is there.
+    """split: exactly this one. None means data.split, or the first split of a local folder that lacks it.
 
-    Raises SourceError, which lists what was found.
+    Raises SourceError, which lists the splits or files that were found.
     """
     if data.source == DataSource.python_docs:
         if split not in (None, data.split):
@@ -58,13 +58,13 @@ def load_text(data: DataConfig, cache: Path, split: str | None = None) -> Text:
         return _local_text(data, cache, split)
     name = f"{data.repo}/{data.subset}" if data.subset else str(data.repo)
     wanted = split or data.split
-    if data.revision is None:  # may move on: ask each time
+    if data.revision is None:  # it may move, so it is loaded each time
         return _in_memory(name, wanted, hub_content(data, wanted))
     return _memoised(name, wanted, _hub_identity(data, wanted), cache, lambda: hub_content(data, wanted))
 
 
 def is_kept(data: DataConfig, cache: Path) -> bool:
-    """Whether load_text finds a hub's text, all its splits, in the cache."""
+    """Whether the cache has all configured splits of the hub's text, for load_text."""
     splits = {data.split, data.heldout_split or data.split}
     return data.revision is not None and all(_kept(_hub_identity(data, split), cache).is_file() for split in splits)
 
@@ -89,12 +89,12 @@ def _in_memory(name: str, split: str, content: Content) -> Text:
 
 
 def _identity_of(digest: str, chat: bool) -> str:
-    """Chats are no text of the same bytes: they are rendered."""
+    """Chats differ from a text of the same bytes, because they are rendered."""
     return f"chat:{digest}" if chat else digest
 
 
 def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load: Callable[[], Content]) -> Text:
-    """The text, kept in the cache as plain text: a later run needs neither the hub nor the datasets library."""
+    """The text, cached as plain text, so that a later run needs neither the hub nor the datasets library."""
     meta = _kept(identity, cache)
     file = meta.with_suffix(".txt")
 
@@ -153,7 +153,7 @@ def _local_text(data: DataConfig, cache: Path, split: str | None) -> Text:
     name = f"{data.name} ({path.resolve().name}, local)"
     if kind == "text":
         return _in_memory(name, chosen, read_files(kind, files, data))
-    # Parsing a table imports pyarrow or datasets, so its text is kept; hashes tell when the files change.
+    # Parsing a table imports pyarrow or datasets, so its text is cached. Hashes detect changed files.
     listed = [file for entry in files for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
     hashes = file_hashes((file for file in listed if file.is_file()), cache)
     identity = {"files": [[f.name, digest] for f, digest in hashes.items()], "kind": kind, "column": data.text_column}
@@ -180,7 +180,7 @@ def _say_once(message: str) -> None:
 
 
 def _local_splits(path: Path, subset: str | None) -> dict[str, tuple[str, list[Path]]]:
-    """split → (its kind, its files). A file belongs to the split that is a word of its name."""
+    """split → (kind, files). A file belongs to the split whose name or alias is a word of the file's name."""
     if path.is_file():
         return {_split_of(path) or path.name.partition(".")[0]: (kind_of(path) or "text", [path])}
     if (path / "dataset_dict.json").is_file():

@@ -1,8 +1,8 @@
-"""Which sources a run uses: those asked for, or their offline twins.
+"""Chooses the sources of a run: the configured ones, or their offline twins.
 
-Where the hub's model or text is neither cached nor reachable, `choose_sources` takes the offline twin in its place and
-says so once; every record carries what was really used. `offline=never` makes that an error. Imports neither torch nor
-transformers.
+If the hub's model or text is neither cached nor reachable, `choose_sources` uses the offline twin instead, and says so
+once. Every record names the sources that were really used. With `offline=never` this is an error. Imports neither torch
+nor transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 TWIN_MODEL = "smollm2_135m"
 TWIN_DATA = "python_docs"
-# Settings that a twin takes from what it stands in for, where they differ from its yaml file.
+# Settings that a twin takes over from the source that it replaces, where they were overridden.
 CARRIED_OVER = {"model": ("dtype",), "data": ("seq_len", "samples", "heldout", "calibration_tokens")}
 
 T = TypeVar("T", ModelConfig, DataConfig)
@@ -32,18 +32,19 @@ _announced: set[str] = set()
 
 @dataclass(frozen=True)
 class Choice:
-    """config: with sources that can be had. substituted: whether an offline twin is among them."""
+    """config: with available sources. substituted: whether an offline twin is among them."""
 
     config: Config
     substituted: bool = False
 
 
 def choose_sources(config: Config) -> Choice:
-    """The configuration with sources that can be had. Raises SourceError when there are none.
+    """The configuration with available sources. Raises SourceError if there are none.
 
-    A hub model or text that is neither cached nor reachable gives way to its offline twin (`offline=auto`), is an error
-    (`offline=never`), or is never asked for (`offline=always`). Overridden type, sequence length, samples and held-out
-    share carry over. model=synthetic brings data=synthetic; a bundle brings its own layer and text.
+    A hub model or text that is neither cached nor reachable is replaced by its offline twin (`offline=auto`), or raises
+    an error (`offline=never`). `offline=always` takes the twins without a request. The twins keep overrides of dtype,
+    sequence length, samples, held-out share and calibration tokens. model=synthetic implies data=synthetic. A bundle
+    implies its own layer and text.
     """
     if config.model.source == ModelSource.bundle:
         resolved = resolve_bundle(config)
@@ -74,7 +75,7 @@ def _tell_unused(asked: DataConfig, used: DataConfig) -> None:
 
 
 def is_captured(config: Config) -> bool:
-    """Whether the cache holds this layer, so that neither model nor hub is needed. Never asks the network."""
+    """Whether the cache holds this layer, so that neither model nor hub is needed. Makes no request."""
     asks_hub = config.data.source == DataSource.hub and config.data.path is None
     if asks_hub and not is_kept(config.data, config.cache.folder):
         return False
@@ -103,7 +104,7 @@ def refuse_loss_without_model(config: Config) -> None:
 
 
 def _missing(config: Config) -> dict[str, str]:
-    """What of the hub's cannot be had ("model", "data") → why."""
+    """The hub sources that are not available, "model" or "data" → why."""
     wanted = [
         role
         for role, source in (("model", config.model), ("data", config.data))
@@ -124,7 +125,7 @@ def _questions(config: Config) -> dict[str, hub.Question]:
 
 
 def _out_of_reach(config: Config, wanted: list[str]) -> dict[str, str]:
-    """The roles that cannot be had → why. The caches are asked first, then the hub for the rest, at once."""
+    """The roles that are not available → why. Checks the caches first, then the hub for the rest, concurrently."""
     questions, asked = _questions(config), {}
     if "model" in wanted and not hub.model_is_cached(config.model, config.layer.index):
         asked["model"] = questions["model"]
@@ -181,12 +182,12 @@ def _never_message(config: Config, missing: dict[str, str]) -> str:
 
 
 def _reasons(missing: dict[str, str]) -> str:
-    """What was found out, each reason once. Of a hub that was not asked, nothing is said but that."""
+    """All reasons in one phrase, each reason once."""
     return "not in the local cache; " + "; ".join(dict.fromkeys(missing.values()))
 
 
 def _announce(config: Config, missing: dict[str, str]) -> None:
-    """Once a process and role."""
+    """Warns about the offline twins, once per process and role."""
     news = {role: reason for role, reason in missing.items() if role not in _announced}
     _announced.update(news)
     if not news:
@@ -195,6 +196,6 @@ def _announce(config: Config, missing: dict[str, str]) -> None:
         why = f"offline=always, so {_names(config, news)} {'was' if len(news) == 1 else 'were'} not asked for"
         remedy = ""
     else:
-        why = f"{_names(config, news)} cannot be had ({_reasons(news)})"
+        why = f"{_names(config, news)} {'is' if len(news) == 1 else 'are'} not available ({_reasons(news)})"
         remedy = f" Pin that with `{_pin(news)}`, or make it an error with `offline=never`."
     log.warning("OFFLINE TWINS: %s; this runs on %s instead.%s", why, _pin(news), remedy)

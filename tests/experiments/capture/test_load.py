@@ -173,7 +173,7 @@ def test_a_heldout_split_of_its_own(tiny: SimpleNamespace, tmp_path: Path) -> No
     assert own.provenance.data_hash != shared.provenance.data_hash
     assert own.tokens_heldout == shared.tokens_heldout == 4 * 32
     assert own.gram_heldout is not None and not torch.equal(own.gram_heldout, shared.gram_heldout)
-    with pytest.raises(SourceError, match=r"data\.heldout_split=validation: that is the text of calibration"):
+    with pytest.raises(SourceError, match=r"data\.heldout_split=validation: this is the calibration text"):
         load_layer_inputs(config_for(tiny, **data, data__heldout_split="validation"))
 
 
@@ -413,7 +413,7 @@ def test_gram_matrices_alone(tiny: SimpleNamespace, passes: list[int]) -> None:
     inputs = load_layer_inputs(config)
     torch.testing.assert_close(inputs.gram_calibration, kept.gram_calibration, rtol=1e-5, atol=1e-4)
     assert not list(layer_folder(config).glob("calibration*"))
-    with pytest.raises(SourceError, match=r"keeps Gram matrices alone. Capture with cache.activations=true"):
+    with pytest.raises(SourceError, match=r"has only Gram matrices. Capture with cache.activations=true"):
         next(inputs.batches())
     # Asking for the inputs later captures them.
     passes.clear()
