@@ -1,7 +1,7 @@
-"""Sphinx: `make html` in this folder.
+"""The configuration of Sphinx; `make html` in this folder builds the pages.
 
-torch, triton and safetensors are stood in for, so that the build needs none of them and signatures look the same
-everywhere. Tables of numbers are written from the library and from the records before Sphinx reads its sources.
+torch, triton and safetensors are mocked, so that the build does not need them and signatures are the same everywhere.
+generate.py writes the tables before Sphinx reads its sources.
 """
 
 from __future__ import annotations

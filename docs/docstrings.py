@@ -1,8 +1,8 @@
-"""The house style of docstrings → reStructuredText.
+"""Converts this project's docstrings to reStructuredText.
 
-Docstrings are plain prose: indented lines are formulas, a line that begins with a parameter's name and a colon
-describes it, and |x| and E* mean what they mean in mathematics. Sphinx would take the first for a quotation, run the
-second into one paragraph, and look for markup in the third.
+Docstrings are plain prose. Indented lines are formulas, which Sphinx would render as quotations. A line that begins
+with a parameter's name and a colon describes the parameter; Sphinx would join such lines to one paragraph. |x| and E*
+are mathematics, which Sphinx would read as markup.
 """
 
 from __future__ import annotations

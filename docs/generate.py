@@ -1,6 +1,6 @@
-"""The documentation's tables, from the library's own description of the formats and from the records. Imports no torch.
+"""Generates the documentation's tables from the library's description of the formats and from the records.
 
-Each function returns Markdown; `write` puts them where pages include them.
+Each function returns Markdown. `write` puts it into files that the pages include. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(folder: Path) -> None:
-    """Every generated text as a file of `folder`; an unchanged one is left alone, so that Sphinx need not read it."""
+    """Write every generated text to a file in `folder`. Unchanged files are kept, so Sphinx does not reread them."""
     texts = {
         "formats": formats_table(),
         "elements": elements_table(FORMATS["nvfp4"].element),
@@ -93,7 +93,7 @@ def scale_grids_table() -> str:
 
 
 def fractional_scales_table(grid: ScaleGrid) -> str:
-    """Every positive value of a grid with a mantissa, in units of the smallest: a row a binade, the subnormals first."""  # noqa: E501
+    """Every positive value of a grid with a mantissa, in units of the smallest: a row per binade, subnormals first."""
     steps = 1 << grid.mantissa_bits
     rows = []
     for start in range(0, grid.max_code + 1, steps):
@@ -129,9 +129,9 @@ def windows_table() -> str:
 
 
 def most_candidates(fmt: BlockFormat, block_size: int) -> int:
-    """The most scales that an open window holds, wherever it lies among those that have a half and a double.
+    """The largest number of scales in an open window, at any position among the scales with a half and a double.
 
-    The count can only be largest with a scale just inside the lower end.
+    The number is largest when a scale lies just inside the lower end.
     """
     lower, upper = sse_window_factors(fmt.element, block_size)
     grid = fmt.scale
@@ -143,7 +143,7 @@ def most_candidates(fmt: BlockFormat, block_size: int) -> int:
 
 
 def results(root: Path) -> str:
-    """All figures with their captions, and a list of the CSV files, as far as each is there."""
+    """All existing figures with their captions, and a list of the CSV files."""
     text = ""
     page = root / "results" / "figures" / "README.md"
     if page.exists():
@@ -162,7 +162,7 @@ def _csv_row(root: Path, path: Path) -> tuple[str, int, int]:
 
 
 def _power(value: float) -> str:
-    """A power of two as one."""
+    """A power of two as a TeX formula."""
     exponent = (struct.unpack("<q", struct.pack("<d", value))[0] >> 52) - 1023
     assert value == 2.0**exponent, value
     return f"$2^{{{exponent}}}$"

@@ -86,7 +86,7 @@ def test_values_of_a_dtype_of_codes_are_no_weights(folder: Path, dtype: torch.dt
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.__setitem__(name, tensors[name].to(dtype)))
     message = refusal(folder)
-    assert f"{name} is {str(dtype).removeprefix('torch.')}, codes and no weights" in message
+    assert f"{name} is {str(dtype).removeprefix('torch.')}, so it holds codes instead of weights" in message
     assert "Give the unquantized checkpoint" in message and ".float()" not in message
 
 
