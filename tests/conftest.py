@@ -1,11 +1,11 @@
-"""What every test stands on: no network, no shared cache, and Triton's interpreter where there is no GPU."""
+"""The environment of every test: no network, no shared cache, and Triton's interpreter if there is no GPU."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Before anything imports torch, triton, datasets or wandb: they read these once.
+# Set before torch, triton, datasets or wandb are imported, because they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"

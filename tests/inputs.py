@@ -1,5 +1,4 @@
-"""Weights and Hessians on which implementations of the formats are known to go wrong, as float32 numpy arrays; and
-activations."""
+"""Weights and Hessians on which implementations of the formats often fail, and activations, as float32 arrays."""
 
 from __future__ import annotations
 
@@ -79,7 +78,7 @@ WEIGHT_FAMILIES = (
 
 
 def all_families(block_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Every family below one another, ``[n, block_size]``: for single-level scales, where no block sees another."""
+    """All families in one array ``[n, block_size]``, for single-level scales, with which blocks are independent."""
     return np.concatenate([weight_family(name, block_size, rng) for name in WEIGHT_FAMILIES])
 
 

@@ -1,8 +1,8 @@
-"""Triton's interpreter, made quicker for the tests: it does the same operations and says the same.
+"""Makes Triton's interpreter faster for the tests, with the same operations and results.
 
-It pays by the operation, not by the element, and the tests of the Hessian kernel run millions of operations. Most of
-that time goes into descriptions of types and shapes, which are made again for each operation, and into replacing all of
-triton.language at each call of a device function. Without this module the tests say the same, later.
+The interpreter's cost is per operation, not per element, and the tests of the Hessian kernel run millions of
+operations. Most of the time goes into descriptions of types and shapes, which it makes again for each operation, and
+into replacing all of triton.language at each call of a device function. The tests also pass without this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-KNOWN = "3.7."  # what remember_types and describe_tuples_when_asked replace is that of these versions of Triton
+KNOWN = "3.7."  # the Triton versions whose code remember_types and describe_tuples_when_asked replace
 
 
 def interpret_quickly() -> None:
@@ -28,7 +28,7 @@ def interpret_quickly() -> None:
 
 
 def replace_language_once_a_launch() -> None:
-    """Instead of at each call of a device function; at the first of a launch is enough."""
+    """Replace triton.language at the first call of a launch, instead of at each call of a device function."""
     replace, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
     nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # not in every version of Triton
     replaced: set[frozenset[int]] = set()
@@ -51,7 +51,7 @@ def replace_language_once_a_launch() -> None:
 
 
 def remember_types() -> None:
-    """A type's NumPy dtype, its like of another element, a tensor's shape: by the type's name, which tells it all."""
+    """Cache a type's NumPy dtype, its variants of other element types, and a tensor's shape, by the type's name."""
     np_dtype_of, like, to_ir = interpreter._get_np_dtype, core.block_type.with_element_ty, core.block_type.to_ir
     make_tensor, broadcast = core.tensor.__init__, TritonSemantic.broadcast_impl_value
     np_dtypes: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def remember_types() -> None:
 
 
 def describe_tuples_when_asked() -> None:
-    """A tuple's type lists its elements' types; the interpreter makes a tuple for every tensor, and seldom asks."""
+    """Compute a tuple's type on demand: the interpreter makes a tuple for every tensor, and seldom needs its type."""
 
     def init(self: Any, args: Sequence[Any], type: Any = None) -> None:
         self.values = list(args)

@@ -1,7 +1,7 @@
-"""An independent statement of docs/theory.md in numpy: exhaustive, in float64, sharing no arithmetic with the library.
+"""An independent implementation of docs/theory.md in numpy: exhaustive, in float64, without the library's arithmetic.
 
-Only two steps are float32, as the formats demand: the effective scale ``scale · global_scale`` and the division ``x /
-S``.
+Only two steps are float32, as the formats require: the effective scale ``scale · global_scale`` and the division
+``x / S``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 from quantkit.formats import FORMATS, BlockFormat, ElementGrid, ScaleGrid
 
-# By hand, from the specifications; test_formats.py holds what follows to them.
+# Written by hand from the specifications; test_formats.py compares values_of with them.
 MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E4M3_VALUES = np.array(
     [n * 2.0**-9 for n in range(8)] + [(1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(8, 127)], dtype=np.float64
@@ -19,7 +19,7 @@ UE8M0_VALUES = np.array([2.0 ** (n - 127) for n in range(255)], dtype=np.float64
 
 
 def values_of(grid: ElementGrid | ScaleGrid) -> np.ndarray:
-    """Float64 values of the codes 0 … max_code: of the library, no more than the grid's description."""
+    """Float64 values of the codes 0 … max_code, from the grid's description alone."""
     code = np.arange(grid.max_code + 1)
     exponent, fraction = np.divmod(code, 2**grid.mantissa_bits)
     if getattr(grid, "subnormals", True):
@@ -85,7 +85,7 @@ def contract_violations(
     global_scale: float,
     hessians: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Indices of the blocks whose scale ``codes [n]`` break the contract of docs/theory.md."""
+    """Indices of the blocks whose scale in ``codes [n]`` breaks the contract of docs/theory.md."""
     error, norm = error_table(blocks, format, global_scale, hessians)
     rows = codes.astype(np.int64) - scale_codes(format)[0]
     chosen = error[rows, np.arange(len(codes))]

@@ -1,4 +1,4 @@
-"""The notebooks as they are kept: executed from top to bottom, nothing of the machine in them. nbmake runs them."""
+"""The committed notebooks: executed from top to bottom, without traces of the machine. nbmake runs them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_python_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.manual_seed(0)
     scope: dict[str, object] = {}
     for block in blocks:
-        # Blank lines in front, so that a traceback names the page's own line.
+        # Blank lines in front, so that a traceback has the page's line number.
         source = "\n" * text.count("\n", 0, block.start(1)) + block[1]
         exec(compile(source, page, "exec"), scope)
 

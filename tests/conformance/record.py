@@ -1,12 +1,11 @@
-"""Records what other packages make of a few weights, for test_conformance.py: NVFP4 naive scales and codes, MXFP4's
-rules.
+"""Records other packages' results on a few weights, for test_conformance.py: NVFP4 naive, and MXFP4's scale rules.
 
 Run where torchao, compressed-tensors and nvidia-modelopt are installed (their CPU paths suffice):
 
     python tests/conformance/record.py
 
-Their versions go into the file's metadata. They are no dependency of this project: torchao and ModelOpt make every
-import of transformers slow and noisy.
+The file's metadata has their versions. They are not a dependency of this project, because torchao and ModelOpt make
+every import of transformers slow and noisy.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2024)
     gaussian = torch.randn(32, 128, generator=generator) * 0.02
     heavy = torch.randn(32, 128, generator=generator) ** 3
-    # Every amax well within what the scales of one tensor reach: the packages treat underflow differently.
+    # Every amax is well within the range of one tensor's scales, because the packages treat underflow differently.
     spread = torch.randn(32, 128, generator=generator) * torch.logspace(0, 2, 32)[:, None]
     return {"gaussian": gaussian, "heavy": heavy, "spread": spread}
 

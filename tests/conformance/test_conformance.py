@@ -1,7 +1,7 @@
-"""Scale bytes and codes against what torchao, compressed-tensors and NVIDIA ModelOpt made of the same weights.
+"""Scale bytes and codes against those of torchao, compressed-tensors and NVIDIA ModelOpt for the same weights.
 
-The vectors and the versions that made them are recorded by record.py. Scale bytes agree to the last; codes may differ
-by one step where a quotient lies within float32 rounding of a tie, since the packages divide in another order.
+record.py records the vectors and the packages' versions. All scale bytes are equal. Codes may differ by one step where
+a quotient lies within float32 rounding of a tie, because the packages divide in another order.
 """
 
 from __future__ import annotations

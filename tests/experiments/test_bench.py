@@ -1,4 +1,4 @@
-"""The benchmark on a CPU, small: what it writes, what it refuses, and the table that is made of it."""
+"""A small benchmark on a CPU: its CSV file, the options that it refuses, and its tables."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def case(**values: Any) -> Case:
 
 
 def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the processes together; none of them measures or writes."""
+    """Together the processes call all cases. None of them measures or writes."""
     called: list[str] = []
     found = [case(operation=name, call=lambda name=name: called.append(name)) for name in "abcde"]
     found.append(case(operation="compiles nothing", call=lambda: called.append("f"), backend="reference"))
@@ -165,7 +165,7 @@ def test_speed_table_puts_the_tools_side_by_side() -> None:
 
 
 def scaled(us_per_row: dict[int, float], **case: Any) -> list[dict[str, Any]]:
-    """Times of one case, a launch of 4 µs and so much more a row, of 1000 columns."""
+    """Times of one case with 1000 columns: a launch of 4 µs, and a constant time per row."""
     written = 2 if case["operation"] == "copy" else 1.5
     return [
         row(rows=rows, columns=1000, gpu_us_median=4 + us * rows, bytes=int(written * 2000 * rows), **case)

@@ -1,4 +1,4 @@
-"""What a result depends on is in its key: a source that changed, however little, is read and its run done again."""
+"""A result's key covers its sources: after the smallest change, a source is read and its run is done again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.experiments.tiny_models import change, configuration, qwen3, shard_of
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
-    """A checkpoint and a text of this test alone; each run opens the cache anew, as a process of its own does."""
+    """A checkpoint and a text for one test. Each run opens the cache again, as a new process does."""
     monkeypatch.setattr(load, "_memo", type(load._memo)())
     monkeypatch.setattr(hashes, "_known", {})
     monkeypatch.setattr(hashes, "SETTLED_NS", 0)  # remembered at once: what is remembered is what is tested here
@@ -45,7 +45,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
 
 
 def run(config: Config) -> tuple[str, RunRecord]:
-    """How the run went (done, skipped or failed), and its record."""
+    """(outcome of the run: done, skipped or failed; its record)."""
     load._memo.clear()
     console = Console()
     resolved = resolve(config)
@@ -59,7 +59,7 @@ def run(config: Config) -> tuple[str, RunRecord]:
 
 
 def edit(file: Path, tensor: str, keep_time: bool = True) -> None:
-    """Another value in one place of one tensor; the file keeps its size and, if asked, its time of change."""
+    """Changes one value of one tensor. The file keeps its size and, if requested, its time of change."""
     before = file.stat()
     tensors = load_file(file)
     tensors[tensor].view(-1)[-1] += 0.5
@@ -173,7 +173,7 @@ def test_a_bundle_that_was_exchanged_is_another_source(tiny: Config, tmp_path: P
 
 @pytest.mark.parametrize("name", ["calibration-00000.safetensors", "weight.safetensors", "gram.safetensors"])
 def test_a_file_of_a_bundle_that_was_exchanged_is_noticed(tiny: Config, tmp_path: Path, name: str) -> None:
-    """The manifest still lists the old one: its reader refuses it, and nobody else takes the run for finished."""
+    """The manifest still lists the old file: reading the new one is an error, and the run is not finished."""
     bundle = change(bundle_of(tiny, tmp_path / "bundle"), data__calibration_tokens=32)
     assert run(bundle)[0] == "done" and run(bundle)[0] == "skipped"
     file = tmp_path / "bundle" / name

@@ -1,4 +1,4 @@
-"""The configuration: every option composes, every mistake is caught, and a run's identity depends on what it should."""
+"""The configuration: every option composes, every mistake is caught, and identities depend on the right values."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_identity_depends_on_what_auto_came_to() -> None:
 
 
 def test_identity_is_that_of_the_twin() -> None:
-    """After the switch a run is the twin's, whatever was asked for."""
+    """After the switch, a run has the twin's identity, whatever was configured."""
     asked, twin = compose(["data=synthetic"]), compose([*SMALL])
     switched = dataclasses.replace(asked, model=twin.model)
     assert run_id(switched, "cpu", "reference") == run_id(twin, "cpu", "reference")

@@ -1,4 +1,4 @@
-"""Writing that leaves no half file."""
+"""Atomic writes."""
 
 from __future__ import annotations
 

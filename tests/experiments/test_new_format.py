@@ -1,4 +1,4 @@
-"""A format that nobody knows: one entry, one yaml, and the pipeline runs it to a row of a table."""
+"""A new format: with one entry and one yaml file, the pipeline runs it and shows a row of a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ YAML = "name: fp4_ue3m5\nglobal_scale: amax\nscale_rule: null\n"
 
 @pytest.mark.slow
 def test_adding_a_format_takes_one_entry_and_one_yaml(tmp_path: Path) -> None:
-    """As docs/pipeline.md says, in a copy of the code."""
+    """A copy of the code with the format, added as docs/pipeline.md says."""
     copy, runs = tmp_path / "copy", tmp_path / "runs"
     for folder in ("quantkit", "experiments", "conf"):
         shutil.copytree(REPO_ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))

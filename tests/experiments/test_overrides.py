@@ -1,4 +1,4 @@
-"""A newcomer's mistakes on the command line: one line each, with what to type."""
+"""Mistakes on the command line: each is answered in one line, with the override to type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a number comes from, with and without git, and without a GPU."""
+"""The provenance of a result, with and without git, and without a GPU."""
 
 from __future__ import annotations
 

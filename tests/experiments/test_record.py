@@ -1,4 +1,4 @@
-"""A record: what is written is read back, and nothing else is taken for one."""
+"""Records: a written record is read back, and other files are errors."""
 
 from __future__ import annotations
 

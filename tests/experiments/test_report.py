@@ -399,7 +399,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_record_stops_no_other(kind: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """It is named on a line of its own; the tables are those of the others."""
+    """One line names it, and the tables show the other records."""
     folder = write_runs(tmp_path / "raw", make("naive"), make("sse"))
     assert report.main(["--runs", str(folder)], root) == 0
     whole = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A run from its configuration to its record, and what a sweep makes of many."""
+"""A run from its configuration to its record, and sweeps of many runs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def layer_inputs(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Simpl
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the runs. Sources and inputs are fakes: these tests are about what happens around them."""
+    """The folder of the runs. Sources and inputs are fakes, because these tests are about the code around them."""
     monkeypatch.setattr("experiments.sources.resolved.choose_sources", Choice)
     monkeypatch.setattr("experiments.sources.resolved.source_identity", lambda *_: {"text": "0"})
     monkeypatch.setattr(stages, "load_layer_inputs", layer_inputs)
@@ -228,7 +228,7 @@ def test_what_the_library_lacks_is_refused_before_loading(
     override: str,
     known: str,
 ) -> None:
-    """Without a record: it would stand among the runs for ever."""
+    """Without a record, which would stay among the runs for ever."""
     monkeypatch.setattr(stages, "load_layer_inputs", fail_with(AssertionError("loaded for nothing")))
     console = Console()
     assert run(output, f"method={method}", override, console=console) == [] and not output.exists()
@@ -253,7 +253,7 @@ def test_one_reason_is_told_once(
 def test_a_failure_leaves_the_record_of_a_run_that_ended_well(
     output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its log and blocks; W&B hears nothing either."""
+    """Its log and blocks stay, too, and W&B gets nothing."""
     (finished,) = run(output, "record.blocks=true")
     (folder,) = output.iterdir()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -299,7 +299,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
 
 
 def test_sources_that_cannot_be_had(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run fails, in a record too; a record that is finished stays."""
+    """The run fails and has a failed record. A finished record stays."""
     monkeypatch.setattr("experiments.sources.resolved.choose_sources", fail_with(ValueError("no hub: take the twins")))
     (record,) = run(output)
     assert (record.status, record.reason) == ("failed", "no hub: take the twins")
@@ -404,7 +404,7 @@ def test_a_sweep_goes_on_after_a_failure_and_is_resumed(tmp_path: Path) -> None:
     text = "".join(path.read_text() for path in output.rglob("record.json"))
     assert socket.gethostname() not in text and str(REPO_ROOT) not in text
 
-    # The second time nothing is left to do, and nothing heavy is imported for it.
+    # The second sweep has nothing to do, and imports no heavy package.
     sweep[3] = "model.in_features=64"
     code = (
         "import runpy, sys\n"
@@ -511,7 +511,7 @@ def test_a_sweep_captures_its_layers_in_one_pass(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(output: Path) -> None:
-    """Files may not grow: run.log and record.json fail half-way, and logging keeps its tracebacks to itself."""
+    """With a limit on file sizes, run.log and record.json fail half-way, and logging prints no traceback."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     console = Console()
     run(output, "seed=7")  # whatever is imported is, now
@@ -527,7 +527,7 @@ def test_a_full_disk_is_one_line(output: Path) -> None:
 
 
 def test_a_full_disk_is_found_before_the_first_run(tmp_path: Path) -> None:
-    """It still takes empty files."""
+    """The disk still accepts empty files."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
     try:
@@ -539,7 +539,7 @@ def test_a_full_disk_is_found_before_the_first_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_whose_disk_is_full_ends(tmp_path: Path) -> None:
-    """From its first run on; the second is not begun."""
+    """The sweep ends at its first run. The second one does not start."""
     code = (
         "import resource, runpy, sys\n"
         "from experiments.console import Console\n"

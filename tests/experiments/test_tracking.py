@@ -101,7 +101,7 @@ def summary_of(records: list[Any]) -> dict[str, Any]:
 
 
 def logged_by(records: list[Any]) -> dict[str, Any]:
-    """What run.log() was given, media as W&B describes them. A dictionary comes one entry at a time."""
+    """The arguments of run.log(), with media as W&B describes them. A dictionary is split into its entries."""
     logged: dict[str, Any] = {}
     for item in (item for r in records if r.HasField("history") for item in r.history.item):
         *parents, name = item.nested_key or [item.key]
@@ -125,7 +125,7 @@ def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFi
     assert {"nvfp4", "sse", "reference", "ok"} <= set(run.tags)
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["format"] == {"name": "nvfp4"} and config["block_size"] == 16
-    # What was used is a setting, what was found the summary; what is not known is in neither.
+    # Settings are in the configuration, measurements in the summary, unknown values in neither.
     assert config["record"]["sweep"] == RECORD.sweep and config["record"]["device"] == "cpu"
     assert "model" not in config["record"] and "scale_shifts" not in config["record"]
     summary = summary_of(records)
@@ -261,7 +261,7 @@ def test_a_failure_is_a_warning(
 def test_online_without_a_server_logs_offline_and_waits_once(
     answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """answers: a server that takes the connection, and is then silent."""
+    """answers: a server that accepts the connection and never answers."""
     monkeypatch.setattr(tracking, "SERVER_SECONDS", 0.2)
     monkeypatch.setenv("WANDB_MODE", "online")
     asked, modes = [], []

@@ -1,4 +1,4 @@
-"""Checkpoints small enough to make in a test, in the layouts of the real ones, and configurations that read them."""
+"""Tiny checkpoints for tests, in the layouts of real ones, and configurations that read them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def qwen3(folder: Path, sharded: bool = True) -> Any:
-    """A tiny Qwen3 in the hub's layout; one shard for the embedding, one for each layer. Returns the whole model."""
+    """Writes a tiny Qwen3 in the hub's layout, one shard for the embedding and one per layer. Returns the model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)

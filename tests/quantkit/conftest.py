@@ -1,4 +1,4 @@
-"""Both backends, each on the device that it can run on here."""
+"""Both backends, each on a device on which it runs here."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def device(backend: str) -> str:
-    """Triton runs on the GPU where there is one, else interpreted on the CPU."""
+    """Triton runs on the GPU if there is one, else interpreted on the CPU."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"

@@ -22,7 +22,7 @@ def objective(q: QuantizedTensor, weight: torch.Tensor, hessian: torch.Tensor | 
 
 
 def compare(weight: torch.Tensor, format: str, block_size: int, method: str, **options: object) -> None:
-    """Both backends on ``weight``, on the GPU where there is one."""
+    """The results of both backends on ``weight``, on a GPU if there is one."""
     weight = weight.cuda() if CUDA else weight
     options = {k: v.cuda() if CUDA and isinstance(v, torch.Tensor) else v for k, v in options.items()}
     want = quantize(weight, format, block_size, method, backend="reference", **options)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def test_backends_agree_on_adversarial_weights(format: str, block_size: int, met
 @pytest.mark.parametrize("method", ["sse", "hessian"])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_blocks_that_even_the_largest_scale_clips(block_size: int, method: str) -> None:
-    """Beside blocks of longer windows, whose last steps clip nothing."""
+    """In a tile with blocks of longer windows, whose last steps clip nothing."""
     weight = torch.randn(64, 2 * block_size, generator=torch.Generator().manual_seed(4)) * 3
     weight[::7] *= 400
     options = given(method, weight.shape[1], block_size)
@@ -102,7 +102,7 @@ def test_backends_agree_on_mx_rules(rule: str) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_hessians_in_half_precision_with_amax(block_size: int) -> None:
-    """They are converted, before kernels that overlap on a GPU, where this would show it if they were not ready."""
+    """They are converted before kernels that overlap on a GPU. There, this test would show an unfinished conversion."""
     device, columns = ("cuda", 9728) if CUDA else ("cpu", 64)
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(2)).to(device)
     hessian = (hessians(columns, block_size) / 2**14).half().to(device)
@@ -125,7 +125,7 @@ def test_backends_agree_at_full_size(format: str, block_size: int, method: str, 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels as on a GPU that does not know the instructions which they spell out for others."""
+    """The kernels with TARGET "plain", for GPUs without the PTX instructions."""
     from quantkit.kernels import launch
 
     monkeypatch.setattr(launch, "target_of", lambda device: "plain")
@@ -152,7 +152,7 @@ def test_backends_agree_without_spelt_out_instructions(
 @pytest.mark.gpu
 @each
 def test_a_kernel_started_again_gives_the_same(format: str, block_size: int, method: str) -> None:
-    """As compiled by Triton's launch, by ours, and by Triton's again, for a profiler."""
+    """Launched by Triton, by Kernel, and by Triton again, as with a profiler."""
     from triton import knobs
 
     weight = torch.randn(96, 9728, generator=torch.Generator().manual_seed(5)).bfloat16().cuda()

@@ -1,4 +1,4 @@
-"""The windows hold what an exhaustive search finds, and are as narrow as docs/theory.md says."""
+"""The windows contain the optimum of an exhaustive search, and are as narrow as docs/theory.md says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_sse_window_holds_a_minimum(family: str, format: str, block_size: int) -
 
 @pytest.mark.parametrize("family", ["activations", "diagonal", "one_weak", "dead_channels"])
 def test_sse_window_misses_a_hessian_minimum_that_the_hessian_window_holds(family: str) -> None:
-    """Negative control of the test above and of the next one: the windows differ where they must."""
+    """A negative control of the tests above and below: the windows differ where they must."""
     rng = np.random.default_rng(4)
     hessian = hessian_family(family, 16, rng)
     blocks = weight_family("student_10", 16, rng)
@@ -46,7 +46,7 @@ def test_sse_window_misses_a_hessian_minimum_that_the_hessian_window_holds(famil
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", HESSIAN_FAMILIES)
 def test_hessian_window_holds_every_better_scale(family: str, format: str, block_size: int) -> None:
-    """For any incumbent, not only a good one: each scale in turn."""
+    """For any incumbent, good or bad: each scale in turn."""
     rng = np.random.default_rng(5)
     hessian = hessian_family(family, block_size, rng)
     blocks = np.concatenate([weight_family(name, block_size, rng)[::8] for name in WEIGHT_FAMILIES])
@@ -67,7 +67,7 @@ def test_hessian_window_holds_every_better_scale(family: str, format: str, block
         )
         first = torch.maximum(first, matters)
         outside = (codes[:, None] < first.numpy()) | (codes[:, None] > last.numpy())
-        # From the zeroing code on, the error is that of all zeros: what lies beyond the window may tie, never win.
+        # From the zeroing code on, the error is that of all zeros, so a scale beyond the window may tie but never win.
         assert not (outside & (error < error[incumbent] * (1 - 1e-9))).any() or np.all(
             np.where(outside, np.inf, error).min(0) <= error.min(0) * (1 + 1e-9)
         )
@@ -75,8 +75,8 @@ def test_hessian_window_holds_every_better_scale(family: str, format: str, block
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_size: int) -> None:
-    """Where neighbours correlate, clipping alone bounds nothing, and 120 scales would be left of many blocks. (They are
-    where zeros are best of all: then every smaller scale is nearly as good.)"""
+    """Where neighbours correlate, the clipping bound alone would leave many blocks with 120 scales. (These are left
+    where all zeros are the best choice, because then every smaller scale is nearly as good.)"""
     generator = torch.Generator().manual_seed(0)
     tokens = correlated_tokens(block_size, generator)
     weight = torch.randn(256, block_size, generator=generator)
@@ -103,6 +103,6 @@ def test_width_of_the_sse_window(format: str, block_size: int, most: int) -> Non
 
 
 def test_subnormal_scales_are_searched_beyond_the_upper_bound() -> None:
-    """numerics' counterexample: the naive scale is 3·2⁻⁹, the optimum 11·2⁻⁹."""
+    """A counterexample: the naive scale is 3·2⁻⁹, the optimum 11·2⁻⁹."""
     first, last = bounds.sse_window(torch.tensor([0.035]), E2M1, FORMATS["nvfp4"].scale, ONE, 16)
     assert int(first) <= 3 and int(last) >= 11

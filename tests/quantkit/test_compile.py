@@ -1,4 +1,4 @@
-"""The kernels, compiled for NVIDIA GPUs that need not be there."""
+"""The kernels, compiled for NVIDIA GPUs without having one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def compile_for(*arguments: str) -> None:
     [("nvfp4", "16", "*bf16"), ("mxfp4", "32", "*fp32"), ("mxfp4", "16", "*fp16"), ("mxfp4", "32", "*bf16")],
 )
 def test_the_assembly_is_one_that_ptxas_takes(format: str, block_size: str, dtype: str) -> None:
-    """What the interpreter cannot show."""
+    """The interpreter does not run PTX, so only ptxas checks it."""
     compile_for("cuda", "90", format, block_size, dtype, "hessian")
 
 

@@ -91,7 +91,7 @@ def test_formats_are_known_by_name() -> None:
 
 
 def test_a_new_scale_grid_is_data_alone(backend: str, device: str) -> None:
-    """UE5M3 scales: no code of any method or kernel knows of them, and their optimum is one."""
+    """UE5M3 scales: no method and no kernel has code for them, and their result is optimal."""
     from quantkit import quantize
 
     ue5m3 = ScaleGrid("ue5m3", exponent_bits=5, mantissa_bits=3, bias=15, max_code=254)

@@ -78,7 +78,7 @@ def _product_kernel(
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(block_size: int, spread: float) -> None:
-    """Also of elements that half precision holds as subnormals, or not at all."""
+    """Also for elements that are subnormal in fp16, or zero."""
     generator = torch.Generator().manual_seed(0)
     r = torch.randn(32, block_size, generator=generator) * spread ** torch.rand(32, block_size, generator=generator)
     factor = torch.randn(block_size, block_size, generator=generator).tril()
@@ -104,7 +104,7 @@ def test_the_half_precision_product_is_within_its_margin_and_the_full_one_exact(
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("format", SEARCHED_BY_KERNELS)
 def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles as on a GPU, four a program, the last one partial; blocks of zeros and of ties leave every scale open."""
+    """Tiles as on a GPU, four per program, with a partial last one. Blocks of zeros and of ties exclude no scale."""
     rng = np.random.default_rng(3)
     weight = torch.tensor(all_families(block_size, rng)).reshape(-1, 32).float()[:100].to(DEVICE)
     weight[1::2] = torch.randn(weight[1::2].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -128,7 +128,7 @@ def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, mo
         for backend in ("reference", "triton")
     )
     assert got.candidates is not None and whole.candidates is not None
-    # The kernel knows the least error within half precision when it takes the window, from one scale for MXFP4.
+    # When the kernel computes the window, it knows the least error in half precision; for MXFP4, from one scale.
     assert ((got.candidates.float() - whole.candidates.float()).abs() <= 2).float().mean() > 0.98
     assert (got.candidates.float().mean() / whole.candidates.float().mean() - 1).abs() < 0.02
     differs = got.scales != whole.scales
@@ -141,7 +141,7 @@ def test_tiles_of_a_warp_choose_the_least_error(format: str, block_size: int, mo
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_a_zero_hessian_leaves_every_scale_open(block_size: int) -> None:
-    """And the smallest is chosen of those that tie, as by the reference."""
+    """Of scales that tie, the smallest is chosen, as in the reference."""
     weight = torch.randn(40, 2 * block_size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     hessian = torch.zeros(2, block_size, block_size, device=DEVICE)
     q = quantize(weight, "nvfp4", block_size, "hessian", hessian=hessian, backend="triton")
@@ -165,7 +165,7 @@ def test_dequantize(format: str, block_size: int, shape: tuple[int, ...], dtype:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(300, 128), (1, 16), (513, 33), (700, 8192)])
 def test_amax_parts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Of every element, wherever the largest is, and NaN above all."""
+    """The amax of all elements, with the largest at any place, and NaN above all."""
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype).to(DEVICE)
     for step, index in enumerate((0, 1, weight.numel() // 2, weight.numel() - 1)):
         weight.view(-1)[index] = -3 - step
@@ -177,7 +177,7 @@ def test_amax_parts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_global_scale_from_amax(dtype: torch.dtype, method: str) -> None:
-    """The float32 quotient, whichever kernel finds it."""
+    """Every kernel computes the same float32 quotient."""
     # More than one step of the amax kernel, in one column of blocks.
     weight = (torch.randn(600, 16, generator=torch.Generator().manual_seed(2)) * 0.02).to(dtype)
     given = {"hessian": torch.eye(16)[None].to(DEVICE)} if method == "hessian" else {}
@@ -207,7 +207,7 @@ def test_block_hessians(block_size: int, tokens: int, columns: int, dtype: torch
 @pytest.mark.parametrize("largest", [1.0, 2.0**126])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_correlated_activations_do_not_leave_every_smaller_power_of_two(block_size: int, largest: float) -> None:
-    """As in test_bounds.py. Of the greatest float32 numbers no scale leaves zeros alone, so all of them are left."""
+    """As in test_bounds.py. For the largest float32 weights no scale gives all zeros, so all smaller scales remain."""
     generator = torch.Generator().manual_seed(0)
     tokens = correlated_tokens(block_size, generator)
     weight = (torch.randn(64 if CUDA else 24, block_size, generator=generator) / 4).clamp(-0.999, 0.999) * largest
@@ -255,7 +255,7 @@ def _fp16x2_kernel(
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_fp16x2_is_within_the_margin_and_the_bounds(block_size: int, spread: float) -> None:
-    """Of bfloat16 elements from 2 down to far below what half precision holds; radii from far below to far above."""
+    """For bfloat16 elements from 2 down to far below fp16's range, and radii from far below to far above them."""
     fmt = FORMATS["mxfp4"]
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(32, block_size, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""What a launch starts, and that Triton's launcher takes it so. A GPU sees all of it in the tests of the kernels."""
+"""The arguments and options of kernel launches, and Triton's order of them. On a GPU, kernel tests cover this, too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STREAM, FUNCTION, METADATA = 7, 8, 9
 
 
 class Recorder:
-    """Stands for a jit function and for what it compiles: keeps the arguments of both."""
+    """A stand-in for a jit function and its binary, which records the arguments of both."""
 
     arg_names = ("x_ptr", "size", "BLOCK")
     function, packed_metadata = FUNCTION, METADATA
@@ -75,7 +75,7 @@ def test_a_profiler_hears_of_every_launch(hook: str, recorder: Recorder) -> None
 
 
 def test_a_kernel_starts_on_its_tensor_s_device(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is not the current one becomes so, for the call."""
+    """A device that is not the current one becomes current during the call."""
     current = [0]
 
     @contextlib.contextmanager
@@ -92,7 +92,7 @@ def test_a_kernel_starts_on_its_tensor_s_device(recorder: Recorder, monkeypatch:
 
 
 class Kernels:
-    """What is made and started in the place of kernels: nothing runs."""
+    """Records of the kernels made and launched. Nothing runs."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -106,7 +106,7 @@ class Kernels:
         return lambda stream, *arguments: self.started.append(name)
 
     def __call__(self, call: Callable[[], object]) -> tuple[list[str], list[str]]:
-        """(made, started) by a call. Called again, it makes nothing, and starts the same."""
+        """(kernels made, kernels launched) by a call. A second call must make none and launch the same."""
         self.made, self.started = [], []
         call()
         made, started = self.made, self.started
@@ -127,7 +127,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """The same at an address that no wide load may have."""
+    """The same tensor at an address that is not aligned for wide loads."""
     moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view(tensor.shape)
     return moved.copy_(tensor)
 
@@ -151,7 +151,7 @@ def test_a_kernel_is_for_arguments_alike(kernels: Kernels) -> None:
 
 
 def test_a_search_with_factors_is_one_launch_that_waits_for_what_came_before(kernels: Kernels) -> None:
-    """Without a kernel of its own call before it, it must not start early: it would not see who wrote its input."""
+    """The first kernel of a call must not start early, because the kernel that writes its input may still run."""
     w, scale = torch.randn(8, 64, device=DEVICE), torch.ones((), device=DEVICE)
     hessians = torch.eye(16, device=DEVICE).repeat(4, 1, 1)
     factors = search.factorize(hessians, "triton")

@@ -1,4 +1,4 @@
-"""The list of methods is where a method is added: it decides what quantize asks for and which backends there are."""
+"""Methods are added in METHODS, which determines their arguments of quantize() and their backends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ W = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
 
 def list_objective(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists an objective, and the method of its name."""
+    """Adds an objective and the method of its name to the tables."""
     name = objective.name
     monkeypatch.setattr(search, "OBJECTIVES", MappingProxyType({**OBJECTIVES, name: objective}))
     monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, name: Method.of_objective(objective)}))
@@ -59,7 +59,7 @@ def test_a_method_that_is_listed_is_one(another: str) -> None:
 
 
 def test_a_method_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets the Gram matrix, from either argument, and a tensor knows that its codes were moved."""
+    """It gets the Gram matrix from either argument, and its tensor records that codes were moved."""
     seen: list[Problem] = []
 
     def solve(problem: Problem) -> Found:

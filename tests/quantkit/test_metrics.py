@@ -1,4 +1,4 @@
-"""The two forms of the output error agree, and both are what their formula says."""
+"""The two forms of the output error agree with each other and with the formula."""
 
 from __future__ import annotations
 

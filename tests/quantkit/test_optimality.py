@@ -21,8 +21,8 @@ from tests.inputs import (
 from tests.oracle import contract_violations
 
 LEVELS = [("nvfp4", "none"), ("nvfp4", "amax"), ("mxfp4", "none")]
-# A global scale ties a tensor's blocks together, so each family is a tensor of its own; without one they share a
-# tensor.
+# A global scale depends on all blocks of a tensor, so each family is then a separate tensor. Without one, the families
+# share a tensor.
 CASES = [
     *((format, "none", "all") for format in FORMATS),
     *(("nvfp4", "amax", family) for family in WEIGHT_FAMILIES),
@@ -40,8 +40,8 @@ def check(
     hessians: np.ndarray | None,
     dtype: torch.dtype = torch.float32,
 ) -> QuantizedTensor:
-    """Judges every scale chosen for float32 ``blocks [n, b]`` that dtype holds, each paired with each of ``hessians
-    [h, b, b]``. Returns what was judged."""
+    """Checks every scale that is chosen for float32 ``blocks [n, b]``, converted to dtype, each with each of
+    ``hessians [h, b, b]``. Returns the quantized tensor."""
     block_size = blocks.shape[-1]
     if hessians is None:
         q = quantize(
@@ -72,8 +72,8 @@ def check(
 
 
 def interpreted(backend: str) -> bool:
-    """Whether Triton interprets: it takes the Hessian kernel's pairs of a block and a scale one after the other, so
-    tests give it fewer blocks than the reference and a GPU have."""
+    """Whether Triton interprets. The interpreter is slow on the Hessian kernel's (block, scale) pairs, so it gets fewer
+    blocks than the reference and a GPU."""
     return backend == "triton" and not CUDA
 
 
@@ -110,7 +110,7 @@ def test_hessian_scale_is_optimal(
 def test_hessian_scale_is_optimal_where_rounding_made_the_hessian_indefinite(
     block_size: int, format: str, backend: str, device: str
 ) -> None:
-    """Of rank one but for noise near float32's resolution, which makes the form of large residuals negative."""
+    """Hessians of rank one plus noise near float32's resolution, which makes the form of large residuals negative."""
     rng = np.random.default_rng(9)
     factors = [
         np.outer(np.ones(block_size), rng.standard_normal(block_size))
@@ -129,7 +129,7 @@ def test_hessian_scale_is_optimal_where_rounding_made_the_hessian_indefinite(
 @pytest.mark.parametrize("format", SEARCHED_BY_KERNELS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_hessian_scale_of_16_bit_weights_is_optimal(block_size: int, format: str, dtype: torch.dtype) -> None:
-    """They take other instructions than float32 weights; so do elements far below their block's largest."""
+    """They use other instructions than float32 weights, as do elements far below their block's largest."""
     rng = np.random.default_rng(8)
     hessians = np.stack([hessian_family(name, block_size, rng) for name in HESSIAN_FAMILIES])
     blocks = all_families(block_size, rng)[::2]
@@ -168,7 +168,7 @@ def test_any_block_is_hessian_optimal(backend: str, device: str) -> None:
     )
     def is_optimal(blocks: np.ndarray, level: tuple[str, str], seed: int, kind: str) -> None:
         hessians = hessian_family(kind, blocks.shape[1], np.random.default_rng(seed))[None]
-        # docs/theory.md, "Where the guarantee ends": what lies further below a dead channel's weight may count as zero.
+        # docs/theory.md, "Where the guarantee ends": smaller weights beside a dead channel's may count as zero.
         blocks = np.where(np.abs(blocks) < 2.0**-36 * np.abs(blocks).max(1, keepdims=True), np.float32(0), blocks)
         check(blocks, *level, backend, device, hessians)
 
@@ -200,7 +200,7 @@ def test_sse_window_would_miss_the_hessian_optimum(backend: str, device: str) ->
 
 
 def test_contract_check_can_fail() -> None:
-    """The judge itself: a wrong scale is reported, and only that one."""
+    """A test of the check itself: it reports a wrong scale, and only that one."""
     blocks = weight_family("gaussian_1", 16, np.random.default_rng(0))
     q = quantize(torch.tensor(blocks), "nvfp4", 16, "sse", global_scale="none")
     codes = q.scales.numpy().reshape(-1).copy()

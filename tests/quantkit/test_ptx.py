@@ -1,4 +1,4 @@
-"""PTX text has one home, and each text uses the operands that its constraints declare."""
+"""All PTX text is in ptx.py, and each text uses the operands that its constraints declare."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_text_uses_exactly_the_operands_of_its_constraints(name: str) -> None:
 
 
 def test_shared_memory_reads_no_operand() -> None:
-    """Its input is there because Triton wants an operand that gives the result its shape."""
+    """It has an input only because Triton needs an operand for the result's shape."""
     text, constraints = ptx.shared_memory("buffer", 512, alignment=16).text, "=r,r"
     assert ptx.shared_memory("buffer", 512, alignment=16).constraints == constraints
     assert re.findall(r"\$\d+", text) == ["$0"] and ".align 16 .b8 buffer[512]" in text

@@ -1,4 +1,4 @@
-"""quantize(): what comes back, the conformance cases by name, and every error."""
+"""quantize(): its results, the conformance cases by name, and every error."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_without_the_check_a_bad_value_harms_no_other_block(
 @pytest.mark.parametrize("given", ["global_scale", "activations", "gram", "hessian"])
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
 def test_nothing_keeps_a_graph(format: str, given: str, backend: str, device: str) -> None:
-    """Of parameters, as layer.weight is one, and of what came through layers."""
+    """For parameters, such as layer.weight, and for outputs of layers."""
     w = torch.nn.Parameter(weight())
     x = torch.randn(200, 64, generator=generator(2))
     values = {
@@ -414,7 +414,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 700])
 def test_a_hessian_scale_does_not_depend_on_the_rows_beside_it(rows: int) -> None:
-    """One block in many rows: where the rows end, a matrix product may round differently, and ties must not notice."""
+    """One block in many rows: a matrix product may round the last rows differently, which must not change ties."""
     generator = torch.Generator().manual_seed(1)
     block = torch.randn(1, 64, generator=generator)
     hessian = torch.eye(16).repeat(4, 1, 1) * torch.rand(4, 1, 1, generator=generator)

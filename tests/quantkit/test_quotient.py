@@ -1,8 +1,8 @@
-"""The kernels' quotient by two multiplications, checked wherever it could round to another side of a tie.
+"""The kernels' quotient by two multiplications, checked for all operands that could take it to the wrong side of a tie.
 
 A quotient of float32 numbers X/S near a rounding boundary M, half an ulp beside a tie of the grid, obeys
-``X 2^k − M S = j`` in integers, with |j| at most a few: so all pairs of mantissas for which the two can differ are
-found from M⁻¹ modulo 2^k, for each boundary and each j. docs/theory.md, "The kernels' quotient".
+``X 2^k − M S = j`` in integers with a small |j|. So M⁻¹ modulo 2^k gives all pairs of mantissas at which the two
+quotients can differ, for each boundary and each j. See docs/theory.md, "The kernels' quotient".
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def ties(grid: ElementGrid | ScaleGrid) -> set[Fraction]:
 
 
 def pairs_near(tie: Fraction) -> Iterator[tuple[Fraction, Fraction]]:
-    """(X, S), S a mantissa of 24 bits, whose quotient is next to where float32 begins to round to tie."""
+    """(X, S), with S a mantissa of 24 bits, whose quotient is next to the boundary where float32 rounds to the tie."""
     above = tie + Fraction(1, 2**24)
     below = tie - Fraction(1, 2 ** (25 if tie == 1 else 24))
     for boundary in (above, below):
@@ -68,7 +68,7 @@ def pairs_near(tie: Fraction) -> Iterator[tuple[Fraction, Fraction]]:
 
 
 def quotient(x: Fraction, s: Fraction, near: Fraction) -> Fraction:
-    """What device.reciprocal_of and device.rounded_quotient compute."""
+    """The formulas of device.reciprocal_of and device.rounded_quotient."""
     leading = rounded(near + rounded(1 - s * near) * near)
     error = rounded(1 - s * leading)
     rest = rounded(error * leading)
@@ -106,7 +106,7 @@ def _quotient_kernel(x_ptr, s_ptr, quotient_ptr, size, FMT: tl.constexpr, TARGET
 
 
 def test_the_kernels_quotient_is_at_a_tie_where_the_divisions_is() -> None:
-    """The formula itself where there is a GPU; the interpreter divides."""
+    """On a GPU this checks the formula; the interpreter divides."""
     triples = [
         (tie, x, s)
         for part in ("element", "scale")

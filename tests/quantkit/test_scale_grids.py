@@ -14,7 +14,7 @@ from tests.oracle import contract_violations, effective_scales, nearest_code, sc
 
 
 def grid(exponent_bits: int, max_code: int = 254) -> ScaleGrid:
-    """All of a byte but its last code, with the usual bias."""
+    """An unsigned grid with the usual bias that uses all codes of a byte but the last."""
     name = f"ue{exponent_bits}m{8 - exponent_bits}"
     return ScaleGrid(name, exponent_bits, 8 - exponent_bits, bias=2 ** (exponent_bits - 1) - 1, max_code=max_code)
 
@@ -38,7 +38,7 @@ def run(blocks: np.ndarray, f: BlockFormat, method: str, backend: str, device: s
 
 @pytest.mark.parametrize("name", [*WIDTHS, *NEW])
 def test_the_naive_scale_is_the_nearest_one(name: str, backend: str, device: str) -> None:
-    """To amax over the largest element, in float32; and the codes are the nearest at it."""
+    """Nearest to amax over the largest element, in float32. The codes are nearest at this scale."""
     f = {**WIDTHS, **NEW}[name]
     blocks = inputs_of(f, 16, np.random.default_rng(0))
     q = run(blocks, f, "naive", backend, device)
@@ -58,7 +58,7 @@ def test_the_naive_scale_is_the_nearest_one(name: str, backend: str, device: str
 @pytest.mark.parametrize("global_scale", ["amax", 2.0**-100, 2.0**60])
 @pytest.mark.parametrize("exponent_bits", range(2, 8))
 def test_backends_agree_on_the_naive_scale_of_two_levels(exponent_bits: int, global_scale: str | float) -> None:
-    """UE6M2 reaches 2^32: a bound of the quotient that is right for E4M3 would leave the top of the grid unused."""
+    """UE6M2 reaches 2^32. A limit of the quotient that suffices for E4M3 would leave the top of this grid unused."""
     f = fmt(grid(exponent_bits), two_level=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 0, 64)[:, None]
@@ -77,7 +77,7 @@ def test_backends_agree_on_the_naive_scale_of_two_levels(exponent_bits: int, glo
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("name", [*SEARCHED, *NEW])
 def test_the_sse_scale_is_optimal(name: str, block_size: int, backend: str, device: str) -> None:
-    """At the grid's ends, too: subnormal scales, the top without a double, blocks beyond either."""
+    """Also at the grid's ends: subnormal scales, scales without a double, blocks beyond both ends."""
     f = {**SEARCHED, **NEW}[name]
     if backend == "triton" and (name, "sse") in WITHOUT_KERNEL:
         pytest.skip("this search has no kernel")
@@ -118,7 +118,7 @@ def test_without_a_proven_window_every_scale_is_evaluated(method: str) -> None:
 
 
 def test_factors_of_the_kernels_are_refused_where_no_window_is_proven() -> None:
-    """Factors know no format: they decide the backend, which has no kernel here."""
+    """Factors do not depend on the format, but decide the backend, which has no kernel here."""
     hessian = torch.eye(16).repeat(4, 1, 1).to("cuda" if torch.cuda.is_available() else "cpu")
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(5)).to(hessian.device)
     factors = search.factorize(hessian, backend="triton")
@@ -135,7 +135,7 @@ def test_int4_is_the_integers_from_minus_7_to_7() -> None:
 
 
 def test_the_ends_of_the_unsigned_bytes() -> None:
-    """254 positive values; the top code, which would be the next, is NaN as E4M3's is."""
+    """254 positive values; the next code, the top one, is NaN as in E4M3."""
     ue5m3, ue4m4 = FORMATS["fp4_ue5m3"].scale, FORMATS["fp4_ue4m4"].scale
     assert (ue5m3.min_value, ue5m3.max_value) == (2.0**-17, 1.75 * 2.0**16)
     assert (ue4m4.min_value, ue4m4.max_value) == (2.0**-10, 1.875 * 2.0**8)

@@ -1,4 +1,4 @@
-"""The inner door gives what quantize gives, works a block column at a time, and carries a full-layer method."""
+"""search.py gives the results of quantize(), works on single block columns, and is enough for a full-layer method."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gram(device: str) -> Tensor:
 
 
 def assert_equal(found: Found, q: QuantizedTensor, columns: slice, block_size: int) -> None:
-    """``columns`` are those of the weight that were searched."""
+    """``columns``: the columns of the weight that were searched."""
     per_block = slice(columns.start // block_size, columns.stop // block_size)
     assert torch.equal(found.codes, q.codes[:, columns.start // 2 : columns.stop // 2])
     assert torch.equal(found.scales, q.scales[:, per_block])
@@ -58,7 +58,7 @@ def test_it_is_quantize_without_the_checks(
 def test_a_loop_over_block_columns_finds_what_one_call_finds(
     block_size: int, objective: str, backend: str, weight: Tensor, gram: Tensor
 ) -> None:
-    """Columns come as views, with the factors of their block alone."""
+    """Columns are passed as views, with only the factors of their block."""
     fmt = FORMATS["nvfp4"]
     hessians = block_hessians(gram, block_size) if OBJECTIVES[objective].needs_factors else None
     want = quantize(weight, fmt, block_size, objective, hessian=hessians, backend=backend)
@@ -102,8 +102,8 @@ def test_factorize_says_what_is_no_hessian(bad: str, backend: str, gram: Tensor)
 
 
 def gptq(weight: Tensor, hessian: Tensor, fmt: BlockFormat, b: int, backend: str) -> Tensor:
-    """Frantar et al., arXiv:2210.17323, by blocks. The metric of a block that later ones compensate for is the Schur
-    complement (U_bᵀ U_b)⁻¹, with H⁻¹ = Uᵀ U and U_b its diagonal block."""
+    """GPTQ by blocks (Frantar et al., arXiv:2210.17323). Later blocks compensate a block's error, so its Hessian is the
+    Schur complement (U_bᵀ U_b)⁻¹, with H⁻¹ = Uᵀ U and U_b its diagonal block."""
     rest, parts, scale = weight.double(), [], global_scale_of(weight, fmt)
     root = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     inverses = torch.linalg.inv(block_hessians(root, b))

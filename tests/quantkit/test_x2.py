@@ -23,7 +23,7 @@ def half(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_residual_is_exact(scale: float) -> None:
-    """Of elements below 2, and, of those of bfloat16 that no power of two in float32 brings there, below 4."""
+    """Elements below 2; and below 4 for bfloat16 elements that no float32 power of two brings below 2."""
     x = np.arange(np.float16(2).view(np.uint16), dtype=np.uint16).view(np.float16).astype(np.float64)
     x = np.concatenate([x, 2 + np.arange(128) / 64])
     least, most, times = scale * (1 + 2.0**-8), scale * E2M1.max_value, 2.0**9
@@ -36,12 +36,12 @@ def test_every_residual_is_exact(scale: float) -> None:
 
 
 def test_the_scales_are_those_of_all_blocks_but_odd_ones() -> None:
-    """Of elements normalized to below 2: beyond, all are zero, or the largest is clipped 300 times over."""
+    """Scales for elements normalized to below 2. Beyond, all levels are zero, or the largest is clipped 300-fold."""
     assert min(SCALES) == 2.0**-10 and max(SCALES) == 2.0**6
 
 
 def test_every_code_is_that_of_the_quotient() -> None:
-    """Of every half precision number times every power of two, whose quotient may be none; a zero keeps its sign."""
+    """Every fp16 number times every power of two, also where the quotient exceeds fp16; a zero keeps its sign."""
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     x = numbers[np.isfinite(numbers)].astype(np.float64)
     unit = 2.0**-6
@@ -58,7 +58,7 @@ def test_every_code_is_that_of_the_quotient() -> None:
 
 @pytest.mark.parametrize("root", [1e-3, 0.5, 1.0, 3.0, 1e3, 1e5])
 def test_bounds_are_rounded_outwards(root: float) -> None:
-    """Every element of either sign, with a radius and √(H⁻¹)_ii of every size, that half precision holds or not."""
+    """Every element of either sign, with a radius and √(H⁻¹)_ii of every size, within fp16's range or not."""
     magnitudes = np.arange(np.float16(2).view(np.uint16), dtype=np.uint16).view(np.float16).astype(np.float64)
     for radius in np.geomspace(1e-9, 1e6, 151):
         for below in (0.0, 0.99 * 2.0**-24):  # what rounding toward zero may have taken off small ones

@@ -1,4 +1,4 @@
-"""Mixture of experts: an expert's inputs are the tokens that the router sends it, and the record says how many."""
+"""Mixture of experts: an expert's inputs are the tokens that the router sends to it, as the record says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYER, EXPERT = 2, 3
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The tiny model's products are smaller than what waking a second thread costs."""
+    """One thread, because for tiny models waking a second one takes longer than the product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,7 +88,7 @@ def plain_loop(moe: SimpleNamespace, ids: Tensor, matrix: str) -> Tensor:
 
 
 def activated(moe: SimpleNamespace, experts: Any, x: Tensor) -> Tensor:
-    """What the expert's down_proj sees for one token, by the papers' formulas."""
+    """The input of the expert's down_proj for one token, by the papers' formulas."""
     if moe.kind == "gpt_oss":
         both = x @ experts.gate_up_proj[EXPERT] + experts.gate_up_proj_bias[EXPERT]
         gate, up = both[::2].clamp(max=experts.limit), both[1::2].clamp(-experts.limit, experts.limit)

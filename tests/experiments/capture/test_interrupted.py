@@ -1,4 +1,4 @@
-"""A capture that is interrupted, that cannot be written, or that gives what nobody can use."""
+"""Captures that are interrupted, that cannot be written, or that have NaN or Inf."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """count: of forward passes, trial runs aside. At pass `stop`, `error` is raised once it is half through."""
+    """count: number of forward passes, without trial runs. In the middle of pass `stop`, `error` is raised."""
     state = SimpleNamespace(count=0, stop=None, error=KeyboardInterrupt)
     real = tap.InputTap.run
 
@@ -88,7 +88,7 @@ def same(a: LayerInputs, b: LayerInputs) -> bool:
 def test_an_interrupted_capture_goes_on_where_it_stopped(
     tiny: SimpleNamespace, tmp_path: Path, passes: SimpleNamespace, activations: bool, stop: int
 ) -> None:
-    """In the middle of a shard too, and where no shards are kept; the sums are the same to the last bit."""
+    """Also in the middle of a shard, and without shards. The sums are bitwise equal."""
     config = configuration(tiny.folder, tiny.texts, cache__activations=activations)
     whole = captured(configuration(tiny.folder, tiny.texts, cache__dir=str(tmp_path / "whole")))
     assert passes.count == 8
@@ -108,7 +108,7 @@ def test_an_interrupted_capture_goes_on_where_it_stopped(
 def test_many_layers_go_on_each_where_it_stopped(
     tiny: SimpleNamespace, tmp_path: Path, passes: SimpleNamespace
 ) -> None:
-    """Interrupted between two layers of one pass: one has the batch, the other has not."""
+    """Interrupted between two layers of one pass: one layer has the batch, the other one lacks it."""
     layers = [LayerConfig(index, module) for index in (0, 2) for module in SEVEN]
     config = configuration(tiny.folder, tiny.texts, layer=layers[0])
     whole = configuration(tiny.folder, tiny.texts, layer=layers[0], cache__dir=str(tmp_path / "whole"))
@@ -164,7 +164,7 @@ def test_what_was_kept_is_not_trusted_where_it_is_damaged(
 
 
 def test_the_bar_moves_within_a_forward_pass(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass of a large model takes longer than a bar may stand still."""
+    """The progress bar moves within a pass, because a pass of a large model takes long."""
     shown: list[float] = []
 
     class Bar(tqdm.tqdm):  # type: ignore[type-arg]
@@ -244,7 +244,7 @@ def test_a_width_of_a_synthetic_layer_is_refused_before_it_is_made() -> None:
 
 @contextmanager
 def file_size(limit: int) -> Iterator[None]:
-    """No file grows beyond so many bytes: the system's error is that of a full disk but for its number."""
+    """Limits the size of files. The system's error is like that of a full disk, with another error number."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Capture and the activation cache: right numbers, bounded memory, resume, damage, sharing, bundles."""
+"""Capture and the activation cache: correct numbers, bounded memory, resuming, damage, sharing, bundles."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The tiny model's products are smaller than what waking a second thread costs."""
+    """One thread, because for tiny models waking a second one takes longer than the product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

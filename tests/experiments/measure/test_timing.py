@@ -1,4 +1,4 @@
-"""The timing protocol: quantiles in order, warm-up left out, a bound on what it costs."""
+"""The timing protocol: ordered quantiles, no warm-up in the times, and a limit on the duration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data of each figure from records made by hand, that it draws without a screen, and what report.py makes of it."""
+"""The data of each figure from handmade records, its drawing without a screen, and its files by report.py."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_errors_stand_in_the_order_of_the_tables(full: Sources):
 
 
 def test_no_figure_mixes_subjects():
-    """The most complete one is shown; then the one in original precision; then the one with more tokens."""
+    """The most complete one is shown; among equals the one in original precision, then the one with more tokens."""
     few = [make("sse", model="few", model_origin=None, tokens_calibration=10**6)]
     quantized = every(model="release", tokens_calibration=8192)
     original = every(model="original", model_origin=None)
@@ -289,7 +289,7 @@ def test_each_further_megabyte_has_no_share_of_what_a_call_takes_at_least(full: 
 
 
 def test_what_has_no_label_or_style_yet_is_drawn_all_the_same(full: Sources):
-    """A format and a method that were added to the library a minute ago."""
+    """A format and a method that are new in the library."""
     assert full.bench is not None
     new = {"nvfp4": "fp4_new", "sse": "new"}
 
@@ -378,7 +378,7 @@ def test_marks_and_lines_are_explained_on_the_picture(name: str, said: list[str]
     assert all(part in texts for part in said)
 
 
-# What report.py makes of them.
+# The files that report.py writes.
 
 
 @pytest.fixture

@@ -271,7 +271,7 @@ def test_verification_table_counts_the_runs_that_were_verified() -> None:
 
 
 def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
-    """experiments/reporting/labels.py imports neither torch nor the library, so it lists them again."""
+    """experiments/reporting/labels.py imports neither torch nor the library, so this test compares them."""
     import quantkit
 
     assert set(FORMATS) == set(quantkit.FORMATS) and (FORMATS["nvfp4"], FORMATS["mxfp4"]) == ("NVFP4", "MXFP4")

@@ -1,4 +1,4 @@
-"""Each test decides about its sources anew, and has no hub unless it makes one."""
+"""Each test chooses its sources again, and has no hub unless it makes one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.sources import texts, twins
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test decides anew, and may switch the hub libraries to offline for itself alone."""
+    """Each test chooses its sources again, and may switch the hub's libraries to offline without affecting others."""
     monkeypatch.setattr(hub_module, "_answers", {})
     monkeypatch.setattr(twins, "_announced", set())
     monkeypatch.setattr(hub_module, "_gave_up", False)

@@ -1,4 +1,4 @@
-"""Which causal decoders are captured: each model of transformers, made tiny, is judged; the page lists the verdicts.
+"""Checks which causal decoders of transformers can be captured, on tiny models, and writes the page of results.
 
 `python -m tests.experiments.sources.every_decoder` writes docs/decoders.md; test_every_decoder.py judges the models and
 compares the page.
@@ -27,7 +27,7 @@ from tests.experiments.sources.tiny_decoders import NOT_TINY, VOCABULARY, kinds,
 
 PAGE = Path(__file__).parents[3] / "docs" / "decoders.md"
 IDS = torch.randint(5, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
-TOLERANCE = 1e-5  # of the largest input: two orders of summing differ by less
+TOLERANCE = 1e-5  # relative to the largest input; two orders of summation differ by less
 EXPERT = 1
 
 Key = tuple[int, str]
@@ -35,7 +35,7 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the page. note: the modules that are refused, or why the model is."""
+    """One line of the page. note: the refused modules, or the reason why the model is refused."""
 
     kind: str
     verdict: str
@@ -47,9 +47,9 @@ class Row:
 
 
 def judge(kind: str, folder: Path) -> Row:
-    """Compare the captured inputs of the first, middle and last layer to those that hooks on the whole model see.
+    """Compare the captured inputs of the first, middle and last layer with those that hooks on the whole model see.
 
-    Raises AssertionError for inputs that differ and for a refusal of more than a line.
+    Raises AssertionError for inputs that differ, and for a refusal of more than one line.
     """
     if kind in NOT_TINY:
         return Row(kind, "not tried", "–", NOT_TINY[kind])
@@ -75,9 +75,9 @@ def judge(kind: str, folder: Path) -> Row:
 
 
 def tiny_model(kind: str, **changes: Any) -> Any:
-    """Random weights large enough to tell errors apart; buffers that a checkpoint stores differ from their defaults.
+    """A model with random weights, large enough to show errors, and stored buffers that differ from their defaults.
 
-    changes: of the configuration.
+    changes: values of its configuration.
     """
     from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ def _stack(checkpoint: Checkpoint) -> tuple[str, int]:
 
 
 def _compare(checkpoint: Checkpoint, model: Any, path: str, layers: list[LayerConfig]) -> dict[str, str]:
-    """Returns the modules that are refused, with the reasons. Raises SourceError where all are."""
+    """Returns the refused modules with the reasons. Raises SourceError if all are refused."""
     want = {(x.index, x.module): oracle(model, path, x) for x in layers}
     refused: dict[str, str] = {}
     try:
@@ -137,7 +137,7 @@ def _check(checkpoint: Checkpoint, model: Any, path: str, layers: list[LayerConf
 
 
 def oracle(model: Any, path: str, layer: LayerConfig) -> Tensor:
-    """[tokens, in_features]: what the whole model's module sees in all its calls, or the expert by plain loops."""
+    """[tokens, in_features]: the inputs of the whole model's module in all calls, or of the expert, by plain loops."""
     block = model.get_submodule(f"{path}.{layer.index}")
     expert = re.fullmatch(r"(.*experts)\.(\d+)\.(\w+)", layer.module)
     if expert and layer.module not in dict(block.named_modules()):
@@ -200,14 +200,14 @@ def _line(error: SourceError, kind: str) -> str:
 
 HEAD = """# Decoders
 
-The pipeline runs a part of a model to see a layer's input, and the part must compute what the whole computes. This is
-checked for every causal decoder of transformers {version}: the model is made tiny, saved, and read back as a run reads
-it; the inputs of its first, middle and last layer are compared to those that hooks on the whole model see. A model is
-captured, or it is refused in one line.
+The pipeline runs only a part of a model to capture a layer's inputs. The part must compute the same values as the whole
+model. Tests check this for every causal decoder of transformers {version}. They make the model tiny, save it, and read
+it back as a run does. Then they compare the inputs of its first, middle and last layer with those that hooks on the
+whole model see. A model is captured, or refused in one line.
 
 {captured} of {total} are captured, {experts} of them with their experts (`layer.module=mlp.experts.3.down_proj`). Where
-single modules are refused, the others are captured. "Not tried" is a model that cannot be made tiny or is no decoder of
-text alone; a run checks it as any other.
+single modules are refused, the others are captured. "Not tried" marks a model that cannot be made tiny or is not a
+text-only decoder. A run checks it like any other model.
 
 `python -m tests.experiments.sources.every_decoder` writes this page, and the tests compare it.
 

@@ -1,4 +1,4 @@
-"""What is refused before anything is captured, in one line that names file, value and remedy."""
+"""Checkpoints that are refused before a capture, in one line that names file, value and remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a layer: what is read, what is built, and that its inputs are those of the whole model."""
+"""Loading a layer: the files that are read, the modules that are built, and inputs equal to the whole model's."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.experiments.sources.tiny_decoders import kinds
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The tiny models' products are smaller than what waking a second thread costs."""
+    """One thread, because for tiny models waking a second one takes longer than the product."""
     import transformers
 
     threads = torch.get_num_threads()

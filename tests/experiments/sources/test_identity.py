@@ -1,5 +1,5 @@
-"""Names that must never change by accident: a run whose name changes is run again, a layer whose key does is captured
-again, and neither is found by who cites it."""
+"""Names that must not change by accident. A run with a new name is run again, a layer with a new key is captured again,
+and references to the old names break."""
 
 from __future__ import annotations
 

