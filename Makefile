@@ -1,4 +1,4 @@
-# make help lists the targets. Each sets up .venv when it must; nothing else on the machine changes.
+# make help lists the targets. Each one creates .venv if necessary, and changes nothing else on the machine.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
                       if $$p -c "" 2>/dev/null; then echo $$p; exit; fi; done)
@@ -8,13 +8,13 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # More Hydra overrides for `make run`, e.g. make run ARGS="block_size=16,32 layer.index=10"
 ARGS ?=
-# The same without ARGS: `make run block_size=32`. Settings have small letters, variables of make have capitals.
+# The same without ARGS: `make run block_size=32`. Settings are in small letters, make's variables in capitals.
 comma := ,
 small = $(filter a% b% c% d% e% f% g% h% i% j% k% l% m% n% o% p% q% r% s% t% u% v% w% x% y% z%,$(1))
 SETTINGS = $(foreach name,$(sort $(call small,$(.VARIABLES))),$(if \
     $(filter command,$(firstword $(origin $(name)))),'$(name)=$($(name))'))
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS) $(subst ',,$(SETTINGS))))
-# What is swept unless the command line has it.
+# A sweep's default values, unless the command line has the key.
 unless_given = $(if $(call given,$(1)),,$(1)=$(2))
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ unless_given = $(if $(call given,$(1)),,$(1)=$(2))
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The stamp comes last: an interrupted set-up has none and is done again.
+# The stamp is written last, so that an interrupted set-up is done again.
 $(READY): requirements.lock pyproject.toml
 	@$(or $(PYTHON),false) -c "" 2>/dev/null || { \
 	    echo "quantkit: found no Python$(if $(PYTHON), named $(PYTHON))."; \
@@ -83,7 +83,7 @@ bench: $(READY)  ## time every kernel on this machine's GPU, beside PyTorch and 
 notebooks: $(READY)  ## run the notebooks and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
-# The pages are built without torch, so their own environment is small.
+# The pages are built without torch, in a small environment of their own.
 DOCS_READY := .venv-docs/.ready
 
 $(DOCS_READY): docs/requirements.txt
