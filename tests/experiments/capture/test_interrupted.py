@@ -173,7 +173,8 @@ def test_the_bar_moves_within_a_forward_pass(tiny: SimpleNamespace, monkeypatch:
 
         def update(self, n: float | None = 1) -> bool | None:
             result = super().update(n)
-            shown.append(self.n)
+            if str(self.desc).startswith("capture"):  # hashing has a bar, too
+                shown.append(self.n)
             return result
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
