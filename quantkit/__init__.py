@@ -5,6 +5,7 @@ from quantkit.blockwise import __all__ as _blockwise_names
 from quantkit.formats import E2M1, E4M3, FORMATS, MXFP4, NVFP4, UE8M0, BlockFormat, get_format
 from quantkit.methods import METHODS, Method, get_method
 from quantkit.metrics import compute_metrics
+from quantkit.module import QuantizedWeight
 from quantkit.quantize import BACKENDS, BackendUnavailableError, quantize, resolve_backend
 from quantkit.tensor import QuantizedTensor
 from quantkit.verify import Verification, verify
@@ -24,6 +25,7 @@ __all__ = [
     "BlockFormat",
     "Method",
     "QuantizedTensor",
+    "QuantizedWeight",
     "Verification",
     "compute_metrics",
     "get_format",

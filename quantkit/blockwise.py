@@ -16,6 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quantkit.quantize import quantize
+from quantkit.tensor import saturated
 
 __all__ = [
     f"{fmt}_{name}"
@@ -59,7 +60,8 @@ def _blockwise(
 
 
 def _dequantize(scales: Tensor, quants: Tensor, dim: int) -> Tensor:
-    return quants * scales.unsqueeze(dim)
+    values = quants * scales.unsqueeze(dim)
+    return saturated(values, values.dtype)
 
 
 def nvfp4_naive(W: Tensor, dim: int = -1, return_dequant: bool = False) -> tuple[Tensor, ...]:
@@ -97,7 +99,7 @@ def nvfp4_optimal_hessian_triton(
 
 
 def nvfp4_dequantize(scales: Tensor, quants: Tensor, dim: int = -1) -> Tensor:
-    """``quants · scales``, the scales broadcast over ``dim``."""
+    """``quants · scales``, the scales broadcast over ``dim``, at most the dtype's largest finite number."""
     return _dequantize(scales, quants, dim)
 
 
@@ -136,5 +138,5 @@ def mxfp4_optimal_hessian_triton(
 
 
 def mxfp4_dequantize(scales: Tensor, quants: Tensor, dim: int = -1) -> Tensor:
-    """``quants · scales``, the scales broadcast over ``dim``."""
+    """``quants · scales``, the scales broadcast over ``dim``, at most the dtype's largest finite number."""
     return _dequantize(scales, quants, dim)

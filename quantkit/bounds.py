@@ -87,7 +87,7 @@ def sse_window(
     lower, upper = sse_window_factors(element, block_size)
     ratio = amax / global_scale
     # Scales above this code have no double, so the lower bound does not apply to them.
-    last_doubling = int(scale.floor_code(torch.tensor(scale.max_value / 2)))
+    last_doubling = int(scale.floor_code(torch.tensor(scale.max_value / 2, dtype=torch.float32, device="cpu")))
     first = (scale.floor_code(ratio * (lower * (1 - SLACK))) + 1).clamp(scale.min_code, last_doubling + 1)
     last = scale.floor_code(ratio * (upper * (1 + SLACK)))
     without_half = zeroing_code(amax, element, scale, global_scale).clamp(max=scale.last_code_without_half)

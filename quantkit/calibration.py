@@ -13,6 +13,7 @@ layer's output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +33,14 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_ELEMENTS = 1 << 26  # of activations converted to float32 at a time (256 MiB)
 RELATIVE_DAMPING = 1e-12  # of each H_ii; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
 DEAD_CHANNEL = 1e-24  # of the mean diagonal, replaces H_ii = 0; so small that it outweighs no error that H measures
+SMALL = 2.0**-50  # a channel of such activations has squares near float32's smallest normal number, 2^-126
 MAX_RELATIVE_NEGATIVE = 1e-4  # of the largest eigenvalue; a more negative eigenvalue is no rounding error
+
+
+_CODES = (
+    "integers and 8-bit floats are codes, which are no values without their scales: dequantize them with the tool that "
+    "made them"
+)
 
 
 def check_given(method: str, needs: str | None, **given: object) -> None:
@@ -62,11 +70,25 @@ def check_tensor(value: object, name: str) -> None:
         else:
             remedy = "pass one tensor, torch.from_numpy(array) of an array"
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
-    if value.dtype not in FLOAT_DTYPES or value.layout != torch.strided:
-        raise ValueError(
-            f"{name} must be dense and floating-point, got {value.dtype}, {value.layout}; convert with "
-            f"{name}.float() or {name}.to_dense()"
-        )
+    check_float(value, name)
+
+
+def check_float(tensor: Tensor, name: str) -> None:
+    """Raises ValueError unless ``tensor`` is dense, of one of FLOAT_DTYPES, and has values."""
+    if tensor.dtype in FLOAT_DTYPES and tensor.layout == torch.strided and not tensor.is_meta:
+        return
+    if tensor.dtype not in FLOAT_DTYPES:
+        remedy = f"pass {name}.real" if tensor.is_complex() else _CODES
+    elif tensor.layout != torch.strided:
+        remedy = f"convert with {name}.to_dense()"
+    else:
+        remedy = "a tensor on the meta device has no values, so load them first"
+    sparse = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    meta = " on meta" if tensor.is_meta else ""
+    raise ValueError(
+        f"{name} must be dense float16, bfloat16, float32 or float64, got "
+        f"{str(tensor.dtype).removeprefix('torch.')}{sparse}{meta}; {remedy}"
+    )
 
 
 def check_tokens(activations: Tensor, in_features: int, method: str) -> None:
@@ -100,11 +122,20 @@ def check_squares(products: Tensor) -> None:
         raise ValueError(f"activations are too large: their squares exceed {limit}; scale them down")
 
 
+def as_tokens(activations: Tensor) -> Tensor:
+    """``[..., in_features]``, such as ``[batch, seq, in_features]`` of a hook, as a view ``[tokens, in_features]``."""
+    if activations.ndim > 2:
+        return activations.reshape(math.prod(activations.shape[:-1]), activations.shape[-1])
+    return activations
+
+
 def check_activations(activations: Tensor, in_features: int | None = None) -> None:
     """Raises ValueError unless ``activations`` are finite, floating-point and ``[tokens, in_features]``."""
-    if activations.ndim != 2 or not activations.is_floating_point():
+    check_float(activations, "activations")
+    if activations.ndim != 2:
         raise ValueError(
-            f"activations must be a floating-point [tokens, in_features] tensor, got {_describe(activations)}"
+            "activations must be [tokens, in_features], or [batch, tokens, in_features] as a hook gives them, got "
+            f"{_describe(activations)}"
         )
     if in_features is not None and activations.shape[1] != in_features:
         raise ValueError(
@@ -146,9 +177,10 @@ def check_finite(tensor: Tensor, name: str) -> None:
 class GramAccumulator:
     """Sums ``XᵀX`` over batches, or ``Σ_t w_t x_t x_tᵀ`` where tokens have weights.
 
-    in_features: width of every batch; device and dtype (float32 or float64) are those of the sum. groups: how many
-    weights a token has; the sum is then ``[groups, in_features, in_features]``, one Gram matrix a group. Without it, it
-    is ``[in_features, in_features]``.
+    in_features: width of every batch; device and dtype (float32 or float64) are those of the sum. A float32 sum becomes
+    float64 at the first batch in which a channel's squares are too small for float32. groups: how many weights a token
+    has; the sum is then ``[groups, in_features, in_features]``, one Gram matrix a group. Without it, it is
+    ``[in_features, in_features]``.
     """
 
     def __init__(
@@ -164,65 +196,96 @@ class GramAccumulator:
             raise ValueError(f"groups must be 1 or more, got {groups}; leave it out for one weight a token")
         self.groups = groups
         shape = (in_features, in_features) if groups is None else (groups, in_features, in_features)
-        self.gram = torch.zeros(shape, device=device, dtype=dtype)
+        self._sum = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = 0
 
+    @property
+    def gram(self) -> Tensor:
+        """The sum, not a copy. Raises ValueError where no token was seen."""
+        if not self.tokens:
+            raise ValueError(
+                "the accumulator has seen no token: call update(activations) with the layer's inputs, and if a hook "
+                "does, run the model first"
+            )
+        return self._sum
+
     def update(self, activations: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch ``[tokens, in_features]``, any float dtype.
+        """Adds a batch ``[..., in_features]``, any float dtype; leading dimensions are those of tokens.
 
         weights: float32 or float64 ``[tokens]``, not negative; ``[tokens, groups]`` where there are groups. Without
         them, every token weighs 1. Raises ValueError for another shape, NaN or Inf, or a negative weight.
         """
-        check_activations(activations, self.gram.shape[-1])
+        activations = as_tokens(activations)
+        check_activations(activations, self._sum.shape[-1])
         if weights is None and self.groups is not None:
             raise ValueError(f"a Gram matrix a group needs weights [tokens, {self.groups}]; pass them to update()")
         if weights is None:
-            for batch in _float_chunks(activations, self.gram.device, self.gram.dtype):
-                self.gram.addmm_(batch.T, batch)
+            for batch in _float_chunks(activations, self._sum.device):
+                self._add(batch)
         else:
             check_weights(weights, activations.shape[0], self.groups)
-            dtype = torch.promote_types(weights.dtype, self.gram.dtype)
+            dtype = torch.promote_types(weights.dtype, self._sum.dtype)
             roots = weights.detach().to(dtype).sqrt().reshape(activations.shape[0], self.groups or 1)
-            for total, root in zip(self.gram.view(-1, *self.gram.shape[-2:]), roots.unbind(1), strict=True):
-                add_weighted_products(total, activations, root)
+            for group, root in enumerate(roots.unbind(1)):
+                for batch in weighted_batches(activations, root, self._sum.device, self._sum.dtype):
+                    self._add(batch, group)
         self.tokens += activations.shape[0]
 
     def hessians(self, block_size: int) -> Tensor:
         """Block Hessians ``[in_features/block_size, block_size, block_size]`` of all batches so far."""
         return block_hessians(self.gram, block_size)
 
+    def _add(self, batch: Tensor, group: int = 0) -> None:
+        """``batch [tokens, in_features]`` to the sum of a group; bfloat16 products are added in float32."""
+        total = self._sum if self.groups is None else self._sum[group]
+        if total.dtype == torch.float32 and loses_squares(batch, total.diagonal()):
+            self._sum = self._sum.double()
+            total = self._sum if self.groups is None else self._sum[group]
+        if batch.dtype == torch.bfloat16 and total.dtype == torch.float32:
+            torch.addmm(total, batch.T, batch, out_dtype=torch.float32, out=total)
+        else:
+            batch = batch.to(total.dtype)
+            total.addmm_(batch.T, batch)
 
-def add_weighted_products(total: Tensor, activations: Tensor, roots: Tensor) -> None:
-    """``total [K, K] += yᵀy`` with ``y = √w x``, from ``activations [tokens, K]`` and the ``roots [tokens]`` √w.
 
-    Both factors carry √w, so the sum is positive semi-definite whatever y is rounded to. y has the sum's dtype. The
-    exception is bfloat16 activations on a GPU, which stay bfloat16 for the tensor cores: y is rounded once more
-    (relative 2⁻⁸), products are exact, and they are added in float32. docs/methods.md has the error. CHUNK_ELEMENTS of
-    y exist at a time.
+def weighted_batches(activations: Tensor, roots: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    """``y = √w x`` of activations ``[tokens, K]`` and the ``roots [tokens]`` √w, CHUNK_ELEMENTS or fewer at a time.
+
+    Both factors of yᵀy carry √w, so a sum of them is positive semi-definite whatever y is rounded to. y has the sum's
+    ``dtype``. The exception is bfloat16 activations on a GPU, which stay bfloat16 for the tensor cores: y is rounded
+    once more (relative 2⁻⁸), and products are exact. docs/methods.md has the error.
     """
-    device = total.device
-    if device.type == "cuda" and total.dtype == torch.float32 and activations.dtype == torch.bfloat16:
-        for batch, root in _weighted_chunks(activations, roots):
-            batch = batch.to(device)
-            y = torch.mul(batch, root.to(device, torch.float32), out=torch.empty_like(batch))
-            torch.addmm(total, y.T, y, out_dtype=torch.float32, out=total)
-        return
     for batch, root in _weighted_chunks(activations, roots):
-        y = batch.to(device=device, dtype=total.dtype) * root.to(device=device, dtype=total.dtype)
-        total.addmm_(y.T, y)
+        batch = batch.to(device)
+        if device.type == "cuda" and dtype == torch.float32 and batch.dtype == torch.bfloat16:
+            yield torch.mul(batch, root.to(device, torch.float32), out=torch.empty_like(batch))
+        else:
+            yield batch.to(dtype) * root.to(device=device, dtype=dtype)
+
+
+def loses_squares(batch: Tensor, squares: Tensor) -> bool:
+    """Whether float32 sums of squares lose a channel of ``batch [tokens, in_features]``: all its elements are so small
+    that the rounding of their squares to subnormal numbers shows. squares ``[in_features]``: the sums before the batch,
+    which such a channel does not change where they are larger."""
+    if not batch.numel():
+        return False
+    largest = torch.maximum(batch.amax(0), batch.amin(0).neg_())  # on a CPU four times faster than aminmax
+    return bool(((largest > 0) & (largest < SMALL) & (squares < SMALL**2)).any())
 
 
 def gram_matrix(activations: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``XᵀX`` of activations ``[tokens, in_features]``, float32 (float64 for float64 input).
+    """``XᵀX`` of activations ``[..., in_features]``, float32; float64 for float64 input, and where float32 is too small
+    for the squares.
 
     weights: of the tokens, ``[tokens]``, for ``Σ_t w_t x_t x_tᵀ``; with ``[tokens, groups]`` the result is
     ``[groups, in_features, in_features]``. See :class:`GramAccumulator`.
     """
+    check_float(activations, "activations")
     dtype = torch.promote_types(activations.dtype, torch.float32)
     groups = weights.shape[1] if isinstance(weights, Tensor) and weights.ndim == 2 else None
     accumulator = GramAccumulator(activations.shape[-1], activations.device, dtype, groups)
     accumulator.update(activations, weights)
-    return accumulator.gram
+    return accumulator._sum  # also of no token
 
 
 def block_hessians(gram: Tensor, block_size: int) -> Tensor:
@@ -236,7 +299,9 @@ def block_hessians(gram: Tensor, block_size: int) -> Tensor:
 
 
 def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
-    """Block Hessians ``[K/block_size, block_size, block_size]`` of ``activations [tokens, K]``, without the Gram."""
+    """Block Hessians ``[K/block_size, block_size, block_size]`` of ``activations [..., K]``, without the Gram matrix;
+    of its dtype."""
+    activations = as_tokens(activations)
     check_activations(activations)
     if activations.shape[1] % block_size:
         raise ValueError(
@@ -245,8 +310,10 @@ def hessians_from_activations(activations: Tensor, block_size: int) -> Tensor:
     dtype = torch.promote_types(activations.dtype, torch.float32)
     num_blocks = activations.shape[1] // block_size
     hessians = torch.zeros(num_blocks, block_size, block_size, device=activations.device, dtype=dtype)
-    for batch in _float_chunks(activations, activations.device, dtype):
-        blocks = batch.unflatten(1, (num_blocks, block_size)).transpose(0, 1)
+    for batch in _float_chunks(activations, activations.device):
+        if hessians.dtype == torch.float32 and loses_squares(batch, hessians.diagonal(dim1=1, dim2=2).flatten()):
+            hessians = hessians.double()
+        blocks = batch.to(hessians.dtype).unflatten(1, (num_blocks, block_size)).transpose(0, 1)
         hessians.baddbmm_(blocks.transpose(1, 2), blocks)
     return hessians
 
@@ -301,8 +368,9 @@ def factorize(hessians: Tensor, name: str = "hessian") -> HessianFactors:
     return HessianFactors((factor * root).contiguous(), inverse.square().sum(1))
 
 
-def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Rows of ``activations`` in ``dtype`` on ``device``, CHUNK_ELEMENTS elements or fewer at a time."""
+def _float_chunks(activations: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Rows of ``activations`` in float32, or float64 as they are, on ``device``, CHUNK_ELEMENTS or fewer at a time."""
+    dtype = torch.promote_types(activations.dtype, torch.float32)
     rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
     for batch in activations.detach().split(rows):
         yield batch.to(device=device, dtype=dtype)

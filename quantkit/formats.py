@@ -24,8 +24,8 @@ as sign and magnitude, and block size 32 with E4M3 scales has no tensor-core sup
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
 
@@ -89,8 +89,15 @@ class _Grid:
         return self.value(self.max_code)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Float32 values of integer ``codes``, any shape. A code outside the grid is the caller's mistake."""
-        return self._values_on(codes.device)[codes.long()]
+        """Float32 values of integer ``codes``, any shape. A code outside the grid is the caller's mistake.
+
+        Computed and not looked up: a table would have to be kept for each device, and made outside of any mode of
+        PyTorch that the caller is in.
+        """
+        codes = codes.int()
+        bits = (codes + ((FLOAT32_BIAS - self.bias) << self.mantissa_bits)) << (FLOAT32_MANTISSA - self.mantissa_bits)
+        subnormal = codes.float() * 2.0 ** (self.min_exponent - self.mantissa_bits)
+        return torch.where(codes >= 1 << self.mantissa_bits, bits.view(torch.float32), subnormal)
 
     def round(self, values: Tensor) -> Tensor:
         """Nearest grid value of float32 ``values``, ties to even code, saturated at ``max_value``; the sign is kept."""
@@ -111,16 +118,9 @@ class _Grid:
         """Float32 bits of the smallest normal value; below it the spacing is constant."""
         return (self.min_exponent + FLOAT32_BIAS) << FLOAT32_MANTISSA
 
-    def _values_on(self, device: torch.device) -> Tensor:
-        table: Tensor | None = self._tables.get(device)
-        if table is None:
-            table = torch.tensor([self.value(code) for code in range(self.max_code + 1)], device=device)
-            self._tables[device] = table
-        return table
-
-    @cached_property
-    def _tables(self) -> dict[torch.device, Tensor]:
-        return {}
+    def __getstate__(self) -> dict[str, object]:
+        """The description alone, without what was derived from it and kept."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,13 @@ class ScaleGrid(_Grid):
         if self.subnormals or self.mantissa_bits:
             return super().value(code)
         return 2.0 ** (code - self.bias)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        if self.subnormals or self.mantissa_bits:
+            return super().decode(codes)
+        exponent = codes.int() + (FLOAT32_BIAS - self.bias)
+        subnormal = (1 << (FLOAT32_MANTISSA - 1)) >> (-exponent).clamp(min=0)  # 2^-127 and below
+        return torch.where(exponent > 0, exponent << FLOAT32_MANTISSA, subnormal).view(torch.float32)
 
     @property
     def min_exponent(self) -> int:
@@ -295,6 +302,11 @@ class BlockFormat:
                 f"{self.name}: {self.scale.name} scales take no global scale, because powers of two reach as far as "
                 "float32; use two_level=False"
             )
+
+    def __reduce__(self) -> tuple[Callable[..., BlockFormat], tuple[object, ...]]:
+        if FORMATS.get(self.name) == self:
+            return get_format, (self.name,)
+        return BlockFormat, tuple(getattr(self, field.name) for field in fields(self))
 
     def __hash__(self) -> int:  # hashing all fields would take 0.3 µs more per call
         return hash(self.name)

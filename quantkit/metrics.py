@@ -15,9 +15,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from quantkit.calibration import as_tokens, check_float
+
 __all__ = ["compute_metrics", "output_error", "output_error_from_gram", "weight_error"]
 
 CHUNK_ROWS = 4096
+# Sums of products between these, the first times their number, lost nothing by underflow or overflow in float32.
+IN_FLOAT32 = (2.0**-100, 2.0**127)
 
 
 @torch.no_grad()
@@ -33,7 +37,7 @@ def weight_error(weight: Tensor, quantized: Tensor) -> float:
 
 @torch.no_grad()
 def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantized: Tensor) -> float:
-    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[..., K]``; activations: ``[tokens, K]`` with at least one token, or an
+    """``‖X W_qᵀ − X Wᵀ‖ / ‖X Wᵀ‖`` of weights ``[..., K]``; activations: ``[..., K]`` with at least one token, or an
     iterable of such batches."""
     weight, quantized = _matrices(weight, quantized)
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -43,6 +47,8 @@ def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantiz
     error = norm = 0.0
     tokens = 0
     for batch in batches:
+        check_float(batch, "activations")
+        batch = as_tokens(batch)
         if batch.ndim != 2 or batch.shape[1] != weight.shape[-1]:
             raise ValueError(
                 f"activations of shape {list(batch.shape)} do not fit a weight with {weight.shape[-1]} columns; "
@@ -51,8 +57,8 @@ def output_error(activations: Tensor | Iterable[Tensor], weight: Tensor, quantiz
         tokens += len(batch)
         for chunk in batch.split(CHUNK_ROWS):
             x = chunk.to(device=weight.device, dtype=dtype)
-            error += float((x @ difference.T).square_().sum(dtype=torch.float64))
-            norm += float((x @ reference.T).square_().sum(dtype=torch.float64))
+            error += _product_energy(x, difference)
+            norm += _product_energy(x, reference)
     if not tokens:
         raise ValueError(
             "activations hold no token; a generator gives its batches only once: make a new one, or a list"
@@ -83,8 +89,22 @@ def compute_metrics(weight: Tensor, quantized: Tensor, activations: Tensor | Non
     return metrics
 
 
+def _product_energy(x: Tensor, weight: Tensor) -> float:
+    """``‖x Wᵀ‖²``, summed in float64; in float64 altogether where float32 does not hold the squares."""
+    product = x @ weight.T
+    total = float(product.square_().sum(dtype=torch.float64))
+    if IN_FLOAT32[0] * product.numel() <= total < IN_FLOAT32[1]:
+        return total
+    return float((x.double() @ weight.double().T).square_().sum())
+
+
 def _energy(rows: Tensor, gram: Tensor) -> float:
-    return max(0.0, float(((rows @ gram) * rows).sum(dtype=torch.float64)))
+    """Σ r G rᵀ over ``rows [n, K]``, at least 0; in float64 where float32 does not hold the products."""
+    total = float(((rows @ gram) * rows).sum(dtype=torch.float64))
+    if not IN_FLOAT32[0] * rows.numel() <= total < IN_FLOAT32[1]:
+        rows = rows.double()
+        total = float(((rows @ gram.double()) * rows).sum())
+    return max(0.0, total)
 
 
 def _ratio(error: float, norm: float) -> float:
@@ -99,6 +119,7 @@ def _matrices(weight: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(value, Tensor):
             remedy = "pass its .dequantize()" if hasattr(value, "dequantize") else "pass a tensor"
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
+        check_float(value, name)
     if weight.shape != quantized.shape:
         raise ValueError(f"weight {list(weight.shape)} and its quantized form {list(quantized.shape)} differ in shape")
     rows = math.prod(weight.shape[:-1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
-from quantkit import calibration, kernels
+from quantkit import calibration, experts, kernels
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
 from quantkit.methods import Method, Problem, get_method
 from quantkit.search import BACKENDS, BackendUnavailableError, choose_backend, without_kernel
@@ -23,7 +25,7 @@ def quantize(
     block_size: int = 16,
     method: str = "sse",
     *,
-    activations: Tensor | None = None,
+    activations: Tensor | Sequence[Tensor] | None = None,
     gram: Tensor | None = None,
     hessian: Tensor | None = None,
     backend: str = "auto",
@@ -36,17 +38,26 @@ def quantize(
 
     format: a name in FORMATS, or a BlockFormat.
     method: "naive" (scale from amax), "sse" (least squared error, the default), "hessian" (least r H rᵀ).
-    activations ``[tokens, K]``, gram ``[K, K]`` or hessian ``[K/block_size, block_size, block_size]``: exactly one for
-        "hessian", none for the others.
+    activations ``[tokens, K]`` (or ``[batch, tokens, K]``, as hooks give them), gram ``[K, K]`` or hessian
+        ``[K/block_size, block_size, block_size]``: exactly one for "hessian", none for the others.
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and a
         kernel supports method, block size and format.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
         (1), a positive number, or a float32 scalar on the weight's device, which is used unchanged (fused layers share
         one). A single-level format has none.
+
+    The experts of a weight ``[E, N, K]`` share all of these, or have their own: activations as a sequence of E tensors,
+        gram ``[E, K, K]``, hessian ``[E, K/block_size, block_size, block_size]``, global_scale "amax_per_expert" or
+        float32 ``[E, 1, 1]``, which is then the shape of the result's. Codes and scales are those of each expert alone.
+
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. Other
         methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
     count_candidates: also return the number of scales evaluated for each block.
+
+    The experts of a weight ``[E, N, K]`` share what is given, or have their own: activations as a sequence of E
+    tensors, gram ``[E, K, K]``, hessian ``[E, K/block_size, block_size, block_size]``, global_scale "amax_per_expert"
+    or float32 ``[E, 1, 1]``, which then is the shape of the result's.
 
     Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
     Raises TypeError for an argument that must be a tensor and is not, BackendUnavailableError for a backend that cannot
@@ -56,6 +67,20 @@ def quantize(
     rule = _check_options(weight, fmt, block_size, scale_rule)
     use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     calibration.check_given(method, chosen.needs, activations=activations, gram=gram, hessian=hessian)
+    if weight.ndim == 3 and experts.has_own(weight, activations, gram, hessian, global_scale):
+        if fmt.two_level and (global_scale is None or global_scale == "amax"):
+            global_scale = experts.shared_global_scale(weight, fmt, check_finite)
+        each = partial(
+            quantize,
+            format=fmt,
+            block_size=block_size,
+            method=method,
+            backend=backend,
+            scale_rule=scale_rule,
+            check_finite=check_finite,
+            count_candidates=count_candidates,
+        )
+        return experts.quantize_each(each, weight, activations, gram, hessian, global_scale)
     hessians = whole = None
     if chosen.needs == "hessian":
         hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
@@ -135,12 +160,7 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
         raise ValueError(f"{fmt.name} has no block size {block_size!r}; it offers {offered}")
     if scale_rule is not None and scale_rule not in fmt.scale_rules:
         raise ValueError(f"{fmt.name} has no scale rule {scale_rule!r}; it offers {', '.join(fmt.scale_rules)}")
-    if weight.dtype not in calibration.FLOAT_DTYPES or weight.layout != torch.strided:
-        sparse = f", {weight.layout}" if weight.layout != torch.strided else ""
-        raise ValueError(
-            "weight must be dense float16, bfloat16, float32 or float64, got "
-            f"{str(weight.dtype).removeprefix('torch.')}{sparse}; convert it with weight.float() or weight.to_dense()"
-        )
+    calibration.check_float(weight, "weight")
     if weight.ndim == 0:
         raise ValueError("weight must have at least one dimension, got a scalar")
     if weight.shape[-1] % block_size:
@@ -167,7 +187,7 @@ def _hessians(
     weight: Tensor,
     block_size: int,
     method: Method,
-    activations: Tensor | None,
+    activations: Tensor | Sequence[Tensor] | None,
     gram: Tensor | None,
     hessian: Tensor | None,
     use_triton: bool,
@@ -175,13 +195,12 @@ def _hessians(
     """Block Hessians on the weight's device, from activations, gram or hessian, whichever was given."""
     columns = weight.shape[-1]
     if activations is not None:
-        calibration.check_tensor(activations, "activations")
-        calibration.check_tokens(activations, columns, method.name)
-        if use_triton and activations.is_cuda and activations.dtype != torch.float64:
-            result = _hessians_from_activations(activations, columns, block_size)
+        tokens = _tokens(activations, columns, method)
+        if use_triton and tokens.is_cuda and tokens.dtype != torch.float64:
+            result = _hessians_from_activations(tokens, columns, block_size)
         else:
-            calibration.check_activations(activations, columns)
-            result = calibration.hessians_from_activations(activations, block_size)
+            calibration.check_activations(tokens, columns)
+            result = calibration.hessians_from_activations(tokens, block_size)
             calibration.check_squares(result)
     elif gram is not None:
         calibration.check_tensor(gram, "gram")
@@ -195,24 +214,39 @@ def _hessians(
     return _detached(result).to(weight.device)
 
 
+def _tokens(activations: Tensor | Sequence[Tensor], in_features: int, method: Method) -> Tensor:
+    """``[tokens, in_features]``, at least one token."""
+    calibration.check_tensor(activations, "activations")
+    assert isinstance(activations, Tensor)
+    tokens = calibration.as_tokens(activations)
+    calibration.check_tokens(tokens, in_features, method.name)
+    return tokens
+
+
 def _hessians_from_activations(activations: Tensor, in_features: int, block_size: int) -> Tensor:
-    """Block Hessians by the kernel. It checks the result, because NaN and Inf in the activations show there."""
+    """Block Hessians by the kernel. It checks the result, because NaN and Inf in the activations show there, and so do
+    squares that are too small for float32."""
     calibration.check_activations(activations[:0], in_features)
     result = kernels.launcher().block_hessians(activations, block_size)
-    if not bool(result.isfinite().all()):
+    squares = result.diagonal(dim1=1, dim2=2)
+    if not squares.numel():
+        return result
+    least, largest = torch.stack(torch.aminmax(squares)).tolist()  # no element of a Hessian exceeds its diagonal's
+    if not math.isfinite(largest):
         calibration.check_finite(activations, "activations")
         calibration.check_squares(result)
+    if least < calibration.SMALL**2 and calibration.loses_squares(activations, squares.flatten()):
+        result = calibration.hessians_from_activations(activations, block_size)
     return result
 
 
-def _gram(weight: Tensor, method: Method, activations: Tensor | None, gram: Tensor | None) -> Tensor:
+def _gram(weight: Tensor, method: Method, activations: Tensor | Sequence[Tensor] | None, gram: Tensor | None) -> Tensor:
     """Gram matrix on the weight's device, float32 or float64, from activations or gram, whichever was given."""
     columns = weight.shape[-1]
     if activations is not None:
-        calibration.check_tensor(activations, "activations")
-        calibration.check_tokens(activations, columns, method.name)
-        calibration.check_activations(activations, columns)
-        result = calibration.gram_matrix(activations)
+        tokens = _tokens(activations, columns, method)
+        calibration.check_activations(tokens, columns)
+        result = calibration.gram_matrix(tokens)
         calibration.check_squares(result)
     else:
         assert gram is not None
@@ -232,8 +266,8 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Ten
     if isinstance(requested, Tensor):
         if requested.numel() != 1 or requested.dtype != torch.float32 or requested.device != matrix.device:
             raise ValueError(
-                f"a global_scale tensor must be one float32 on {matrix.device}, got "
-                f"{requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
+                f"a global_scale tensor must be one float32 on {matrix.device}, or [E, 1, 1] for a weight [E, N, K], "
+                f"got {requested.dtype} {list(requested.shape)} on {requested.device}; convert it, or pass a number"
             )
         requested = _detached(requested if requested.ndim == 0 else requested.reshape(()))
         if requested.device.type == "cpu" and not _is_multiplier(float(requested), fmt):  # float() waits for a GPU
@@ -243,6 +277,8 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Ten
         return None
     if requested == "none":
         return torch.ones((), dtype=torch.float32, device=matrix.device)
+    if requested == experts.AMAX_PER_EXPERT:
+        raise ValueError(f"global_scale={requested!r} is for a weight [E, N, K], of two dimensions use 'amax'")
     if isinstance(requested, bool) or not isinstance(requested, SupportsFloat):
         raise ValueError(f"unknown global_scale {requested!r}; use 'amax', 'none' or a positive number")
     value = float(requested)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit import kernels
-from quantkit.formats import FORMATS, BlockFormat, get_format
+from quantkit.formats import FORMATS, BlockFormat, ElementGrid, ScaleGrid, get_format
 
 __all__ = ["QuantizedTensor", "pack_codes", "unpack_codes"]
 
@@ -35,13 +35,20 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 ``values`` in ``dtype``; what exceeds its range or float32's is its largest finite number. In place."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
+    return values.clamp_(-largest, largest).to(dtype)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
     """A weight ``[..., K]`` in a block-scaled format.
 
     codes: uint8 ``[..., K/2]``, even column in the low nibble, sign in bit 3 of each nibble.
     scales: uint8 ``[..., K/block_size]``, bytes of the format's scale grid.
-    global_scale: float32 scalar, the decode multiplier; 1.0 for a single-level format.
+    global_scale: float32 scalar, the decode multiplier; 1.0 for a single-level format. ``[E, 1, 1]`` where each expert
+        of a weight ``[E, N, K]`` has its own.
     candidates: uint8 ``[..., K/block_size]``, number of scales evaluated for each block; None unless requested.
     method: name of the method that made it; None where it is unknown.
     nearest_codes: every code is round-to-nearest at the scale of its block. False for a method that moves codes away
@@ -91,20 +98,35 @@ class QuantizedTensor:
         """Float32 ``[..., K]``: the elements before scaling, as values of the element grid."""
         return self.format.element.decode_signed(unpack_codes(self.codes))
 
+    def __getitem__(self, index: int) -> QuantizedTensor:
+        """One matrix of a weight ``[E, N, K]``, such as that of an expert: views of its codes and scales."""
+        candidates = None if self.candidates is None else self.candidates[index]
+        scale = self.global_scale
+        return replace(
+            self,
+            codes=self.codes[index],
+            scales=self.scales[index],
+            global_scale=scale[index].reshape(()) if scale.ndim else scale,
+            candidates=candidates,
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The decoded weight, ``[..., K]`` in ``dtype``; computed in float32.
 
-        One fused kernel does it on a GPU, if Triton is installed and ``dtype`` is bfloat16, float16 or float32.
+        An element beyond the range of ``dtype``, or of float32, is the largest finite number, with its sign. One fused
+        kernel does it on a GPU, if Triton is installed and ``dtype`` is bfloat16, float16 or float32.
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dequantize needs a floating-point dtype, got {dtype}")
         has_kernel = dtype in KERNEL_DTYPES and self.block_size in kernels.BLOCK_SIZES
         if self.codes.is_cuda and has_kernel and kernels.available():
+            if self.global_scale.ndim:
+                return torch.stack([self[expert].dequantize(dtype) for expert in range(len(self.codes))])
             return kernels.launcher().dequantize(
                 self.codes, self.scales, self.global_scale, self.format, self.block_size, dtype
             )
         blocks = self.values().unflatten(-1, (self.scales.shape[-1], self.block_size))
-        return (blocks * self.scale_values().unsqueeze(-1)).flatten(-2).to(dtype)
+        return saturated((blocks * self.scale_values().unsqueeze(-1)).flatten(-2), dtype)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same tensor on ``device``."""
@@ -118,8 +140,15 @@ class QuantizedTensor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes all fields but ``candidates`` to a safetensors file. Format and method are stored by name."""
+        """Writes all fields but ``candidates`` to a safetensors file. Format and method are stored by name.
+
+        Raises FileNotFoundError where the folder does not exist.
+        """
         from safetensors.torch import save_file
+
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder to save {Path(path).name} in; make it first")
 
         tensors = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
         metadata: dict[str, str | bool] = {
@@ -165,6 +194,9 @@ class QuantizedTensor:
             expected = (*scales.shape[:-1], scales.shape[-1] * block_size // 2)
             if codes.shape != expected or not codes.dtype == scales.dtype == torch.uint8:
                 raise KeyError(f"codes {list(codes.shape)} for scales {list(scales.shape)} of {block_size} weights")
+            scale = tensors["global_scale"]
+            if scale.dtype != torch.float32 or scale.shape not in ((), (codes.shape[0], 1, 1)):
+                raise KeyError(f"global scale {scale.dtype} {list(scale.shape)} for codes {list(codes.shape)}")
         except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged, or not a quantkit file ({error}); write it again with save()"
@@ -184,3 +216,7 @@ class QuantizedTensor:
             method=metadata.get("method"),
             nearest_codes=metadata.get("nearest_codes", True),  # files written before this key existed have such codes
         )
+
+
+# What a pickle of a QuantizedTensor names, for torch.load(..., weights_only=True).
+torch.serialization.add_safe_globals([QuantizedTensor, BlockFormat, ElementGrid, ScaleGrid, get_format])

@@ -15,12 +15,18 @@ A scale is skipped only where its error follows from another scale's:
 - While s times the largest level is below the smallest nonzero magnitude, every nonzero element is clipped, and the
   squared error falls as s grows.
 
+The values of a grid are computed here from its description (exponent bits, mantissa bits, bias, largest code). Nothing
+of formats.py's arithmetic is used, so a mistake there shows. A weight is taken to be ``value · scale · global_scale``
+without a limit of range: an element that dequantize() saturates in its dtype is judged by its unsaturated value. A
+scale byte outside the grid is a violation of infinite excess.
+
 The contract is defined for nearest codes. A method that moves codes away from nearest (``nearest_codes`` is False) has
 another target, which the tensor does not hold. Then verify judges no block, and the result says so.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -28,8 +34,8 @@ import torch
 from torch import Tensor
 
 from quantkit import parallel
-from quantkit.calibration import check_finite
-from quantkit.formats import BlockFormat
+from quantkit.calibration import check_finite, check_float
+from quantkit.formats import BlockFormat, ElementGrid, ScaleGrid
 from quantkit.tensor import QuantizedTensor
 
 __all__ = ["CONTRACT", "HESSIAN_SLACK", "Verification", "verify"]
@@ -38,6 +44,7 @@ CONTRACT = 1e-6
 HESSIAN_SLACK = 1e-7
 CHUNK_ELEMENTS = 1 << 18
 LISTED = 10
+BINADE = 0x7F800000  # float32's exponent bits
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Verification:
 
 def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) -> Verification:
     """Judges the scales and codes of ``q`` for ``weight [..., K]``; with ``hessian [K/b, b, b]`` by r H rᵀ, else by
-    squared error.
+    squared error. ``hessian [E, K/b, b, b]``: one for each expert of a weight ``[E, N, K]``.
 
     Works on the weight's device in chunks of rows, so that memory does not grow with the weight. Raises ValueError
     where shapes do not fit or the weight holds NaN or Inf. Warns where the method of ``q`` is "hessian" and no Hessians
@@ -80,6 +87,7 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
         )
     if q.shape != weight.shape:
         raise ValueError(f"the quantized tensor has shape {list(q.shape)}, the weight {list(weight.shape)}")
+    check_float(weight, "weight")
     block_size, num_blocks = q.block_size, q.scales.shape[-1]
     if q.method == "hessian" and hessian is None:
         warnings.warn(
@@ -87,9 +95,10 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
             f"pass hessian=, such as block_hessians(gram_matrix(activations), {block_size}) of quantkit.calibration",
             stacklevel=2,
         )
-    if hessian is not None and hessian.shape != (num_blocks, block_size, block_size):
-        expected = [num_blocks, block_size, block_size]
-        raise ValueError(f"hessian has shape {list(hessian.shape)}, this tensor needs {expected}")
+    if hessian is not None:
+        experts = tuple(weight.shape[:1]) if weight.ndim == 3 and hessian.ndim == 4 else ()
+        if hessian.shape != (expected := (*experts, num_blocks, block_size, block_size)):
+            raise ValueError(f"hessian has shape {list(hessian.shape)}, this tensor needs {list(expected)}")
     check_finite(weight, "weight")
     if not q.nearest_codes:
         made_by = "" if q.method is None else f" of method {q.method!r}"
@@ -100,6 +109,28 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
         )
         return Verification(0, 0, 0.0, (), 0, judged=False)
     q = q.to(weight.device)
+    if q.global_scale.ndim == 0 and (hessian is None or hessian.ndim == 3):
+        return _verify_rows(q, weight, hessian)
+    hessians = [hessian] * len(weight) if hessian is None or hessian.ndim == 3 else list(hessian)
+    each = zip(weight, hessians, strict=True)
+    return _joined([_verify_rows(q[expert], w, h) for expert, (w, h) in enumerate(each)], rows=weight.shape[1])
+
+
+def _joined(found: list[Verification], rows: int) -> Verification:
+    """Of all experts, each with so many rows."""
+    where = [(expert * rows + row, block) for expert, one in enumerate(found) for row, block in one.where]
+    return Verification(
+        sum(one.blocks for one in found),
+        sum(one.violations for one in found),
+        max((one.worst_excess for one in found), default=0.0),
+        tuple(where[:LISTED]),
+        sum(one.wrong_codes for one in found),
+    )
+
+
+def _verify_rows(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None) -> Verification:
+    """Judges all rows of ``weight [..., K]`` under one global scale and ``hessian [K/b, b, b]``."""
+    block_size, num_blocks = q.block_size, q.scales.shape[-1]
     rows = weight.numel() // max(1, weight.shape[-1])
     matrix = weight.detach().reshape(rows, weight.shape[-1])
     scales, packed = q.scales.reshape(rows, num_blocks), q.codes.reshape(rows, q.codes.shape[-1])
@@ -114,9 +145,8 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
         part = slice(start, start + step)
         # [num_blocks, rows, block_size]: one matrix product per block column and its H
         blocks = matrix[part].float().unflatten(-1, (num_blocks, block_size)).transpose(0, 1).contiguous()
-        codes = scales[part].T.int()
-        stored = QuantizedTensor(packed[part], scales[part], q.global_scale, q.format, block_size)
-        wrong = int((stored.values() != judge.levels(blocks, codes).transpose(0, 1).flatten(1)).sum())
+        codes = scales[part].T.long()
+        wrong = int((judge.stored_levels(packed[part]) != judge.levels(blocks, codes).transpose(0, 1).flatten(1)).sum())
         excess = judge.excess(blocks, codes).T
         found[start] = wrong, (excess > CONTRACT).nonzero(), float(excess.max())
 
@@ -130,12 +160,34 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
     return Verification(rows * num_blocks, violations, worst, tuple(where), wrong_codes)
 
 
+def _value(grid: ElementGrid | ScaleGrid, code: int) -> float:
+    """Value of a positive code: its exponent and mantissa fields under the grid's bias."""
+    exponent, mantissa = divmod(code, 2**grid.mantissa_bits)
+    if grid.mantissa_bits == 0 and isinstance(grid, ScaleGrid) and not grid.subnormals:
+        return 2.0 ** (exponent - grid.bias)
+    leading = 1 if exponent else 0
+    return (leading + mantissa / 2**grid.mantissa_bits) * 2.0 ** (max(exponent, 1) - grid.bias)
+
+
+def _table(values: list[float], length: int, device: torch.device) -> Tensor:
+    """Float32 ``[length]``: the values, each of which float32 holds, and NaN for what is no code."""
+    return torch.tensor(values + [math.nan] * (length - len(values)), dtype=torch.float32, device=device)
+
+
 class _Judge:
     """The objective over the whole scale grid, for chunks ``[num_blocks, rows, block_size]``."""
 
     def __init__(self, fmt: BlockFormat, global_scale: Tensor, hessian: Tensor | None, device: torch.device) -> None:
+        scale, element = fmt.scale, fmt.element
         self.fmt = fmt
-        self.codes = torch.arange(fmt.scale.min_code, fmt.scale.max_code + 1, device=device)
+        self.codes = torch.arange(scale.min_code, scale.max_code + 1, dtype=torch.int64, device=device)
+        self.scales = _table([_value(scale, code) for code in range(scale.max_code + 1)], 256, device)
+        magnitudes = [_value(element, code) for code in range(element.max_code + 1)]
+        half = 2 ** (element.bits - 1)
+        self.elements = torch.cat(
+            [_table(magnitudes, half, device), _table([-magnitude for magnitude in magnitudes], half, device)]
+        )
+        self.lowest, self.largest = magnitudes[1], magnitudes[-1]
         self.global_scale = global_scale.detach()
         self.hessian = None if hessian is None else hessian.detach().to(device, torch.float64)
         if self.hessian is not None:
@@ -143,15 +195,29 @@ class _Judge:
             self.resolution = HESSIAN_SLACK * torch.linalg.eigvalsh(self.hessian)[:, -1:]
 
     def scale(self, codes: Tensor) -> Tensor:
-        return self.fmt.scale.decode(codes) * self.global_scale
+        """Float32 effective scale of int64 codes; NaN for a byte that is no code."""
+        return self.scales[codes] * self.global_scale
+
+    def stored_levels(self, packed: Tensor) -> Tensor:
+        """Float32 signed element values ``[rows, K]`` of packed codes ``[rows, K/2]``."""
+        packed = packed.long()
+        return self.elements[torch.stack((packed % 16, packed // 16), dim=-1).flatten(-2)]
 
     def levels(self, blocks: Tensor, codes: Tensor) -> Tensor:
-        """Float32 signed element values of round-to-nearest at int ``codes [num_blocks, rows]``."""
-        scaled = blocks / self.scale(codes).unsqueeze(-1)
-        return self.fmt.element.round(scaled.abs()).copysign(blocks)
+        """Float32 signed element values of round-to-nearest at int64 ``codes [num_blocks, rows]``; ties to even.
+
+        Beside ``1.5 · 2^(23 − m)`` times its binade, float32 has m bits for a value: adding rounds, and subtracting
+        gives what is left.
+        """
+        magnitude = (blocks / self.scale(codes).unsqueeze(-1)).abs_().clamp_(max=self.largest)
+        beside = (
+            (magnitude.view(torch.int32) & BINADE).view(torch.float32).clamp_(min=2.0 ** (1 - self.fmt.element.bias))
+        )
+        beside.mul_(1.5 * 2.0 ** (23 - self.fmt.element.mantissa_bits))
+        return magnitude.add_(beside).sub_(beside).copysign_(blocks)
 
     def error(self, blocks: Tensor, exact: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Float64 (objective, squared residual) at int ``codes``, broadcast to ``[num_blocks, rows]``."""
+        """Float64 (objective, squared residual) at int64 ``codes``, broadcast to ``[num_blocks, rows]``."""
         scale = self.scale(codes).double().unsqueeze(-1)
         r = torch.addcmul(exact, self.levels(blocks, codes).double(), scale, value=-1)
         norm = r.square().sum(-1)
@@ -170,7 +236,8 @@ class _Judge:
                 error.clamp_(min=0)  # rounding may make a semi-definite form negative
                 above = torch.maximum(norm, other).mul_(-self.resolution).add_(chosen).sub_(error)
             torch.fmax(worst, above.div_(error), out=worst)  # 0 / 0 is no excess
-        return worst
+        no_code = (codes < self.fmt.scale.min_code) | (codes > self.fmt.scale.max_code)
+        return worst.masked_fill_(no_code, torch.inf)
 
     def _codes_that_differ(self, blocks: Tensor) -> Tensor:
         """The codes to evaluate: those whose error does not follow from another's, see the module's docstring."""
@@ -179,8 +246,8 @@ class _Judge:
         if not len(nonzero):
             return self.codes[:1]
         scales = self.scale(self.codes).double()
-        all_zero = scales * (self.fmt.element.value(1) / 2) >= nonzero.max().double()
-        all_clipped = scales * self.fmt.element.max_value <= nonzero.min().double()
+        all_zero = scales * (self.lowest / 2) >= nonzero.max().double()
+        all_clipped = scales * self.largest <= nonzero.min().double()
         if self.hessian is not None:
             all_clipped[:] = False  # r H rᵀ need not fall as every residual shrinks
         keep = ~all_zero & ~all_clipped

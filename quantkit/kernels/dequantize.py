@@ -1,4 +1,4 @@
-"""Dequantization, ``value · (scale · global_scale)`` in float32; the twin of QuantizedTensor.dequantize.
+"""Dequantization, ``value · (scale · global_scale)`` in float32, saturated; the twin of QuantizedTensor.dequantize.
 
 A thread reads four bytes of codes and writes its eight values in one or two stores of 16 bytes.
 """
@@ -29,6 +29,17 @@ def element_values(nibbles, FMT: tl.constexpr):
         return values * 2.0 ** (127 - FMT.element_bias)
 
 
+BFLOAT16_MAX = tl.constexpr((2 - 2.0**-7) * 2.0**127)
+FLOAT32_MAX = tl.constexpr((2 - 2.0**-23) * 2.0**127)
+
+
+@triton.jit
+def saturated(x, dtype: tl.constexpr):
+    """Float32 x as ``dtype``; what exceeds its range is its largest finite number."""
+    largest: tl.constexpr = 65504.0 if dtype == tl.float16 else BFLOAT16_MAX if dtype == tl.bfloat16 else FLOAT32_MAX
+    return tl.minimum(tl.maximum(x, -largest), largest).to(dtype)
+
+
 @triton.jit
 def dequantize_kernel(
     codes_ptr,  # [num_blocks, block_size / 2] uint8
@@ -50,4 +61,4 @@ def dequantize_kernel(
     nibbles = tl.reshape(tl.join(packed & 0xF, packed >> 4), [BLOCK_N, CHUNK])
     weight = element_values(nibbles, FMT) * scale[:, None]
     offsets = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(weight_ptr + offsets, saturated(weight, weight_ptr.dtype.element_ty), mask=inside[:, None])

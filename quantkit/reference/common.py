@@ -68,8 +68,8 @@ class Search:
         count = (last - first + 1).clamp(min=0)
         self.candidates += count
         end = count.cumsum(0)
-        block = torch.arange(len(count), device=count.device).repeat_interleave(count)
-        codes = (first + count - end).index_select(0, block) + torch.arange(len(block), device=count.device)
+        block = _count_to(len(count), count.device).repeat_interleave(count)
+        codes = (first + count - end).index_select(0, block) + _count_to(len(block), count.device)
         elements = CPU_ELEMENTS if count.device.type == "cpu" else GPU_ELEMENTS
         piece = elements // self.blocks.shape[-1]
         for start in range(0, len(block), piece):
@@ -86,3 +86,7 @@ class Search:
     @property
     def choice(self) -> ScaleChoice:
         return ScaleChoice(self.codes.int().view(self.shape), self.candidates.view(self.shape))
+
+
+def _count_to(number: int, device: torch.device) -> Tensor:
+    return torch.arange(number, dtype=torch.int64, device=device)

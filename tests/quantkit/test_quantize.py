@@ -11,9 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit import FORMATS, METHODS, BackendUnavailableError, QuantizedTensor, quantize, resolve_backend, verify
-from quantkit.calibration import GramAccumulator, block_hessians
+from quantkit import (
+    FORMATS,
+    METHODS,
+    BackendUnavailableError,
+    QuantizedTensor,
+    compute_metrics,
+    nvfp4_optimal,
+    quantize,
+    resolve_backend,
+    verify,
+)
+from quantkit.calibration import GramAccumulator, block_hessians, gram_matrix, hessians_from_activations
 from tests.oracle import nearest_code, values_of
+
+CODES = ["uint8", "int8", "float8_e4m3fn", "float8_e5m2"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -322,11 +334,11 @@ def test_methods_are_ordered_as_their_objectives_say(backend: str, device: str) 
         ({"method": "hessian", "gram": torch.eye(64), "activations": torch.ones(4, 64)}, "got activations and gram"),
         ({"method": "hessian", "activations": torch.ones(4, 32)}, "activations have 32 features, the layer has 64"),
         ({"method": "hessian", "activations": torch.full((4, 64), torch.nan)}, "activations holds 256 NaN"),
-        ({"method": "hessian", "activations": torch.ones(4, 64).int()}, "floating-point"),
+        ({"method": "hessian", "activations": torch.ones(4, 64).int()}, "integers and 8-bit floats are codes"),
         ({"method": "hessian", "activations": torch.full((4, 64), 1e30)}, "squares exceed float32; scale them down"),
         ({"method": "hessian", "gram": torch.full((64, 64), torch.nan)}, "gram, in its diagonal blocks, holds 1024"),
-        ({"method": "hessian", "hessian": torch.ones(4, 16, 16).bool()}, "hessian must be dense and floating-point"),
-        ({"method": "hessian", "gram": torch.eye(64).to(torch.float8_e4m3fn)}, "got torch.float8_e4m3fn"),
+        ({"method": "hessian", "hessian": torch.ones(4, 16, 16).bool()}, "hessian must be dense float.* got bool"),
+        ({"method": "hessian", "gram": torch.eye(64).to(torch.float8_e4m3fn)}, "got float8_e4m3fn; integers and"),
         ({"method": "hessian", "activations": torch.eye(64).to_sparse()}, r"sparse_coo; convert with .*to_dense"),
         ({"format": ["nvfp4"]}, r"unknown format \['nvfp4'\]; known"),
         ({"method": ["sse"]}, r"unknown method \['sse'\]; known"),
@@ -359,8 +371,10 @@ def test_hessians_that_are_none(hessian: Tensor, message: str, backend: str, dev
     ("bad", "message"),
     [
         (torch.ones(2, 65), "K = 65, is not divisible by block size 16"),
-        (torch.ones(2, 64).int(), "weight must be dense float16, .* or float64, got int32; convert it with weight"),
-        (torch.ones(2, 64).to(torch.float8_e4m3fn), "got float8_e4m3fn"),
+        (torch.ones(2, 64).int(), "weight must be dense float16, .* or float64, got int32; integers and 8-bit"),
+        (torch.ones(2, 64).to(torch.float8_e4m3fn), "got float8_e4m3fn; .* dequantize them with the tool that made"),
+        (torch.ones(2, 64, dtype=torch.complex64), r"got complex64; pass weight\.real"),
+        (torch.empty(2, 64, device="meta"), "got float32 on meta; a tensor on the meta device has no values"),
         (torch.eye(64).to_sparse(), r"got float32, torch\.sparse_coo; .*to_dense"),
         (torch.tensor(1.0), "at least one dimension"),
     ],
@@ -368,6 +382,62 @@ def test_hessians_that_are_none(hessian: Tensor, message: str, backend: str, dev
 def test_weights_that_cannot_be_quantized(bad: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(bad)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_are_not_taken_for_values(dtype: str) -> None:
+    """Anywhere; and the advice is not to convert them."""
+    codes = torch.ones(32, 32, dtype=torch.uint8, device="cpu").view(getattr(torch, dtype))
+    values = torch.ones(32, 32, dtype=torch.float32, device="cpu")
+    q = quantize(values)
+    for name, call in {
+        "weight": [
+            lambda: quantize(codes),
+            lambda: nvfp4_optimal(codes),
+            lambda: verify(q, codes),
+            lambda: compute_metrics(codes, values),
+        ],
+        "quantized": [lambda: compute_metrics(values, codes)],
+        "activations": [
+            lambda: quantize(values, method="hessian", activations=codes),
+            lambda: GramAccumulator(32).update(codes),
+            lambda: gram_matrix(codes),
+            lambda: hessians_from_activations(codes, 16),
+            lambda: compute_metrics(values, values, codes),
+        ],
+        "gram": [lambda: quantize(values, method="hessian", gram=codes)],
+    }.items():
+        for taken in call:
+            with pytest.raises(ValueError, match=f"{name} must be dense .* codes, which are no values") as error:
+                taken()
+            assert ".float()" not in str(error.value)
+
+
+def test_activations_are_taken_as_a_hook_gives_them(backend: str, device: str) -> None:
+    """``[batch, tokens, K]``, by all that take activations."""
+    w = weight(rows=4)[:, :16].contiguous()
+    tokens = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu")
+    flat = tokens.view(6, 16)
+    got = run(w, "nvfp4", 16, "hessian", backend, device, activations=tokens.to(device))
+    want = run(w, "nvfp4", 16, "hessian", backend, device, activations=flat.to(device))
+    assert torch.equal(got.scales, want.scales) and torch.equal(got.codes, want.codes)
+    one, other = GramAccumulator(16), GramAccumulator(16)
+    one.update(tokens)
+    other.update(flat)
+    assert one.tokens == 6 and torch.equal(one.gram, other.gram)
+    assert torch.equal(gram_matrix(tokens), gram_matrix(flat))
+    assert torch.equal(hessians_from_activations(tokens, 16), hessians_from_activations(flat, 16))
+    assert compute_metrics(w, w / 2, tokens) == compute_metrics(w, w / 2, flat)
+    with pytest.raises(ValueError, match=r"activations must be \[tokens, in_features\], or .*, got float32 \[16\]"):
+        quantize(w, method="hessian", activations=tokens[0, 0])
+
+
+def test_an_accumulator_that_saw_nothing_says_so() -> None:
+    accumulator = GramAccumulator(64)
+    accumulator.update(torch.ones(0, 64, dtype=torch.float32, device="cpu"))
+    for used in (lambda: accumulator.gram, lambda: accumulator.hessians(16)):
+        with pytest.raises(ValueError, match=r"the accumulator has seen no token: call update\(activations\)"):
+            used()
 
 
 def test_a_weight_is_a_tensor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from quantkit import E2M1, E4M3, FORMATS, quantize, verify
 from quantkit.calibration import hessians_from_activations
+from quantkit.formats import ElementGrid, ScaleGrid
 from tests.inputs import HESSIAN_FAMILIES, all_families, hessian_family, weight_family
 from tests.oracle import contract_violations
 
@@ -67,6 +69,56 @@ def test_planted_violations_are_found_and_located() -> None:
     found = verify(replace(q, scales=scales, codes=codes), weight)
     assert found.violations == 2 and found.where == ((705, 2), (2099, 0)) and found.worst_excess > 1e-3
     assert found.wrong_codes >= 1 and not found.ok
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("poisoned", ["scale", "element"])
+def test_the_checker_shares_nothing_with_what_it_checks(
+    format: str, poisoned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the values of a grid wrong in formats.py, for whatever reason, verify would say so."""
+    grid = ScaleGrid if poisoned == "scale" else ElementGrid
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    assert verify(quantize(weight, format), weight).ok
+    decode, rounded, encode = grid.decode, grid.round, grid.encode
+    shift = 2 if FORMATS[format].scale.is_power_of_two and poisoned == "scale" else 0.75
+    monkeypatch.setattr(grid, "decode", lambda self, codes: decode(self, codes) * shift)
+    monkeypatch.setattr(grid, "round", lambda self, values: rounded(self, values / shift) * shift)
+    monkeypatch.setattr(grid, "encode", lambda self, values: encode(self, values / shift))
+    found = verify(quantize(weight, format, global_scale=None), weight)
+    assert found.violations > 0 or found.wrong_codes > 0
+    stored = quantize(weight, format)
+    monkeypatch.undo()
+    after = verify(stored, weight)
+    assert (after.violations, after.wrong_codes, after.worst_excess) == (
+        found.violations,
+        found.wrong_codes,
+        found.worst_excess,
+    )
+
+
+def test_a_table_in_another_precision_is_no_way_past_the_checker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales rounded to bfloat16, as a table made under another default dtype would have them."""
+    weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    common = importlib.import_module("quantkit.reference.common")
+    exact = common.effective_scale
+    for module in ("reference.common", "reference.sse", "search"):
+        monkeypatch.setattr(
+            importlib.import_module(f"quantkit.{module}"),
+            "effective_scale",
+            lambda *given: exact(*given).bfloat16().float(),
+        )
+    assert verify(quantize(weight), weight).violations > 0
+
+
+def test_a_byte_that_is_no_scale_is_a_violation() -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    for format, byte in (("nvfp4", 127), ("nvfp4", 0), ("nvfp4", 200), ("mxfp4", 255)):
+        q = quantize(weight, format)
+        scales = q.scales.clone()
+        scales[1, 2] = byte
+        found = verify(replace(q, scales=scales), weight)
+        assert found.violations == 1 and found.where == ((1, 2),) and found.worst_excess == torch.inf and not found.ok
 
 
 def test_codes_that_are_not_meant_to_be_nearest_are_not_judged() -> None:
