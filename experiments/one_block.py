@@ -91,7 +91,7 @@ def survey_block(
     q = chosen["sse"]
     grid, element = q.format.scale, q.format.element
     x = weight[row].unflatten(-1, (-1, q.block_size))[block]
-    codes = torch.arange(grid.min_code, grid.max_code + 1, dtype=torch.long, device="cpu")
+    codes = torch.arange(grid.min_code, grid.max_code + 1, dtype=torch.long, device=weight.device)
     scales = grid.decode(codes) * q.global_scale
     levels = element.round(x.abs() / scales.unsqueeze(-1)).copysign(x)
     residual = x.double() - levels.double() * scales.double().unsqueeze(-1)

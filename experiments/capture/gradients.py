@@ -17,7 +17,7 @@ from torch import Tensor
 
 from experiments.config import LayerConfig
 from experiments.files import SourceError
-from experiments.sources.decoder import Decoder
+from experiments.sources.decoder import Decoder, ordinary_defaults
 from experiments.sources.modules import linear_modules
 
 DRAW_ROWS = 128  # of logits that become float64 at a time
@@ -28,6 +28,7 @@ def layer_name(layer: LayerConfig) -> str:
     return f"{layer.index}.{layer.module}"
 
 
+@ordinary_defaults()
 def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> dict[str, Tensor]:
     """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once.
 

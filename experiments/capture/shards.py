@@ -208,7 +208,7 @@ class ShardWriter:
         tensors = load_tensors(self.folder / PARTIAL_NAME)
         for split, gram in self.grams.items():
             for name, x in _tensors(gram).items():
-                x.copy_(tensors[f"{split}.{name}"])
+                setattr(gram, name, tensors[f"{split}.{name}"].to(x.device, copy=True))
             vars(gram).update(partial["numbers"][split])
         self.done, self.rows, self.shards = partial["done"], partial["rows"], partial["shards"]
         self.partial = partial
@@ -219,7 +219,7 @@ class ShardWriter:
 
     def finish(self) -> dict[str, Entry]:
         """Write the Gram matrices and fill the sibling folders. Returns their entries for the manifest."""
-        grams = {split: gram.gram.float().cpu() for split, gram in self.grams.items() if self.rows[split]}
+        grams = {split: gram.gram.cpu() for split, gram in self.grams.items() if self.rows[split]}
         entry = save_tensors(self.folder / GRAM_NAME, grams)
         for stale in self.folder.glob("*-[0-9]*.safetensors"):
             if stale.name not in self.shards:

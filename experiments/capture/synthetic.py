@@ -57,7 +57,9 @@ class _SyntheticInputs:
     def of(cls, config: Config, dtype: torch.dtype) -> _SyntheticInputs:
         width, channels = config.model.in_features, _generator(config.seed, 1)
         scale = (_normal(channels, width) * 0.5).exp()
-        heavy = torch.randperm(width, generator=channels, device="cpu")[: max(1, int(width * HEAVY_SHARE))]
+        heavy = torch.randperm(width, generator=channels, dtype=torch.int64, device="cpu")[
+            : max(1, int(width * HEAVY_SHARE))
+        ]
         scale[heavy] *= HEAVY_FACTOR
         factors = _normal(channels, SYNTHETIC_RANK, width) / SYNTHETIC_RANK**0.5
         return cls(scale, factors, config.seed, config.data.seq_len, dtype, _split(config))

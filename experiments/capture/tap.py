@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from experiments.config import LayerConfig
 from experiments.files import SourceError
-from experiments.sources.decoder import TRIAL_TOKENS, Decoder
+from experiments.sources.decoder import TRIAL_TOKENS, Decoder, ordinary_defaults
 
 Key = tuple[int, str]
 Take = Callable[[Key, Tensor], None]
@@ -108,7 +108,7 @@ class InputTap:
         routed = _Routed(decoder, experts, done) if experts else nullcontext()
         calls = [_Calls(decoder, key, done) for key in keys if key not in experts]
         try:
-            with torch.no_grad(), routed:
+            with ordinary_defaults(), torch.no_grad(), routed:
                 decoder.model(input_ids=ids, use_cache=False)
         except _AllSeen:
             pass

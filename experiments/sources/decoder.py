@@ -25,6 +25,19 @@ from experiments.sources.modules import Target, find_target, linear_modules, sha
 TRIAL_TOKENS = 2
 
 
+@contextmanager
+def ordinary_defaults() -> Iterator[None]:
+    """Within, tensors of transformers are made in float32 and on the CPU where it does not say otherwise, whatever the
+    caller's defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def check_layers(checkpoint: Checkpoint, layers: Sequence[LayerConfig]) -> None:
     """Raises SourceError for an index that the model does not have. Reads nothing."""
     depth = _depth(checkpoint)
@@ -70,6 +83,7 @@ class Decoder:
     calls: target → number of calls of its module in a pass.
     """
 
+    @ordinary_defaults()
     def __init__(
         self, checkpoint: Checkpoint, layers: Sequence[LayerConfig], dtype: torch.dtype, device: str = "cpu"
     ) -> None:
@@ -99,7 +113,7 @@ class Decoder:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise SourceError(f"{self.name} ({self.kind}): transformers has no causal decoder of this model_type.")
         try:
-            with torch.device("meta"), _default_dtype(torch.float32):
+            with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=self.dtype, experts_implementation="eager", trust_remote_code=False
                 )
@@ -126,6 +140,7 @@ class Decoder:
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
+    @ordinary_defaults()
     def load(self) -> None:
         """Read the layers up to `last`, and the other modules that a trial run reaches."""
         self._refuse_shared()
@@ -139,6 +154,7 @@ class Decoder:
         for path, module in self._unloaded():
             module.forward = self._left_out(path)
 
+    @ordinary_defaults()
     def load_whole(self) -> None:
         """Read every tensor of the model."""
         self._refuse_unexpected(f"{self.path}.")
@@ -487,16 +503,6 @@ def _get(model: nn.Module, name: str) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(parent), leaf)
     return tensor
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -1,0 +1,376 @@
+"""Runs every public function of library and pipeline under a caller's defaults, and keeps hashes of what comes out.
+
+    python -m tests.every_function folder     writes found.json: {"results": {default: {name: hash}}, "missed": [name]}
+
+Each default has a process of its own, forked before anything of quantkit has run, so that nothing is cached. missed:
+the public functions that no call reached, without those that need a GPU, the network or packages that need not be here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import multiprocessing
+import pkgutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+
+from tests import conftest  # noqa: F401  makes the interpreter quick
+
+DEFAULTS: dict[str, Callable[[], object]] = {
+    "float32": lambda: None,
+    "float16": lambda: torch.set_default_dtype(torch.float16),
+    "bfloat16": lambda: torch.set_default_dtype(torch.bfloat16),
+    "float64": lambda: torch.set_default_dtype(torch.float64),
+    "meta": lambda: torch.set_default_device("meta"),
+}
+# Not called here, and why.
+ELSEWHERE = {
+    "experiments.bench": "writes timings of what is called here",
+    "experiments.run": "runs what is called here, under Hydra",
+    "experiments.one_block.main": "writes what survey returns, of a model that is fetched",
+    "experiments.one_block.survey": "its parts are called",
+    "experiments.measure.bench_clock": "a GPU's clock",
+    "experiments.measure.bench_peers": "packages that need not be there",
+    "experiments.measure.bench_rows": "timings",
+    "experiments.measure.timing": "timings",
+    "experiments.provenance": "the machine",
+    "experiments.sources.decoder.build_decoder": "its parts are called",
+    "experiments.sources.checkpoints.Checkpoint": "an interface",
+    "experiments.sources.checkpoints.GgufCheckpoint": "a model that is fetched",
+    "quantkit.kernels.ptx": "writes text, when it is imported",
+    "quantkit.methods.Method.of_objective": "called when it is imported",
+    "quantkit.formats.ScaleGrid.naive_rules": "called when it is imported",
+}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def library(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of the library's public functions, on both backends."""
+    import quantkit
+    from quantkit import calibration, formats, kernels, metrics, parallel, search, tensor
+    from quantkit.bounds import first_useful_code, hessian_window, sse_window
+    from quantkit.reference import amax
+
+    weight, tokens, cpu = normal(8, 64), normal(40, 64, seed=1), torch.device("cpu")
+    gram, experts = tokens.T @ tokens, weight.view(2, 4, 64)
+    hessians = calibration.block_hessians(gram, 16)
+    given: dict[str | None, dict[str, Any]] = {
+        None: {},
+        "hessian": {"activations": tokens},
+        "gram": {"gram": gram},
+    }
+    one = weight[:, :16].contiguous()  # one block column for the interpreted kernels, which take their time
+    for fmt in quantkit.FORMATS.values():
+        for name, method in quantkit.METHODS.items():
+            call = partial(quantkit.quantize, format=fmt, block_size=16, method=name, count_candidates=True)
+            yield f"quantize {fmt.name} {name}", partial(call, weight, backend="reference", **given[method.needs])
+            if method.needs == "hessian":
+                yield f"quantize {fmt.name} {name} by hessian", partial(call, weight, hessian=hessians)
+            if method.has_kernel and fmt.name in ("nvfp4", "mxfp4"):
+                extra = {"hessian": hessians[:1]} if method.needs else {}
+                yield f"quantize {fmt.name} {name} triton", partial(call, one, backend="triton", **extra)
+        for rule in fmt.scale_rules:
+            yield f"rule {fmt.name} {rule}", partial(quantkit.quantize, weight, fmt, 16, "naive", scale_rule=rule)
+        every = torch.arange(fmt.scale.max_code + 1, dtype=torch.int32, device="cpu")
+        yield (
+            f"grids {fmt.name}",
+            lambda fmt=fmt, every=every: (
+                fmt.scale.decode(every),
+                fmt.scale.floor_code(weight.abs()),
+                fmt.scale.ceil_code(weight.abs()),
+                fmt.element.encode_signed(weight),
+                fmt.element.decode_signed(every[:8].to(torch.uint8)),
+                fmt.bits_per_weight(16),
+            ),
+        )
+        q = quantkit.quantize(weight, fmt, 16, "sse")
+        yield f"verify {fmt.name}", partial(quantkit.verify, q, weight)
+        yield f"verify by hessian {fmt.name}", partial(quantkit.verify, q, weight, hessians)
+        yield f"dequantize {fmt.name}", lambda q=q: [q.dequantize(d) for d in calibration.FLOAT_DTYPES]
+        yield (
+            f"values {fmt.name}",
+            lambda q=q: (q.values(), q.scale_values(), q[0] if q.codes.ndim > 2 else q.to("cpu")),
+        )
+
+        def saved(q: quantkit.QuantizedTensor = q, path: Path = folder / fmt.name) -> object:
+            q.save(path)
+            torch.save(q, f"{path}.pt")
+            module = quantkit.QuantizedWeight(q)
+            state = module.state_dict()
+            module.load_state_dict(state)
+            module.half()
+            return (
+                q.load(path),
+                torch.load(f"{path}.pt", weights_only=True),
+                state,
+                module.tensor,
+                module(),
+                module.double()(),
+            )
+
+        yield f"save and load {fmt.name}", saved
+    own = [
+        {"global_scale": torch.full((2, 1, 1), 0.01, dtype=torch.float32, device="cpu")},
+        {"global_scale": "amax_per_expert"},
+    ]
+    for number, extra in enumerate([{"hessian": torch.stack([hessians, hessians])}, *own]):
+        method = "hessian" if "hessian" in extra else "sse"
+        yield f"experts {number}", partial(quantkit.quantize, experts, method=method, **extra)
+        yield (
+            f"verify experts {number}",
+            lambda method=method, extra=extra: (
+                quantkit.verify(q := quantkit.quantize(experts, method=method, **extra), experts, extra.get("hessian"))
+                and q[1].dequantize()
+            ),
+        )
+    for scale in ("none", 0.5):
+        yield f"global scale {scale}", partial(quantkit.quantize, weight, global_scale=scale)
+    for name in quantkit.blockwise.__all__:
+        call = getattr(quantkit, name)
+        arguments = [one.view(8, 1, 16)]
+        extra = {"X": tokens[:, :16]} if "hessian" in name else {}
+        if name.endswith("dequantize"):
+            arguments = [normal(8, 4).abs(), normal(8, 4, 16)]
+        else:
+            extra["return_dequant"] = True
+        yield name, partial(call, *arguments, **extra)
+    rough = quantkit.quantize(weight).dequantize()
+    yield (
+        "metrics",
+        lambda: (
+            quantkit.compute_metrics(weight, rough, tokens),
+            metrics.output_error_from_gram(weight, rough, gram),
+            quantkit.quantize(weight).nbytes,
+            quantkit.quantize(weight, method="hessian", gram=gram).device,
+        ),
+    )
+
+    def accumulated() -> object:
+        accumulator = calibration.GramAccumulator(64, "cpu")
+        accumulator.update(tokens.view(2, 20, 64))
+        accumulator.update(tokens * 1e-30)
+        tiny = calibration.gram_matrix(tokens * 1e-30)
+        return accumulator.gram, accumulator.hessians(16), tiny, calibration.hessians_from_activations(tokens, 16)
+
+    yield "accumulated", accumulated
+    yield "factors", lambda: (calibration.factorize(hessians), search.factorize(hessians, "reference").tensors)
+    scale = torch.ones((), dtype=torch.float32, device="cpu")
+    e4m3, e2m1 = formats.E4M3, formats.E2M1
+    inverse = torch.ones(16, dtype=torch.float64, device="cpu")
+    blocks = weight.view(8, 4, 16)
+    error = blocks.double().square().sum(-1) / 100
+    yield (
+        "bounds",
+        lambda: (
+            sse_window(blocks.abs().amax(-1), e2m1, e4m3, scale, 16),
+            hessian_window(blocks.abs().double(), error, inverse, e2m1, e4m3, scale),
+            first_useful_code(error * 100, error, inverse[:4] * 16, e2m1, e4m3, scale),
+        ),
+    )
+    launch = kernels.launcher()
+    q = quantkit.quantize(weight)
+    yield (
+        "launch",
+        lambda: (
+            launch.dequantize(q.codes, q.scales, q.global_scale, q.format, 16, torch.float16),
+            launch.block_hessians(tokens[:, :16], 16),
+            launch.unpack_factors(launch.factorize(hessians[:1])),
+            int(launch.amax_parts(weight).max()),
+            amax.global_scale_of(weight, formats.NVFP4),
+        ),
+    )
+    yield (
+        "chosen",
+        lambda: (
+            quantkit.resolve_backend("auto", "cpu", "hessian", 16, "nvfp4"),
+            search.quantize_matrix(weight, formats.NVFP4, 16, "sse", backend="reference"),
+            tensor.unpack_codes(tensor.pack_codes(q.codes & 15)),
+            quantkit.get_method("sse").name,
+            parallel.for_each(lambda: None, [()], cpu),
+        ),
+    )
+
+
+def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of the pipeline: whole runs on a tiny model, on a bundle and on seeded numbers, and what they leave
+    out."""
+    from experiments import config as c
+    from experiments import one_block
+    from experiments.capture import forward
+    from experiments.capture.limit import limit_calibration
+    from experiments.capture.load import load_layer_inputs
+    from experiments.measure import bench_cases, stages
+    from experiments.measure.blocks import block_columns
+    from experiments.sources.resolved import resolve
+    from tests.experiments.tiny_models import configuration
+
+    own = {"cache": c.CacheConfig(dir=str(folder / "cache"), shard_mib=1), "output_dir": str(folder / "runs")}
+    tiny = configuration(folder.parent / "model", folder.parent / "texts", **own, method__name="hessian", verify=True)
+    seeded = configuration(**own, method__name="sse", verify=True, data__seq_len=8, data__samples=4)
+    seeded = dataclasses.replace(
+        seeded,
+        model=c.ModelConfig("synthetic", c.ModelSource.synthetic, in_features=64, out_features=8, dtype="float32"),
+    )
+
+    forward.KEEP_SECONDS = 0  # as if each capture were long
+
+    def run(config: c.Config) -> object:
+        stages.check_options(config)
+        resolved = resolve(config)
+        inputs = load_layer_inputs(resolved)
+        outcome, work = stages.execute(resolved), stages.quantize_layer(resolved, inputs).result
+        fields = {name: value for name, value in outcome.fields.items() if not name.startswith("time")}
+        grams = inputs.gram_calibration, inputs.gram_heldout
+        kept = stages.keep_blocks(block_columns(inputs.weight, *[work] * 2, inputs.gram_calibration), folder)
+        return inputs.weight, grams, list(inputs.batches("calibration")), fields, outcome.histograms(), kept
+
+    loss = c.HessianConfig(c.Weighting.loss, groups=2)
+    yield "run of a model", partial(run, tiny)
+    yield "run by the loss", partial(run, dataclasses.replace(tiny, hessian=loss))
+    yield "run of seeded numbers", partial(run, seeded)
+    yield "fewer tokens", lambda: limit_calibration(load_layer_inputs(resolve(tiny)), 40, 32, 0).gram_calibration
+
+    def one() -> object:
+        weight, tokens = normal(4, 32), normal(64, 32)
+        hessian = (
+            (tokens.T @ tokens).unflatten(0, (2, 16)).unflatten(2, (2, 16)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        )
+        chosen = {
+            method: one_block.quantize(weight, "nvfp4", 16, method, hessian=h)
+            for method, h in (("naive", None), ("sse", None), ("hessian", hessian))
+        }
+        surveyed = one_block.survey_block(weight, hessian[0], chosen, 0, 0)
+        return one_block.blocks_that_differ(weight, chosen), one_block.as_json(surveyed)
+
+    yield "one block", one
+    weight = bench_cases.sample_weight(8, 64)
+    yield (
+        "bench",
+        lambda: (
+            weight,
+            bench_cases.sample_hessian(bench_cases.sample_tokens(weight), 16),
+            [case.call() for case in bench_cases.cases(weight, ["reference"], [16])],
+            len(list(bench_cases.block_hessian_cases(16, torch.float32, "cpu"))),
+        ),
+    )
+
+
+# ---- one process for each default ------------------------------------------------------------------------------------
+
+
+def digest(value: object) -> str:
+    """Of all bytes in a result: tensors with dtype, shape and device, floats to the last bit."""
+    found = hashlib.sha256()
+    for part in _parts(value):
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def _parts(value: object) -> Iterator[bytes]:
+    if isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {list(value.shape)} {value.device}".encode()
+        if not value.is_meta:
+            yield bytes(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        yield from (part for item in value.items() for part in _parts(item))
+    elif isinstance(value, list | tuple):
+        yield from (part for item in value for part in _parts(item))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _parts([getattr(value, field.name) for field in dataclasses.fields(value)])
+    else:
+        yield repr(value).encode()
+
+
+def run_all(default: str, folder: Path, reached: bool, answers: Any) -> None:
+    folder.mkdir()
+    seen: set[CodeType] = set()
+
+    def trace(frame: Any, event: str, _: object) -> None:
+        if event == "call":
+            seen.add(frame.f_code)
+
+    DEFAULTS[default]()
+    if reached:
+        threading.setprofile(trace)
+        sys.setprofile(trace)
+    found = {}
+    for calls in (library, pipeline):
+        for name, call in calls(folder):
+            try:
+                found[name] = digest(call())
+            except Exception as error:
+                found[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    sys.setprofile(None)
+    missed = [name for name, code in public_functions() if reached and code not in seen]
+    answers.put((default, found, missed))
+
+
+def modules() -> Iterator[ModuleType]:
+    """Those of quantkit, and those of experiments that make or read tensors."""
+    for package in ("quantkit", "experiments"):
+        root = importlib.import_module(package)
+        for info in pkgutil.walk_packages(root.__path__, f"{package}."):
+            module = importlib.import_module(info.name)
+            if "torch" in vars(module) or package == "quantkit":
+                yield module
+
+
+def public_functions() -> Iterator[tuple[str, CodeType]]:
+    for module in modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+                continue
+            members = vars(value).items() if inspect.isclass(value) else [("", value)]
+            for inner, member in members:
+                function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", None) or member)
+                if (
+                    inspect.isfunction(function)
+                    and not inner.startswith("_")
+                    and function.__code__.co_filename == module.__file__
+                ):
+                    path = f"{module.__name__}.{name}{'.' * bool(inner)}{inner}"
+                    if not any(path == other or path.startswith(f"{other}.") for other in ELSEWHERE):
+                        yield path, function.__code__
+
+
+def main(folder: Path) -> None:
+    from tests.experiments.tiny_models import qwen3, write_text
+
+    torch.set_num_threads(1)
+    qwen3(folder / "model")
+    write_text(folder / "texts")
+    for _ in modules():
+        pass
+    context = multiprocessing.get_context("fork")
+    answers: Any = context.Queue()
+    processes = [
+        context.Process(target=run_all, args=(default, folder / default, default == "float32", answers))
+        for default in DEFAULTS
+    ]
+    for process in processes:
+        process.start()
+    received = [answers.get(timeout=200) for _ in processes]
+    for process in processes:
+        process.join()
+    missed = [name for *_, names in received for name in names]
+    found = {default: results for default, results, _ in received}
+    (folder / "found.json").write_text(json.dumps({"results": found, "missed": missed}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
