@@ -134,7 +134,18 @@ class FormatConfig:
 
 @dataclass
 class MethodConfig:
+    """scale, order, damping and sweeps: of the methods of a whole layer (quantkit.layer); None for the others."""
+
     name: str
+    scale: str | None = None
+    order: str | None = None
+    damping: float | None = None
+    sweeps: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that are set, as quantize() takes them."""
+        return {key: value for key, value in asdict(self).items() if key != "name" and value is not None}
 
 
 @dataclass
@@ -339,6 +350,7 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
         del values["model"][name]
     if values["data"]["calibration_tokens"] is None:  # a newer setting: older identities stay the same
         del values["data"]["calibration_tokens"]
+    values["method"] = {"name": config.method.name} | config.method.settings  # later too: most methods have none
     if config.hessian == HessianConfig():  # later too
         del values["hessian"]
     values["device"] = device.partition(":")[0]

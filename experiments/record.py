@@ -24,7 +24,7 @@ BLOCKS_NAME = "blocks.parquet"
 # Fields that older records lack.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
 # Left out of a record, and of a CSV, where nothing has a value: what few runs have.
-SPARSE_FIELDS = ("hessian_weighting", "hessian_groups", "hessian_samples")
+SPARSE_FIELDS = ("method_settings", "hessian_weighting", "hessian_groups", "hessian_samples", "objective")
 STATUSES = ("ok", "unsupported", "failed")
 
 # Distributions over a run's blocks: name → (counts, edges), with one more edge than counts.
@@ -51,6 +51,7 @@ class RunRecord:
     device_name: str | None = None
     global_scale: str | float | None = None  # the configured rule or number; the format's default where it is null
     scale_rule: str | None = None
+    method_settings: dict[str, Any] | None = None  # of a method that has some
     # Of a run whose method takes loss-weighted Hessians; None where tokens weigh alike.
     hessian_weighting: str | None = None
     hessian_groups: int | None = None
@@ -84,6 +85,7 @@ class RunRecord:
     scales_moved: float | None = None  # share of blocks whose scale differs from the naive one
     candidates_mean: float | None = None  # scales evaluated per block
     candidates_max: int | None = None
+    objective: list[float] | None = None  # of descent: after gptq and after each sweep
     # With record.blocks=true: number of blocks by shift of the scale's index from naive, and by candidates.
     scale_shifts: dict[str, int] | None = None
     candidate_counts: dict[str, int] | None = None
@@ -170,7 +172,14 @@ FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunRecord))
 @functools.cache
 def _types(name: str) -> tuple[type, ...]:
     """What the annotation of a field allows, in JSON: a whole number is a float, too."""
-    known = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "None": (type(None),)}
+    known = {
+        "str": (str,),
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "None": (type(None),),
+        "list[float]": (list,),
+    }
     words = [
         word.strip() for word in str(next(f.type for f in dataclasses.fields(RunRecord) if f.name == name)).split("|")
     ]

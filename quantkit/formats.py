@@ -140,6 +140,10 @@ class ElementGrid(_Grid):
     def magnitudes(self) -> tuple[float, ...]:
         return tuple(self.value(code) for code in range(self.max_code + 1))
 
+    def round_signed(self, scaled: Tensor) -> Tensor:
+        """Nearest element values, with their sign, of float32 ``scaled`` weights; see :meth:`round`."""
+        return self.round(scaled.abs()).copysign(scaled)
+
     def encode_signed(self, scaled: Tensor) -> Tensor:
         """uint8 codes of float32 ``scaled`` weights, any shape: magnitude code and the weight's own sign bit."""
         magnitude = self.encode(self.round(scaled.abs()))

@@ -1,7 +1,8 @@
 """The table of quantize()'s methods: what each one needs and promises, and the function that solves it.
 
-A method quantizes a whole weight. It builds on search.py, whose *objectives* choose the scale of one block. The methods
-naive, sse and hessian apply the objective of the same name to every block independently.
+A method quantizes a whole weight. It stands on search.py, whose *objectives* choose the scale of one block. naive, sse,
+hessian and joint apply the objective of their name to every block on its own. gptq and descent (layer/) let the blocks
+of a row make up for each other's errors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quantkit.formats import BlockFormat
+from quantkit.layer import descent, gptq
+from quantkit.layer.common import LayerOptions, LayerResult, LayerTask
+from quantkit.reference.amax import global_scale_of
 from quantkit.search import OBJECTIVES, Found, Objective, quantize_matrix
 
 __all__ = ["METHODS", "Method", "Problem", "get_method"]
@@ -46,6 +50,7 @@ class Problem(NamedTuple):
     count_candidates: bool
     check_finite: bool
     name: str
+    options: LayerOptions
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Method:
     needs: "hessian" (block Hessians), "gram" (the whole Gram matrix), or None. Any other statistic is an error.
     is_optimal: no representable scale is better, as verify judges it (docs/theory.md).
     nearest_codes: every code is round-to-nearest at the scale of its block.
+    options: settings of LayerOptions that it takes.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Method:
     needs: str | None = None
     is_optimal: bool = False
     nearest_codes: bool = True
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.needs not in NEEDS:
@@ -98,11 +105,39 @@ class Method:
             )
 
         needs = "hessian" if objective.needs_factors else None
-        return cls(objective.name, solve, objective, needs, objective.is_optimal)
+        return cls(objective.name, solve, objective, needs, objective.is_optimal, objective.nearest_codes)
+
+    @classmethod
+    def of_layer(cls, name: str, solve_layer: Callable[[LayerTask], LayerResult], options: tuple[str, ...]) -> Method:
+        """A method of quantkit/layer, which needs the Gram matrix."""
+
+        def solve(problem: Problem) -> Found:
+            if problem.global_scale is None:
+                problem = problem._replace(global_scale=global_scale_of(problem.matrix, problem.fmt))
+            assert problem.gram is not None and problem.global_scale is not None
+            task = LayerTask(
+                problem.matrix,
+                problem.gram,
+                problem.fmt,
+                problem.block_size,
+                problem.global_scale,
+                problem.rule,
+                problem.backend,
+                problem.options,
+            )
+            found = solve_layer(task)
+            candidates = found.candidates if problem.count_candidates else None
+            return Found(found.codes, found.scales, problem.global_scale, candidates, None, found.objective)
+
+        return cls(name, solve, OBJECTIVES["joint"], "gram", nearest_codes=False, options=options)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {name: Method.of_objective(OBJECTIVES[name]) for name in ("naive", "sse", "hessian")}
+    {name: Method.of_objective(OBJECTIVES[name]) for name in ("naive", "sse", "hessian", "joint")}
+    | {
+        "gptq": Method.of_layer("gptq", gptq.solve, ("scale", "order", "damping")),
+        "descent": Method.of_layer("descent", descent.solve, ("scale", "order", "damping", "sweeps")),
+    }
 )
 
 

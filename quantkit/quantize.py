@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from quantkit import calibration, experts, kernels
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
-from quantkit.methods import Method, Problem, get_method
+from quantkit.layer.common import LayerOptions
+from quantkit.methods import METHODS, Method, Problem, get_method
 from quantkit.search import BACKENDS, BackendUnavailableError, choose_backend, without_kernel
 from quantkit.tensor import QuantizedTensor
 
@@ -33,13 +35,16 @@ def quantize(
     scale_rule: str | None = None,
     check_finite: bool = True,
     count_candidates: bool = False,
+    **options: Any,
 ) -> QuantizedTensor:
     """Quantizes ``weight [..., K]``, float16, bfloat16, float32 or float64, along its last dimension.
 
     format: a name in FORMATS, or a BlockFormat.
-    method: "naive" (scale from amax), "sse" (least squared error, the default), "hessian" (least r H rᵀ).
+    method: "naive" (scale from amax), "sse" (least squared error, the default), "hessian" (scale of least r H rᵀ),
+        "joint" (scale and codes of least r H rᵀ), "gptq" and "descent" (the whole layer; docs/layer.md).
     activations ``[tokens, K]`` (or ``[batch, tokens, K]``, as hooks give them), gram ``[K, K]`` or hessian
-        ``[K/block_size, block_size, block_size]``: exactly one for "hessian", none for the others.
+        ``[K/block_size, block_size, block_size]``: exactly one for "hessian" and "joint", activations or gram for
+        "gptq" and "descent", none for "naive" and "sse".
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and a
         kernel supports method, block size and format.
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
@@ -53,7 +58,10 @@ def quantize(
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. Other
         methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
-    count_candidates: also return the number of scales evaluated for each block.
+    count_candidates: also return, for each block, how many scales were evaluated.
+    options: of "gptq" and "descent": scale="joint" (or "naive", "sse", "hessian": how a block's scale is chosen),
+        order="descending" (block columns by the mean diagonal of their Hessian, or "natural"), damping=0.01 (share of
+        the mean diagonal that is added to the Gram matrix), and sweeps=4 of "descent".
 
     The experts of a weight ``[E, N, K]`` share what is given, or have their own: activations as a sequence of E
     tensors, gram ``[E, K, K]``, hessian ``[E, K/block_size, block_size, block_size]``, global_scale "amax_per_expert"
@@ -65,6 +73,7 @@ def quantize(
     """
     fmt, chosen = get_format(format), get_method(method)
     rule = _check_options(weight, fmt, block_size, scale_rule)
+    settings = _layer_options(chosen, options)
     use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     calibration.check_given(method, chosen.needs, activations=activations, gram=gram, hessian=hessian)
     if weight.ndim == 3 and experts.has_own(weight, activations, gram, hessian, global_scale):
@@ -79,6 +88,7 @@ def quantize(
             scale_rule=scale_rule,
             check_finite=check_finite,
             count_candidates=count_candidates,
+            **options,
         )
         return experts.quantize_each(each, weight, activations, gram, hessian, global_scale)
     hessians = whole = None
@@ -109,6 +119,7 @@ def quantize(
             count_candidates=count_candidates,
             check_finite=check_finite,
             name=source,
+            options=settings,
         )
     )
     if check_finite and found.flags is not None and any(found.flags.tolist()):
@@ -120,7 +131,17 @@ def quantize(
         codes = codes.reshape(*leading, codes.shape[-1])
         scales = scales.reshape(*leading, scales.shape[-1])
         candidates = None if candidates is None else candidates.reshape(scales.shape)
-    return QuantizedTensor(codes, scales, found.global_scale, fmt, block_size, candidates, method, chosen.nearest_codes)
+    return QuantizedTensor(
+        codes,
+        scales,
+        found.global_scale,
+        fmt,
+        block_size,
+        candidates,
+        method,
+        chosen.nearest_codes,
+        found.objective,
+    )
 
 
 def resolve_backend(
@@ -169,6 +190,20 @@ def _check_options(weight: Tensor, fmt: BlockFormat, block_size: int, scale_rule
             "pad it with zeros or choose another block size"
         )
     return scale_rule or fmt.scale_rules[0]
+
+
+def _layer_options(method: Method, given: dict[str, Any]) -> LayerOptions:
+    """Raises TypeError for an unknown argument, and ValueError for a setting that the method does not take."""
+    known = {field.name for field in dataclasses.fields(LayerOptions)}
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"quantize() got an unexpected keyword argument {name!r}; settings: {', '.join(sorted(known))}"
+            )
+        if name not in method.options:
+            takers = [other.name for other in METHODS.values() if name in other.options]
+            raise ValueError(f"method {method.name!r} takes no {name}; {' and '.join(takers)} do")
+    return LayerOptions(**given)
 
 
 def _check_finite(weight: Tensor, matrix: Tensor) -> None:

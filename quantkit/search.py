@@ -3,6 +3,7 @@
     objective   naive     the scale of the block's largest magnitude; nothing is searched
                 sse       the representable scale of least ‖r‖²,      r = x − s·Q(x/s)
                 hessian   the representable scale of least r H rᵀ
+                joint     scale and codes of least r H rᵀ together, by coordinate descent
 
 An objective belongs to one block. A *method* (methods.py) belongs to a whole weight and is built on this module, for
 example as a loop over block columns. Such a loop factorizes its Hessians once:
@@ -31,7 +32,7 @@ from torch import Tensor
 from quantkit import bounds, calibration, kernels, parallel
 from quantkit.calibration import HessianFactors
 from quantkit.formats import BlockFormat
-from quantkit.reference import amax, hessian, naive, sse
+from quantkit.reference import amax, hessian, joint, naive, sse
 from quantkit.reference.common import ScaleChoice, effective_scale
 from quantkit.tensor import pack_codes
 
@@ -64,7 +65,8 @@ class Objective:
         rounding rule of the naive scale, factors of the block Hessians (None without them).
     needs_factors: the objective is defined by block Hessians.
     is_optimal: no representable scale is better, as verify judges it (docs/theory.md).
-    has_kernel: kernels/launch.py has a kernel for it. Without one, backend "auto" is the reference on a GPU too.
+    nearest_codes: every code is round-to-nearest at the chosen scale.
+    has_kernel: kernels/launch.py has a kernel for it. Without one, backend "auto" takes the reference on a GPU too.
     """
 
     name: str
@@ -72,6 +74,12 @@ class Objective:
     needs_factors: bool = False
     is_optimal: bool = False
     has_kernel: bool = True
+    nearest_codes: bool = True
+
+    @property
+    def searches(self) -> bool:
+        """Whether several scales of a block are evaluated."""
+        return self.is_optimal or self.needs_factors
 
 
 def _naive(
@@ -93,6 +101,13 @@ def _hessian(
     return hessian.choose_scales(blocks, fmt, global_scale, factors)
 
 
+def _joint(
+    blocks: Tensor, fmt: BlockFormat, global_scale: Tensor, rule: str, factors: HessianFactors | None
+) -> ScaleChoice:
+    assert factors is not None
+    return joint.choose_scales(blocks, fmt, global_scale, factors)
+
+
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         objective.name: objective
@@ -100,6 +115,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("naive", _naive),
             Objective("sse", _sse, is_optimal=True),
             Objective("hessian", _hessian, needs_factors=True, is_optimal=True),
+            Objective("joint", _joint, needs_factors=True, nearest_codes=False),
         )
     }
 )
@@ -118,7 +134,7 @@ def without_kernel(objective: Objective | None, block_size: int | None, fmt: Blo
         return f"objective {objective.name!r}"
     if block_size is not None and block_size not in kernels.BLOCK_SIZES:
         return f"block size {block_size}"
-    if fmt is None or objective is None or not objective.is_optimal:
+    if fmt is None or objective is None or not objective.searches:
         return None
     if not bounds.has_windows(fmt.element):
         return f"elements {fmt.element.name} in the search of objective {objective.name!r}"
@@ -183,17 +199,21 @@ class Factors:
         return Factors(self.backend, tuple([tensor[which] for tensor in self.tensors]))
 
 
-def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian") -> Factors:
+def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian", objective: str = "hessian") -> Factors:
     """Factors of ``hessians [num_blocks, block_size, block_size]``, float32 or float64, on their device.
 
-    name: the Hessians' name in errors. Raises ValueError for NaN, Inf or a matrix that is clearly indefinite, for which
-    it synchronizes with the device.
+    objective: the one that they are for; the kernels of "hessian" and "joint" read different forms.
+
+    name: what errors call the Hessians. Raises ValueError for NaN, Inf or a matrix that is clearly indefinite. Waits
+    for the device once, to learn whether there is one.
     """
     lacking = without_kernel(None, hessians.shape[-1], None)
     if choose_backend(backend, hessians.device.type, lacking) == "reference" or not hessians.numel():
         with parallel.one_torch_thread():
             factors = calibration.factorize(hessians, name)
         return Factors("reference", (factors.factor, factors.inverse_diagonal))
+    if objective == "joint":
+        return Factors("triton", (kernels.joint_launcher().pack_metrics(calibration.factorize(hessians, name)),))
     flags = torch.zeros(2, dtype=torch.int32, device=hessians.device)
     packed = kernels.launcher().factorize(hessians, flags)
     if int(flags[1]):
@@ -210,7 +230,8 @@ class Found(NamedTuple):
     codes: uint8 ``[rows, K/2]``, two codes a byte, the even column in the low nibble.
     scales: uint8 ``[rows, K/block_size]``.
     global_scale: float32 scalar, the decode multiplier.
-    candidates: uint8 ``[rows, K/block_size]``, number of scales evaluated; None unless they were counted.
+    candidates: uint8 ``[rows, K/block_size]``, how many scales were evaluated; None unless they were counted.
+    objective: tr(D H Dᵀ) of a method that records it, see quantkit/layer.
     flags: int32 ``[2]`` from the kernels, None from the reference. Element 0 is 1 if the matrix holds NaN or Inf,
         element 1 if the Hessians do or one is clearly indefinite. Undefined without ``check_finite``.
     """
@@ -220,6 +241,7 @@ class Found(NamedTuple):
     global_scale: Tensor
     candidates: Tensor | None
     flags: Tensor | None
+    objective: tuple[float, ...] | None = None
 
 
 def quantize_matrix(
@@ -254,6 +276,11 @@ def quantize_matrix(
         chosen = factors.backend
     else:
         chosen = choose_backend(backend, matrix.device.type, without_kernel(OBJECTIVES.get(objective), block_size, fmt))
+    if chosen == "triton" and matrix.numel() and objective == "joint":
+        if factors is None:
+            assert hessians is not None
+            factors = factorize(hessians, "triton", name, objective)
+        return _joint_by_kernel(matrix, fmt, block_size, factors, global_scale, count_candidates, check_finite)
     if chosen == "triton" and matrix.numel():
         packed = None if factors is None else factors.tensors[0]
         return Found(
@@ -268,6 +295,27 @@ def quantize_matrix(
     own = None if factors is None else HessianFactors(*factors.tensors)
     codes, scales, candidates = _by_reference(matrix, fmt, block_size, objective, global_scale, rule, own)
     return Found(codes, scales, global_scale, candidates if count_candidates else None, None)
+
+
+def _joint_by_kernel(
+    matrix: Tensor,
+    fmt: BlockFormat,
+    block_size: int,
+    factors: Factors,
+    global_scale: Tensor | None,
+    count_candidates: bool,
+    check_finite: bool,
+) -> Found:
+    if global_scale is None:
+        global_scale = amax.global_scale_of(matrix, fmt)
+    codes, scales, candidates = kernels.joint_launcher().quantize_blocks(
+        matrix, fmt, block_size, global_scale, factors.tensors[0], joint.ROUNDS, count_candidates
+    )
+    flags = None
+    if check_finite:
+        flags = torch.zeros(2, dtype=torch.int32, device=matrix.device)
+        flags[0] = matrix.isfinite().all().logical_not()
+    return Found(codes, scales, global_scale, candidates, flags)
 
 
 def _by_reference(
@@ -297,7 +345,9 @@ def _by_reference(
         choice = choose_scales(blocks, fmt, global_scale, rule, own)
         # A block with NaN may give a code outside the grid.
         chosen = choice.codes.clamp(fmt.scale.min_code, fmt.scale.max_code)
-        scaled = blocks / effective_scale(chosen, fmt, global_scale).unsqueeze(-1)
+        scaled = choice.levels
+        if scaled is None:
+            scaled = blocks / effective_scale(chosen, fmt, global_scale).unsqueeze(-1)
         packed_codes[part, which] = pack_codes(fmt.element.encode_signed(scaled))
         scales[part, which] = chosen.to(torch.uint8)
         candidates[part, which] = choice.candidates.to(torch.uint8)

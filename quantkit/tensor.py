@@ -52,7 +52,8 @@ class QuantizedTensor:
     candidates: uint8 ``[..., K/block_size]``, number of scales evaluated for each block; None unless requested.
     method: name of the method that made it; None where it is unknown.
     nearest_codes: every code is round-to-nearest at the scale of its block. False for a method that moves codes away
-        from nearest, to compensate errors elsewhere.
+        from nearest, to make up for errors elsewhere.
+    objective: tr(D H Dᵀ) with the damped Hessian, after GPTQ and after each sweep of descent; not saved.
     """
 
     codes: Tensor
@@ -63,6 +64,7 @@ class QuantizedTensor:
     candidates: Tensor | None = None
     method: str | None = None
     nearest_codes: bool = True
+    objective: tuple[float, ...] | None = None
 
     def __repr__(self) -> str:
         known = "" if self.method is None else f", method={self.method}"

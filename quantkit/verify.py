@@ -21,7 +21,8 @@ without a limit of range: an element that dequantize() saturates in its dtype is
 scale byte outside the grid is a violation of infinite excess.
 
 The contract is defined for nearest codes. A method that moves codes away from nearest (``nearest_codes`` is False) has
-another target, which the tensor does not hold. Then verify judges no block, and the result says so.
+another target, which the tensor does not hold. Then verify judges no block, and the result says so. With Hessians and
+``gap``, it compares a sample of such blocks with the least error over all scales and codes (closest_vector.py).
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ from torch import Tensor
 
 from quantkit import parallel
 from quantkit.calibration import check_finite, check_float
+from quantkit.closest_vector import least_error, lower_factor
 from quantkit.formats import BlockFormat, ElementGrid, ScaleGrid
 from quantkit.tensor import QuantizedTensor
 
 __all__ = ["CONTRACT", "HESSIAN_SLACK", "Verification", "verify"]
 
 CONTRACT = 1e-6
+MAX_GAP = 1e-3
+GAP_BUDGET = 1 << 20  # partial assignments of a block; a block that needs more is left out
 HESSIAN_SLACK = 1e-7
 CHUNK_ELEMENTS = 1 << 18
 LISTED = 10
@@ -57,7 +61,8 @@ class Verification:
     where: (row, block) of the first violations, with rows counted over all leading dimensions.
     wrong_codes: number of elements whose code is not round-to-nearest at the stored scale.
     judged: False if the tensor's codes are not meant to be nearest; all counts are then zero.
-    ok: the blocks were judged, and no scale and no code is wrong.
+    gap: of the sampled blocks of such a tensor, Σ E(stored) / Σ E(best) − 1, best over all scales and codes.
+    ok: the blocks were judged, no scale and no code is wrong, and the gap is at most MAX_GAP.
     """
 
     blocks: int
@@ -66,15 +71,22 @@ class Verification:
     where: tuple[tuple[int, int], ...]
     wrong_codes: int
     judged: bool = True
+    gap: float | None = None
 
     @property
     def ok(self) -> bool:
-        return self.judged and self.violations == 0 and self.wrong_codes == 0
+        close = self.gap is None or self.gap <= MAX_GAP
+        return self.judged and close and self.violations == 0 and self.wrong_codes == 0
 
 
-def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) -> Verification:
+def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None, gap: int = 0) -> Verification:
     """Judges the scales and codes of ``q`` for ``weight [..., K]``; with ``hessian [K/b, b, b]`` by r H rᵀ, else by
     squared error. ``hessian [E, K/b, b, b]``: one for each expert of a weight ``[E, N, K]``.
+
+    gap: for codes that are not nearest, such as those of method "joint": how many blocks to compare with the least
+    error of all scales and codes, drawn with a fixed seed. Needs ``hessian``. The comparison is exact. Blocks whose
+    optimum takes too long to find are left out of ``blocks``. It judges each block by itself, so that methods that make
+    up for other blocks' errors ("gptq", "descent") do not pass.
 
     Works on the weight's device in chunks of rows, so that memory does not grow with the weight. Raises ValueError
     where shapes do not fit or the weight holds NaN or Inf. Warns where the method of ``q`` is "hessian" and no Hessians
@@ -100,11 +112,14 @@ def verify(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None = None) ->
         if hessian.shape != (expected := (*experts, num_blocks, block_size, block_size)):
             raise ValueError(f"hessian has shape {list(hessian.shape)}, this tensor needs {list(expected)}")
     check_finite(weight, "weight")
+    if not q.nearest_codes and gap and hessian is not None:
+        return _judge_gap(q, weight, hessian, gap)
     if not q.nearest_codes:
         made_by = "" if q.method is None else f" of method {q.method!r}"
         warnings.warn(
             f"the codes{made_by} are not nearest at their scales, so no block is judged; "
-            "compare errors with compute_metrics(weight, q.dequantize(), activations)",
+            "pass hessian= and gap=32 to judge a sample, or compare errors with "
+            "compute_metrics(weight, q.dequantize(), activations)",
             stacklevel=2,
         )
         return Verification(0, 0, 0.0, (), 0, judged=False)
@@ -158,6 +173,37 @@ def _verify_rows(q: QuantizedTensor, weight: Tensor, hessian: Tensor | None) -> 
     for start in starts:
         where += [(start + int(row), int(block)) for row, block in found[start][1][: LISTED - len(where)]]
     return Verification(rows * num_blocks, violations, worst, tuple(where), wrong_codes)
+
+
+def _judge_gap(q: QuantizedTensor, weight: Tensor, hessian: Tensor, sample: int) -> Verification:
+    """The gap of a sample of blocks, on the CPU in float64."""
+    if weight.ndim == 3 and (hessian.ndim == 4 or q.global_scale.ndim):
+        raise ValueError("gap judges one weight: pass one expert's tensor, weight and Hessians")
+    q, num_blocks = q.to("cpu"), q.scales.shape[-1]
+    judge = _Judge(q.format, q.global_scale, hessian.cpu(), torch.device("cpu"))
+    assert judge.hessian is not None
+    exact = weight.detach().cpu().float().double().reshape(-1, num_blocks, q.block_size)
+    values = judge.stored_levels(q.codes.reshape(-1, q.codes.shape[-1])).double().view_as(exact)
+    stored = values * judge.scale(q.scales.long()).double().reshape(-1, num_blocks, 1)
+    levels = judge.elements.double()
+    levels = levels[levels.isfinite()].unique()
+    steps = judge.scale(judge.codes).double().unsqueeze(1).expand(-1, q.block_size)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(exact.shape[0] * num_blocks, generator=generator)[:sample]
+    found = least = worst = 0.0
+    judged = 0
+    for place in chosen.tolist():
+        row, block = divmod(place, num_blocks)
+        factor = lower_factor(judge.hessian[block])
+        error = float(((exact[row, block] - stored[row, block]) @ factor).square().sum())
+        best = least_error(exact[row, block], factor, steps, levels, error, GAP_BUDGET)
+        if best is None:
+            continue
+        judged += 1
+        found, least = found + error, least + best
+        worst = max(worst, (error - best) / best if best else 0.0)
+    share = (found - least) / least if least else 0.0
+    return Verification(judged, 0, worst, (), 0, judged=judged > 0, gap=share)
 
 
 def _value(grid: ElementGrid | ScaleGrid, code: int) -> float:

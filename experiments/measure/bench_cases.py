@@ -80,7 +80,7 @@ def cases(weight: Tensor, backends: Sequence[str], block_sizes: Sequence[int]) -
     for name, layout in FORMATS.items():
         for block_size in (size for size in block_sizes if size in layout.block_sizes):
             hessian = sample_hessian(tokens, block_size)
-            for method in METHODS:
+            for method in (name for name, entry in METHODS.items() if entry.needs != "gram"):
                 yield from _method_cases(weight, layout, block_size, method, backends, hessian)
             if on_gpu:
                 yield _dequantize_case(weight, name, block_size)

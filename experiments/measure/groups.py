@@ -49,8 +49,10 @@ def quantize_groups(
     )
 
 
-def verify_groups(result: QuantizedTensor, weight: Tensor, given: Sequence[Statistics]) -> Verification:
-    """What verify() finds in all groups, each judged by its own Hessians."""
+def verify_groups(result: QuantizedTensor, weight: Tensor, given: Sequence[Statistics], gap: int = 0) -> Verification:
+    """What verify() finds in all groups, each judged by its own Hessians. gap: verify()'s, for one group alone."""
+    if len(given) == 1:
+        return verify(result, weight, given[0].get("hessian"), gap)
     found: list[Verification] = []
     first, places = 0, []
     rows_of = [tensor.tensor_split(len(given)) for tensor in (weight, result.codes, result.scales)]

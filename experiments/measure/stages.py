@@ -33,6 +33,8 @@ from quantkit.metrics import output_error_from_gram, weight_error
 
 log = logging.getLogger(__name__)
 
+GAP_BLOCKS = 32  # of moved codes: blocks that verify=true compares with the exact optimum
+
 Fields = dict[str, Any]  # field of RunRecord → value
 
 
@@ -97,7 +99,8 @@ def check_options(config: Config) -> None:
     gram = torch.eye(size, dtype=torch.float32, device="cpu").unsqueeze(0)
     given = statistics_of(get_method(config.method.name).needs, gram, size, "cpu")
     weight = torch.empty(0, size, dtype=torch.float32, device="cpu")
-    quantize_groups(partial(quantize, backend="reference", **options(config)), weight, given, method=config.method.name)
+    call = partial(quantize, backend="reference", **options(config))
+    quantize_groups(call, weight, given, method=config.method.name, **config.method.settings)
 
 
 def weighs_by_loss(config: Config) -> bool:
@@ -121,9 +124,10 @@ def quantize_layer(resolved: Resolved, inputs: LayerInputs) -> Quantized:
     given = statistics_of(get_method(config.method.name).needs, inputs.method_grams, config.block_size, device)
     of_rows: Callable[..., QuantizedTensor] = partial(quantize, backend=resolved.backend, **options(config))
     start = time.perf_counter()
-    result = quantize_groups(of_rows, weight, given, method=config.method.name, count_candidates=True)
+    method, settings = config.method.name, config.method.settings
+    result = quantize_groups(of_rows, weight, given, method=method, count_candidates=True, **settings)
     seconds = time.perf_counter() - start
-    naive = result if config.method.name == "naive" else of_rows(weight, method="naive")
+    naive = result if method == "naive" else of_rows(weight, method="naive")
     return Quantized(weight, given, result, seconds, of_rows, naive)
 
 
@@ -150,6 +154,7 @@ def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
         "tokens_heldout": inputs.tokens_heldout,
         "global_scale": layout.default_global_scale if scale is None else scale,
         "scale_rule": config.format.rule or layout.scale_rules[0],
+        "method_settings": config.method.settings or None,
         "hessian_weighting": str(config.hessian.weighting) if by_loss else None,
         "hessian_groups": config.hessian.groups if by_loss else None,
         "hessian_samples": config.hessian.samples if by_loss else None,
@@ -172,6 +177,8 @@ def measure_errors(inputs: LayerInputs, work: Quantized) -> Fields:
         "bits_per_weight": result.bits_per_weight,
         "scales_moved": (result.scales != naive.scales).double().mean().item(),
     }
+    if result.objective is not None:
+        fields["objective"] = list(result.objective)
     if result.candidates is not None:
         fields["candidates_mean"] = result.candidates.double().mean().item()
         fields["candidates_max"] = int(result.candidates.max())
@@ -186,7 +193,7 @@ def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
 def verify_scales(config: Config, work: Quantized) -> Fields:
     """Compare every scale with all representable ones. For a method without a promised optimum, violations are the
     blocks that have a better scale."""
-    found = verify_groups(work.result, work.weight, work.given)
+    found = verify_groups(work.result, work.weight, work.given, gap=0 if work.result.nearest_codes else GAP_BLOCKS)
     log.info("verified: %s", found)
     if not found.ok and get_method(config.method.name).is_optimal:
         log.warning(
@@ -204,7 +211,13 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
 def measure_time(resolved: Resolved, work: Quantized) -> Fields:
     config, device = resolved.config, resolved.device
     call = partial(
-        quantize_groups, work.quantize, work.weight, work.given, method=config.method.name, check_finite=False
+        quantize_groups,
+        work.quantize,
+        work.weight,
+        work.given,
+        method=config.method.name,
+        check_finite=False,
+        **config.method.settings,
     )
     interpreted = resolved.backend == "triton" and device == "cpu"
     name = provenance.device_name(device)

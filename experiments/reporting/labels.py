@@ -30,7 +30,9 @@ METHODS = {
     "naive": "Naive",
     "sse": "SSE",
     "hessian": "Hessian",
-    "gptq": "GPTQ, blocks ordered, Hessian scales",  # only in published results
+    "joint": "Joint",
+    "gptq": "GPTQ",
+    "descent": "Descent",
 }
 OPTIMAL = ("sse", "hessian")  # methods that promise the least error
 BACKENDS = {"reference": "reference", "triton": "Triton"}

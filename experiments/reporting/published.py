@@ -14,6 +14,8 @@ from experiments.reporting.labels import FORMATS, METHODS, as_factor, as_number,
 from experiments.reporting.rows import Subject
 from experiments.reporting.table import Table
 
+LABELS = METHODS | {"gptq": "GPTQ, blocks ordered, Hessian scales"}  # as qwantize has it
+
 
 @dataclass(frozen=True)
 class Published:
@@ -59,7 +61,7 @@ def published_tables(published: Iterable[Published]) -> list[Table]:
             frame=pd.DataFrame(
                 {
                     "Format": [FORMATS.get(p.format, p.format) for p in lines],
-                    "Method": [METHODS.get(p.method, p.method) for p in lines],
+                    "Method": [LABELS.get(p.method, p.method) for p in lines],
                     "Weight error": [as_percent(p.weight_error) for p in lines],
                     "Output error": [as_percent(p.output_error) for p in lines],
                     "PyTorch, ms": [as_number(p.reference_ms) for p in lines],

@@ -24,7 +24,7 @@ def records_csv(records: Iterable[RunRecord]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict | list):
         return json.dumps(value, sort_keys=True)
     if isinstance(value, bool):
         return str(value).lower()

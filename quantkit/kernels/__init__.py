@@ -8,7 +8,7 @@ import functools
 import importlib.util
 from types import ModuleType
 
-__all__ = ["BLOCK_SIZES", "SEARCHED_SCALES", "available", "launcher"]
+__all__ = ["BLOCK_SIZES", "SEARCHED_SCALES", "available", "joint_launcher", "launcher"]
 
 BLOCK_SIZES = (16, 32)  # of the kernels
 # The fractional scales that the kernels can search. device.search_unit is clamped to keep scales and their reciprocals
@@ -29,3 +29,11 @@ def launcher() -> ModuleType:
     from quantkit.kernels import launch
 
     return launch
+
+
+@functools.cache
+def joint_launcher() -> ModuleType:
+    """The module that starts the joint kernel, which needs Triton."""
+    from quantkit.kernels import launch_joint
+
+    return launch_joint

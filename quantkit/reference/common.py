@@ -28,10 +28,14 @@ NO_CODE = 1 << 30  # above every code
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """codes: int32 scale code of each block; candidates: int32 number of scales evaluated for it, of the same shape."""
+    """codes: int32 scale codes of the blocks; candidates: int32 how many scales were evaluated for each. One shape.
+
+    levels: float32 element values ``[*shape, block_size]``, where they are not the nearest ones at the scale.
+    """
 
     codes: Tensor
     candidates: Tensor
+    levels: Tensor | None = None
 
 
 def effective_scale(codes: Tensor, fmt: BlockFormat, global_scale: Tensor) -> Tensor:

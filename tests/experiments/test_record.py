@@ -37,8 +37,11 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_order_of_the_fields_is_kept() -> None:
+    settings, objective = {"scale": "joint"}, [2.0, 1.5]
     weighted = dataclasses.replace(RECORD, hessian_weighting="loss", hessian_groups=1, hessian_samples=2)
-    assert tuple(json.loads(weighted.to_json())) == FIELDS
+    full = dataclasses.replace(weighted, method_settings=settings, objective=objective)
+    assert tuple(json.loads(full.to_json())) == FIELDS
+    assert RunRecord.from_json(full.to_json()) == full
     assert tuple(json.loads(RECORD.to_json())) == tuple(name for name in FIELDS if name not in SPARSE_FIELDS)
     assert FIELDS[:4] == ("run_id", "sweep", "status", "reason") and FIELDS[-1] == "schema_version"
 

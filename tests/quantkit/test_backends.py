@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantkit import FORMATS, METHODS, QuantizedTensor, quantize
-from tests.inputs import WITHOUT_KERNEL, all_families
+from tests.inputs import BLOCK_METHODS, WITHOUT_KERNEL, all_families
 
 CUDA = torch.cuda.is_available()
 
@@ -60,7 +60,7 @@ each = pytest.mark.parametrize(
         (f, b, m)
         for f in FORMATS
         for b in FORMATS[f].block_sizes
-        for m in METHODS
+        for m in BLOCK_METHODS
         if METHODS[m].has_kernel and (f, m) not in WITHOUT_KERNEL
     ],
 )

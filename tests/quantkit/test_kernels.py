@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantkit import E2M1, E4M3, FORMATS, METHODS, quantize, verify
+from quantkit import E2M1, E4M3, FORMATS, quantize, verify
 from quantkit.calibration import hessians_from_activations
 from quantkit.formats import ElementGrid, ScaleGrid
 from quantkit.kernels import launch
@@ -23,7 +23,7 @@ from quantkit.kernels.hessian import (
     load_fp16_factor,
 )
 from quantkit.reference.amax import global_scale_of
-from tests.inputs import SEARCHED_BY_KERNELS, all_families, correlated_tokens
+from tests.inputs import BLOCK_METHODS, SEARCHED_BY_KERNELS, all_families, correlated_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -174,7 +174,7 @@ def test_amax_parts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert launch.amax_parts(weight).max().view(torch.float32).isnan()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BLOCK_METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_global_scale_from_amax(dtype: torch.dtype, method: str) -> None:
     """Every kernel computes the same float32 quotient."""

@@ -18,6 +18,7 @@ import triton
 
 from quantkit import METHODS, NVFP4, quantize, search
 from quantkit.kernels import launch
+from tests.inputs import BLOCK_METHODS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STREAM, FUNCTION, METADATA = 7, 8, 9
@@ -233,7 +234,7 @@ def test_triton_s_launcher_takes_these_arguments() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.has_kernel])
+@pytest.mark.parametrize("method", BLOCK_METHODS)
 def test_torch_s_default_dtype_changes_nothing(method: str, dtype: torch.dtype) -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(DEVICE)
     hessian = torch.eye(16, dtype=torch.float32, device=DEVICE).repeat(2, 1, 1)

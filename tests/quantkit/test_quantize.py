@@ -13,7 +13,6 @@ from torch import Tensor
 
 from quantkit import (
     FORMATS,
-    METHODS,
     BackendUnavailableError,
     QuantizedTensor,
     compute_metrics,
@@ -23,6 +22,7 @@ from quantkit import (
     verify,
 )
 from quantkit.calibration import GramAccumulator, block_hessians, gram_matrix, hessians_from_activations
+from tests.inputs import BLOCK_METHODS
 from tests.oracle import nearest_code, values_of
 
 CODES = ["uint8", "int8", "float8_e4m3fn", "float8_e5m2"]
@@ -45,7 +45,8 @@ def run(
 
 
 every = pytest.mark.parametrize(
-    ("format", "block_size", "method"), [(f, b, m) for f in FORMATS for b in FORMATS[f].block_sizes for m in METHODS]
+    ("format", "block_size", "method"),
+    [(f, b, m) for f in FORMATS for b in FORMATS[f].block_sizes for m in BLOCK_METHODS],
 )
 
 
@@ -122,7 +123,7 @@ def test_the_default_is_the_least_squared_error(backend: str, device: str) -> No
     assert q.method == "sse" and torch.equal(q.codes, sse.codes) and torch.equal(q.scales, sse.scales)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BLOCK_METHODS)
 def test_case_scale_never_rounds_to_zero(method: str, backend: str, device: str) -> None:
     """amax/6 below 2⁻¹⁰: the scale is the smallest positive one and the block is searched."""
     w = torch.full((1, 16), 0.005)
@@ -219,7 +220,7 @@ def test_case_nan_and_inf_are_counted_and_located(
         run(w, format, block_size, method, backend, device)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BLOCK_METHODS)
 def test_float64_beyond_float32_is_no_inf_to_work_with(method: str, backend: str, device: str) -> None:
     w = 1e40 * weight().double()
     given = {"hessian": torch.eye(16).repeat(4, 1, 1).to(device)} if method == "hessian" else {}
@@ -228,7 +229,7 @@ def test_float64_beyond_float32_is_no_inf_to_work_with(method: str, backend: str
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BLOCK_METHODS)
 def test_without_the_check_a_bad_value_harms_no_other_block(
     format: str, method: str, backend: str, device: str
 ) -> None:
@@ -308,7 +309,7 @@ def test_methods_are_ordered_as_their_objectives_say(backend: str, device: str) 
         m: run(w, "nvfp4", 16, m, backend, device, **({"activations": x.to(device)} if m == "hessian" else {}))
         .dequantize()
         .cpu()
-        for m in METHODS
+        for m in BLOCK_METHODS
     }
     errors = {m: weight_error(w, q) for m, q in done.items()}
     assert errors["sse"] < errors["naive"] and errors["sse"] < errors["hessian"]

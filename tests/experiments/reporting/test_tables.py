@@ -241,6 +241,8 @@ def test_csv_has_every_field_in_order_and_full_precision():
     header, line = list(csv.reader(io.StringIO(text)))
     values = dict(zip(header, line, strict=True))
     assert tuple(header) == tuple(name for name in FIELDS if name not in SPARSE_FIELDS)
+    sparse = records_csv([make(), make(method="gptq", method_settings={"scale": "joint"})])
+    assert "method_settings" in sparse.splitlines()[0].split(",") and '{""scale"": ""joint""}' in sparse
     assert float(values["weight_error"]) == 0.1 + 0.2
     assert values["output_error"] == ""
     assert values["tokens_calibration"] == "4096"
@@ -276,7 +278,7 @@ def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
 
     assert set(FORMATS) == set(quantkit.FORMATS) and (FORMATS["nvfp4"], FORMATS["mxfp4"]) == ("NVFP4", "MXFP4")
     assert list(FORMATS).index("nvfp4") < list(FORMATS).index("mxfp4")
-    assert [name for name in METHODS if name != "gptq"] == list(quantkit.METHODS)
+    assert list(METHODS) == list(quantkit.METHODS)
     assert {name: f.default_global_scale for name, f in quantkit.FORMATS.items()} == GLOBAL_SCALES
     assert {f.scale_rules[0] for f in quantkit.FORMATS.values()} == set(DEFAULT_RULES)
     assert not {rule for f in quantkit.FORMATS.values() for rule in f.scale_rules[1:]} & set(DEFAULT_RULES)

@@ -1,0 +1,265 @@
+"""What the methods of a whole weight share: the task, the damped Hessian, and one pass over the block columns.
+
+Both methods visit the block columns in order. Block b's target is the weight plus a correction for the errors
+D = W − W_q of other blocks. The metric of its own error is a matrix M_b. Once solved, it passes its change on:
+
+    target_c ← target_c + change_b · F_bc        for the blocks c still to come
+
+gptq.py and descent.py define the correction, M_b and the feedback matrix F. Blocks are grouped in panels of columns: a
+change reaches the rest of its panel at once, and the columns after the panel by one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit import kernels
+from quantkit.formats import BlockFormat
+from quantkit.reference.common import effective_scale
+from quantkit.reference.joint import ROUNDS
+from quantkit.search import OBJECTIVES, Factors, factorize, quantize_matrix
+from quantkit.tensor import unpack_codes
+
+__all__ = [
+    "ORDERS",
+    "LayerOptions",
+    "LayerResult",
+    "LayerTask",
+    "Pass",
+    "block_values",
+    "damped",
+    "diagonal_blocks",
+    "objective_of",
+    "panels",
+]
+
+ORDERS = ("natural", "descending")
+PANEL_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Settings of gptq and descent.
+
+    scale: objective of search.py that chooses the scale of a block: "naive", "sse", "hessian" or "joint".
+    order: of the block columns: by "descending" mean diagonal of the Hessian, or "natural". Blocks keep their members.
+    damping: share of the Hessian's mean diagonal that is added to its diagonal.
+    sweeps: of block descent, for the method "descent".
+    """
+
+    scale: str = "joint"
+    order: str = "descending"
+    damping: float = 0.01
+    sweeps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.scale not in OBJECTIVES:
+            raise ValueError(f"unknown scale {self.scale!r}; known ways to choose one: {', '.join(OBJECTIVES)}")
+        if self.order not in ORDERS:
+            raise ValueError(f"unknown order {self.order!r}; known orders: {', '.join(ORDERS)}")
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, got {self.damping!r}; 0.01 is usual")
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise ValueError(f"sweeps must be a whole number from 1 on, got {self.sweeps!r}")
+
+
+def damped(gram: Tensor, damping: float, columns: Tensor | None = None) -> Tensor:
+    """Float32 copy of ``gram [K, K]`` with ``damping`` of its mean diagonal added to its diagonal.
+
+    columns: int64 ``[K]``, an order of rows and columns. A Gram of zeros becomes the identity.
+    """
+    hessian = (
+        gram.float().clone() if columns is None else gram.float().index_select(0, columns).index_select(1, columns)
+    )
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    diagonal.add_(torch.where(mean > 0, mean * damping, 1.0))
+    return hessian
+
+
+def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
+    """``[K/block_size, block_size, block_size]``, a view of ``matrix [K, K]``."""
+    blocks = matrix.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def objective_of(error: Tensor, hessian: Tensor) -> float:
+    """tr(D H Dᵀ) of ``error [rows, K]``, summed in float64."""
+    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+
+
+def panels(columns: int) -> Iterator[slice]:
+    """Slices of PANEL_COLUMNS columns."""
+    for start in range(0, columns, PANEL_COLUMNS):
+        yield slice(start, min(start + PANEL_COLUMNS, columns))
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A checked task, all tensors on one device.
+
+    weight: float16, bfloat16 or float32 ``[rows, K]``; gram: float32 or float64 ``[K, K]``; global_scale: float32
+    scalar; rule: of the naive scale; backend: "reference" or "triton".
+    """
+
+    weight: Tensor
+    gram: Tensor
+    fmt: BlockFormat
+    block_size: int
+    global_scale: Tensor
+    rule: str
+    backend: str
+    options: LayerOptions
+
+
+class LayerResult(NamedTuple):
+    """codes, scales, candidates: as in :class:`quantkit.search.Found`; objective: of descent, tr(D H Dᵀ) with the
+    damped Hessian, after GPTQ and after each sweep."""
+
+    codes: Tensor
+    scales: Tensor
+    candidates: Tensor
+    objective: tuple[float, ...] | None
+
+
+class Pass:
+    """The state of a weight whose block columns are solved in turn, in the order that the task's options ask for.
+
+    columns: int64 ``[K]``, the weight's columns in that order; None for their own. weight ``[rows, K]``, codes, scales
+    and candidates (as in :class:`quantkit.search.Found`) and error, float32 D = W − W_q ``[rows, K]``, have that order.
+    """
+
+    def __init__(self, task: LayerTask) -> None:
+        self.task = task
+        self.order = _visiting_order(task)
+        self.columns = None
+        self.weight = task.weight.contiguous()
+        if self.order is not None:
+            inside = torch.arange(task.block_size, dtype=torch.int64, device=task.weight.device)
+            self.columns = (self.order.unsqueeze(1) * task.block_size + inside).flatten()
+            self.weight = task.weight.index_select(1, self.columns)
+        (rows, columns), device = task.weight.shape, task.weight.device
+        self.codes = torch.zeros(rows, columns // 2, dtype=torch.uint8, device=device)
+        self.scales = torch.zeros(rows, columns // task.block_size, dtype=torch.uint8, device=device)
+        self.candidates = torch.zeros_like(self.scales)
+        self.error = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+
+    def in_order_of_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, scales, candidates) in the weight's own order of blocks."""
+        if self.order is None:
+            return self.codes, self.scales, self.candidates
+        return self._reordered(self.order.argsort(), self.codes, self.scales, self.candidates)
+
+    def replace(self, codes: Tensor, scales: Tensor, candidates: Tensor) -> None:
+        """Takes codes, scales and candidates in the weight's own order of blocks; the error is not updated."""
+        if self.order is not None:
+            codes, scales, candidates = self._reordered(self.order, codes, scales, candidates)
+        self.codes, self.scales, self.candidates = codes, scales, candidates
+
+    def _reordered(
+        self, order: Tensor, codes: Tensor, scales: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        by_block = codes.unflatten(1, (-1, self.task.block_size // 2))
+        return by_block[:, order].flatten(1), scales[:, order], candidates[:, order]
+
+    def factors(self, metrics: Tensor) -> Factors | None:
+        """Factors of ``metrics [K/block_size, block_size, block_size]`` for the objective, if it has use for them."""
+        scale = self.task.options.scale
+        return factorize(metrics, self.task.backend, objective=scale) if OBJECTIVES[scale].needs_factors else None
+
+    def solve(
+        self, panel: slice, target: Tensor, factors: Factors | None, feedback: Tensor, metrics: Tensor | None = None
+    ) -> Tensor:
+        """Solves the blocks of one panel of columns and returns their change, float32 ``[rows, width of the panel]``.
+
+        target: float32 ``[rows, width]``, overwritten; feedback: float32 ``[width, width]``. With float64 ``metrics``,
+        a block is replaced only where that lowers its error under them, and the change is that of D; without, all
+        are, and the change is D.
+        """
+        if self.task.backend == "triton" and self.task.options.scale == "joint":
+            assert factors is not None
+            return kernels.joint_launcher().quantize_panel(
+                self.weight,
+                self.error,
+                self.codes,
+                self.scales,
+                self.candidates,
+                panel,
+                target,
+                factors.tensors[0],
+                feedback,
+                fmt=self.task.fmt,
+                block_size=self.task.block_size,
+                global_scale=self.task.global_scale,
+                rounds=ROUNDS,
+                descend=metrics is not None,
+            )
+        size = self.task.block_size
+        change = torch.empty_like(target)
+        for start in range(0, target.shape[1], size):
+            here, later = slice(start, start + size), slice(start + size, None)
+            number = (panel.start + start) // size
+            own = None if metrics is None else metrics[number]
+            change[:, here] = self._replace(number, target[:, here], None if factors is None else factors[number], own)
+            target[:, later].addmm_(change[:, here], feedback[here, later])
+        return change
+
+    def _replace(self, number: int, target: Tensor, factors: Factors | None, metric: Tensor | None) -> Tensor:
+        """Solves block column ``number`` for ``target [rows, block_size]``; returns its change, see solve."""
+        task, size = self.task, self.task.block_size
+        found = quantize_matrix(
+            target,
+            task.fmt,
+            size,
+            task.options.scale,
+            factors=factors,
+            global_scale=task.global_scale,
+            rule=task.rule,
+            backend=task.backend,
+            count_candidates=True,
+        )
+        assert found.candidates is not None
+        here, packed = slice(number * size, (number + 1) * size), slice(number * size // 2, (number + 1) * size // 2)
+        weight, before = self.weight[:, here].float(), self.error[:, here]
+        after = weight - block_values(found.codes, found.scales, task)
+        codes, scales = self.codes[:, packed], self.scales[:, number : number + 1]
+        self.candidates[:, number : number + 1] = found.candidates
+        if metric is None:
+            change = after
+        else:
+            # Errors against the target: it stands for what the other blocks leave to make up for.
+            old, new = target - (weight - before), target - (weight - after)
+            better = (_energy(new, metric) < _energy(old, metric)).unsqueeze(1)
+            after = torch.where(better, after, before)
+            change = after - before
+            found = found._replace(
+                codes=torch.where(better, found.codes, codes), scales=torch.where(better, found.scales, scales)
+            )
+        codes.copy_(found.codes)
+        scales.copy_(found.scales)
+        before.copy_(after)
+        return change
+
+
+def _visiting_order(task: LayerTask) -> Tensor | None:
+    """int64 ``[num_blocks]``: the block columns in the order in which they are solved; None for their own."""
+    if task.options.order == "natural":
+        return None
+    mean = task.gram.diagonal().unflatten(0, (-1, task.block_size)).double().mean(1)
+    return mean.argsort(descending=True, stable=True)
+
+
+def block_values(codes: Tensor, scales: Tensor, task: LayerTask) -> Tensor:
+    """Float32 ``[rows, n · block_size]`` of packed codes and scale bytes ``[rows, n]``."""
+    levels = task.fmt.element.decode_signed(unpack_codes(codes)).unflatten(-1, (scales.shape[-1], -1))
+    return (levels * effective_scale(scales, task.fmt, task.global_scale).unsqueeze(-1)).flatten(-2)
+
+
+def _energy(errors: Tensor, metric: Tensor) -> Tensor:
+    errors = errors.double()
+    return ((errors @ metric) * errors).sum(-1)
