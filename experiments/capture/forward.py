@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from experiments.capture.progress import BAR, Progress, ticking, waiting
 from experiments.capture.shards import Layout, ShardWriter
 from experiments.capture.store import JOURNAL_NAME, PARTIAL_NAME, WEIGHT_NAME, Entry, save_tensors
 from experiments.capture.tokens import token_sequences
+from experiments.capture.writing import lock, writing
 from experiments.config import LayerConfig
-from experiments.files import FULL, SourceError, write_atomically
+from experiments.files import SourceError, write_atomically
 from experiments.sources.bundles import CAPTURE_VERSION, MANIFEST_NAME
 from experiments.sources.models import model_name
 from experiments.sources.resolved import Resolved
@@ -51,30 +51,10 @@ def capture_layers(resolved: Resolved, layers: Sequence[LayerConfig], force: boo
             wanted = resolved.config.cache.activations
             layers = [layer for layer in layers if complete_manifest(resolved.layer_folder(layer), wanted) is None]
         if layers:
-            try:
+            with writing(resolved.config.cache.folder):
                 with waiting(f"reading {model_name(resolved.config.model)}"):
                     capture = _Capture(resolved, layers)
                 capture.run()
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                raise SourceError(
-                    f"cache.dir={resolved.config.cache.folder}: it cannot be written ({error.strerror}). Free some "
-                    "space, or set cache.dir to another folder."
-                ) from None
-
-
-def lock(folder: Path) -> Any:
-    """A context in which no other process writes `folder`; waits for one that does."""
-    from filelock import FileLock, Timeout
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        return lock.acquire(timeout=1)
-    except Timeout:
-        log.warning("waiting for another process that captures %s", folder.name)
-        return lock.acquire()
 
 
 class _Capture:

@@ -10,10 +10,12 @@ Parameters need no gradient: the graph begins at the embedding's output.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.config import LayerConfig
 from experiments.files import SourceError
@@ -40,7 +42,8 @@ def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> d
     samples = draws.shape[1]
     outputs = _Outputs(decoder, groups)
     with outputs, torch.enable_grad():
-        logits = decoder.model(input_ids=ids, use_cache=False).logits
+        with _same_bits(decoder.device):
+            logits = decoder.model(input_ids=ids, use_cache=False).logits
         for sample in range(samples):
             labels = draw_labels(logits.detach(), draws[:, sample])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
@@ -53,6 +56,11 @@ def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> d
                 f"{decoder.name}: the loss has a gradient at {name} that is not finite. Use hessian=output."
             )
     return {name: weight for name, weight in weights.items() if outputs.calls[name] == 1 and len(weight) == tokens}
+
+
+def _same_bits(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU, the attention whose backward pass adds in one order: the fused ones add in any."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def draw_labels(logits: Tensor, draws: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.capture.forward import lock
 from experiments.capture.gradients import layer_name, loss_weights
-from experiments.capture.progress import BAR, ticking
+from experiments.capture.progress import BAR, ticking, waiting
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
+from experiments.capture.writing import lock, writing
 from experiments.config import LayerConfig
 from experiments.files import SourceError, write_atomically
 from experiments.sources.bundles import MANIFEST_NAME
@@ -47,7 +47,8 @@ def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
     with lock(folder):
         pieces = _complete(folder)
         if pieces is None:
-            pieces = _Pass(resolved, folder).run()
+            with writing(resolved.config.cache.folder):
+                pieces = _Pass(resolved, folder).run()
         return torch.cat([_read(folder / name, layer, resolved.config.model.label) for name in sorted(pieces)])
 
 
@@ -136,7 +137,8 @@ class _Pass:
         if self.decoder is None:
             from experiments.sources.decoder import build_whole
 
-            self.decoder = build_whole(self.checkpoint, "float32", self.resolved.device)
+            with waiting(f"reading {self.checkpoint.name}"):
+                self.decoder = build_whole(self.checkpoint, "float32", self.resolved.device)
         ids = self.ids[first : first + self.batch]
         draws = torch.stack([self._draws(first + i) for i in range(len(ids))])
         weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups)

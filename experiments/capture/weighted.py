@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.capture.forward import lock
 from experiments.capture.inputs import LayerInputs, LossWeights
 from experiments.capture.losses import load_loss_weights
 from experiments.capture.store import is_intact, load_tensors, save_tensors
+from experiments.capture.writing import lock, writing
 from experiments.config import ModelSource
 from experiments.files import SourceError, write_atomically
+from experiments.sources.identity import loss_file
 from experiments.sources.resolved import Resolved
 from quantkit.calibration import GramAccumulator
 
@@ -37,7 +38,7 @@ def weigh_by_loss(resolved: Resolved, inputs: LayerInputs) -> LayerInputs:
     config = resolved.config
     is_bundle = config.model.source == ModelSource.bundle
     folder = Path(str(config.model.path)).expanduser() if is_bundle else resolved.layer_folder()
-    path = folder / f"loss-g{config.hessian.groups}-s{config.hessian.samples}.safetensors"
+    path = folder / loss_file(config)
     if path not in _last:
         loss = _of_bundle(path) if is_bundle else _of_cache(path, resolved, inputs)
         _last.clear()
@@ -67,8 +68,9 @@ def _of_cache(path: Path, resolved: Resolved, inputs: LayerInputs) -> LossWeight
         if loss is None:
             weights = load_loss_weights(resolved, resolved.config.layer)
             loss = LossWeights(weights, weighted_gram(inputs, weights, resolved.device))
-            entry = save_tensors(path, {"weights": loss.weights, "gram": loss.gram})
-            write_atomically(path.with_suffix(".json"), json.dumps(entry, indent=1) + "\n")
+            with writing(resolved.config.cache.folder):
+                entry = save_tensors(path, {"weights": loss.weights, "gram": loss.gram})
+                write_atomically(path.with_suffix(".json"), json.dumps(entry, indent=1) + "\n")
     return loss
 
 

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Config, LayerConfig, ModelSource
+from experiments.config import Config, LayerConfig, ModelSource, Weighting
 from experiments.files import sha256_json
 from experiments.sources.bundles import CAPTURE_VERSION, bundle_identity
+from experiments.sources.hashes import file_hashes
 from experiments.sources.models import ModelIdentity
 from experiments.sources.texts import load_text
 
@@ -20,8 +21,16 @@ Identity = dict[str, Any]  # plain JSON values
 def source_identity(config: Config, model: ModelIdentity) -> Identity:
     """All that the inputs of the configured layer depend on: a bundle's manifest, else `layer_identity`."""
     if config.model.source == ModelSource.bundle:
-        return bundle_identity(config.model, config.cache.folder)
+        return bundle_identity(config.model, config.cache.folder) | _bundle_loss(config)
     return layer_identity(config, model)
+
+
+def _bundle_loss(config: Config) -> Identity:
+    """The hash of the loss weights that a run on a bundle reads, where it reads some and they are there."""
+    path = Path(str(config.model.path)).expanduser() / loss_file(config)
+    if config.hessian.weighting != Weighting.loss or not path.is_file():
+        return {}
+    return {"loss": file_hashes([path], config.cache.folder)[path]}
 
 
 def layer_identity(config: Config, model: ModelIdentity) -> Identity:
@@ -55,6 +64,11 @@ def folder_in_cache(config: Config, identity: Identity, layer: LayerConfig) -> P
     key = sha256_json(identity | {"layer": [layer.index, layer.module]})[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config.model.label}-l{layer.index}-{layer.module}")
     return config.cache.folder / "layers" / f"{name}-{key}"
+
+
+def loss_file(config: Config) -> str:
+    """The name of a layer's own loss weights, in its folder."""
+    return f"loss-g{config.hessian.groups}-s{config.hessian.samples}.safetensors"
 
 
 def losses_folder(config: Config, identity: Identity) -> Path:

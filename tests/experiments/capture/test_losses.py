@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -286,6 +287,15 @@ def test_an_interrupted_pass_goes_on_at_the_first_missing_piece(
     assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
+def test_a_full_disk_is_one_line(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(losses, "save_tensors", full)
+    with pytest.raises(SourceError, match=r"cannot be written \(No space left on device\)\. Free some space"):
+        load_weighted(config_for(tiny))
+
+
 def test_a_damaged_piece_is_computed_again(
     tiny: SimpleNamespace, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +354,11 @@ def test_a_bundle_has_the_weights_that_were_computed_before_it_was_copied(
     assert first is not None and again is not None and torch.equal(first.gram, again.gram)
     with pytest.raises(SourceError, match=r"hessian=loss: .*loss-g2-s1\.safetensors is missing, and a bundle has"):
         load_weighted(change(bundle, hessian=HessianConfig(Weighting.loss, 2)))
+    before = resolve(bundle)
     (tmp_path / "bundle" / "loss-g1-s1.safetensors").write_bytes(b"")
+    assert resolve(bundle).config_hash != before.config_hash  # its finished run is not this one's
+    plain = change(bundle, hessian=HessianConfig())
+    assert "loss" not in resolve(plain).sources
     forget(monkeypatch)
     with pytest.raises(SourceError, match=r"loss-g1-s1\.safetensors is damaged, .* use hessian=output"):
         load_weighted(bundle)
