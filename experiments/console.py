@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -144,6 +144,8 @@ def _is_used(override: str, config: Config) -> bool:
         if not hasattr(value, name):
             return True  # none of a run's settings: it cannot be told
         value = getattr(value, name)
+    if is_dataclass(value):
+        return True  # a choice of a whole group
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(text) == value

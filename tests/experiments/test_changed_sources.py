@@ -272,6 +272,8 @@ def test_what_a_bundle_does_not_use_is_said_once(
         ("verify=True", True),
         ("seed=1", False),
         ("hydra.verbose=true", True),
+        ("hessian=output", True),
+        ("hessian.groups=4", False),
     ],
 )
 def test_a_heading_shows_the_values_that_are_used(override: str, used: bool) -> None:
