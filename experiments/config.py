@@ -65,7 +65,7 @@ class DataSource(_Choice):
 
 
 class Weighting(_Choice):
-    """What a token weighs in the Hessians of a layer."""
+    """The weight of a token in a layer's Hessians."""
 
     output = "output"  # 1: squared error of the layer's output
     loss = "loss"  # the mean squared gradient of the model's loss at the layer's output
@@ -350,8 +350,8 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
         del values["model"][name]
     if values["data"]["calibration_tokens"] is None:  # a newer setting: older identities stay the same
         del values["data"]["calibration_tokens"]
-    values["method"] = {"name": config.method.name} | config.method.settings  # later too: most methods have none
-    if config.hessian == HessianConfig():  # later too
+    values["method"] = {"name": config.method.name} | config.method.settings  # newer, too: most methods have none
+    if config.hessian == HessianConfig():  # newer, too
         del values["hessian"]
     values["device"] = device.partition(":")[0]
     values["backend"] = backend

@@ -137,12 +137,12 @@ def _in_every_line(override: str) -> bool:
 
 
 def _is_used(override: str, config: Config) -> bool:
-    """Whether the run has the value: a bundle, or a twin that steps in, brings some of its own."""
+    """Whether the run has this value. A bundle or an offline twin may replace it."""
     key, _, text = override.lstrip("+~").partition("=")
     value: object = config
     for name in key.split("."):
         if not hasattr(value, name):
-            return True  # none of a run's settings: it cannot be told
+            return True  # not a setting of the run, so unknown
         value = getattr(value, name)
     if is_dataclass(value):
         return True  # a choice of a whole group

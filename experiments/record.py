@@ -23,7 +23,7 @@ RECORD_NAME = "record.json"
 BLOCKS_NAME = "blocks.parquet"
 # Fields that older records lack.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
-# Left out of a record, and of a CSV, where nothing has a value: what few runs have.
+# Fields of few runs. A record without a value leaves them out, and so does a CSV without any.
 SPARSE_FIELDS = ("method_settings", "hessian_weighting", "hessian_groups", "hessian_samples", "objective")
 STATUSES = ("ok", "unsupported", "failed")
 
@@ -51,8 +51,8 @@ class RunRecord:
     device_name: str | None = None
     global_scale: str | float | None = None  # the configured rule or number; the format's default where it is null
     scale_rule: str | None = None
-    method_settings: dict[str, Any] | None = None  # of a method that has some
-    # Of a run whose method takes loss-weighted Hessians; None where tokens weigh alike.
+    method_settings: dict[str, Any] | None = None  # None for a method without settings
+    # For a method with loss-weighted Hessians; None if all tokens have the same weight.
     hessian_weighting: str | None = None
     hessian_groups: int | None = None
     hessian_samples: int | None = None
@@ -117,7 +117,7 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         """Field name → plain value, in column order. NaN and infinity become None: JSON has neither.
 
-        Without those of SPARSE_FIELDS that are None.
+        SPARSE_FIELDS that are None are left out.
         """
         values = dataclasses.asdict(self)
         return {

@@ -146,13 +146,13 @@ def check_activations(activations: Tensor, in_features: int | None = None) -> No
 
 
 def check_weights(weights: object, tokens: int, groups: int | None = None) -> None:
-    """Raises TypeError for what is no tensor, and ValueError unless ``weights`` are float32 or float64, finite and not
-    negative, ``[tokens]``, or ``[tokens, groups]`` where ``groups`` is given."""
+    """Raises TypeError unless ``weights`` is a tensor, and ValueError unless it is float32 or float64, finite, not
+    negative, and ``[tokens]``, or ``[tokens, groups]`` if ``groups`` is given."""
     if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}; pass one weight a token")
+        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}; pass one weight per token")
     expected = [tokens] if groups is None else [tokens, groups]
     if weights.dtype not in (torch.float32, torch.float64) or list(weights.shape) != expected:
-        meaning = "one weight a token" if groups is None else "one weight a token and group"
+        meaning = "one weight per token" if groups is None else "one weight per token and group"
         raise ValueError(f"weights must be float32 or float64 {expected}, {meaning}, got {_describe(weights)}")
     check_finite(weights, "weights")
     negative = weights < 0
@@ -175,12 +175,13 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 class GramAccumulator:
-    """Sums ``XᵀX`` over batches, or ``Σ_t w_t x_t x_tᵀ`` where tokens have weights.
+    """Sums ``XᵀX`` over batches, or ``Σ_t w_t x_t x_tᵀ`` if tokens have weights.
 
-    in_features: width of every batch; device and dtype (float32 or float64) are those of the sum. A float32 sum becomes
-    float64 at the first batch in which a channel's squares are too small for float32. groups: how many weights a token
-    has; the sum is then ``[groups, in_features, in_features]``, one Gram matrix a group. Without it, it is
-    ``[in_features, in_features]``.
+    in_features: width of every batch.
+    device, dtype: of the sum; dtype is float32 or float64. A float32 sum becomes float64 at the first batch in which a
+        channel's squares are too small for float32.
+    groups: number of weights per token. The sum is then ``[groups, in_features, in_features]``, one Gram matrix per
+        group. Without groups, it is ``[in_features, in_features]``.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class GramAccumulator:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"a Gram matrix is accumulated in float32 or float64, not {dtype}")
         if groups is not None and groups < 1:
-            raise ValueError(f"groups must be 1 or more, got {groups}; leave it out for one weight a token")
+            raise ValueError(f"groups must be 1 or more, got {groups}; leave it out for one weight per token")
         self.groups = groups
         shape = (in_features, in_features) if groups is None else (groups, in_features, in_features)
         self._sum = torch.zeros(shape, device=device, dtype=dtype)
@@ -212,13 +213,13 @@ class GramAccumulator:
     def update(self, activations: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch ``[..., in_features]``, any float dtype; leading dimensions are those of tokens.
 
-        weights: float32 or float64 ``[tokens]``, not negative; ``[tokens, groups]`` where there are groups. Without
-        them, every token weighs 1. Raises ValueError for another shape, NaN or Inf, or a negative weight.
+        weights: float32 or float64 ``[tokens]``, not negative; ``[tokens, groups]`` if there are groups. Without
+        weights, every token has weight 1. Raises ValueError for another shape, NaN or Inf, or a negative weight.
         """
         activations = as_tokens(activations)
         check_activations(activations, self._sum.shape[-1])
         if weights is None and self.groups is not None:
-            raise ValueError(f"a Gram matrix a group needs weights [tokens, {self.groups}]; pass them to update()")
+            raise ValueError(f"a Gram matrix per group needs weights [tokens, {self.groups}]; pass them to update()")
         if weights is None:
             for batch in _float_chunks(activations, self._sum.device):
                 self._add(batch)
@@ -251,9 +252,9 @@ class GramAccumulator:
 def weighted_batches(activations: Tensor, roots: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     """``y = √w x`` of activations ``[tokens, K]`` and the ``roots [tokens]`` √w, CHUNK_ELEMENTS or fewer at a time.
 
-    Both factors of yᵀy carry √w, so a sum of them is positive semi-definite whatever y is rounded to. y has the sum's
-    ``dtype``. The exception is bfloat16 activations on a GPU, which stay bfloat16 for the tensor cores: y is rounded
-    once more (relative 2⁻⁸), and products are exact. docs/methods.md has the error.
+    Both factors of yᵀy contain √w, so a sum of them is positive semi-definite for any rounding of y. y has the sum's
+    ``dtype``, except for bfloat16 activations on a GPU. Those stay bfloat16 for the tensor cores: y is rounded once
+    more (relative 2⁻⁸), and products are exact. docs/methods.md has the error.
     """
     for batch, root in _weighted_chunks(activations, roots):
         batch = batch.to(device)
@@ -277,7 +278,7 @@ def gram_matrix(activations: Tensor, weights: Tensor | None = None) -> Tensor:
     """``XᵀX`` of activations ``[..., in_features]``, float32; float64 for float64 input, and where float32 is too small
     for the squares.
 
-    weights: of the tokens, ``[tokens]``, for ``Σ_t w_t x_t x_tᵀ``; with ``[tokens, groups]`` the result is
+    weights: one per token, ``[tokens]``, for ``Σ_t w_t x_t x_tᵀ``; with ``[tokens, groups]`` the result is
     ``[groups, in_features, in_features]``. See :class:`GramAccumulator`.
     """
     check_float(activations, "activations")
@@ -377,7 +378,7 @@ def _float_chunks(activations: Tensor, device: torch.device) -> Iterator[Tensor]
 
 
 def _weighted_chunks(activations: Tensor, roots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of ``activations`` as they are, and their ``roots`` as a column, CHUNK_ELEMENTS or fewer at a time."""
+    """Rows of ``activations``, unconverted, and their ``roots`` as a column; at most CHUNK_ELEMENTS at a time."""
     rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
     yield from zip(activations.detach().split(rows), roots.unsqueeze(1).split(rows), strict=True)
 

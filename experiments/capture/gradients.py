@@ -2,9 +2,9 @@
 
     w_t = mean_n g_{t,n}²,   g = ∂/∂y Σ_t −log p(ŷ_t),   ŷ_t drawn from the model's own p
 
-y [tokens, out_features] is a module's output. No label of the text is used: the expectation over ŷ is the Fisher matrix
-itself, which is the Hessian of KL(p ‖ p_q) where the two agree. With row groups the mean is over the outputs of each.
-Parameters need no gradient: the graph begins at the embedding's output.
+y [tokens, out_features] is a module's output. The text's own labels are not used: the expectation over ŷ is the Fisher
+matrix, which is the Hessian of KL(p ‖ p_q) at p_q = p. With row groups, each group has the mean over its own outputs.
+Parameters need no gradient, because the graph begins at the embedding's output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from experiments.files import SourceError
 from experiments.sources.decoder import Decoder, ordinary_defaults
 from experiments.sources.modules import linear_modules
 
-DRAW_ROWS = 128  # of logits that become float64 at a time
+DRAW_ROWS = 128  # rows of logits that are converted to float64 at a time
 
 
 def layer_name(layer: LayerConfig) -> str:
@@ -34,9 +34,9 @@ def layer_name(layer: LayerConfig) -> str:
 def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> dict[str, Tensor]:
     """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once.
 
-    decoder: whole, float32. ids: [sequences, seq_len]. draws: float64 [sequences, samples, seq_len] from [0, 1): which
-    label each token gets; the weights are the mean over the samples. Raises SourceError for gradients that are not
-    finite, and for a module with fewer outputs than groups.
+    decoder: the whole model, float32. ids: [sequences, seq_len]. draws: float64 [sequences, samples, seq_len] from
+    [0, 1), which choose the tokens' labels. The weights are the mean over the samples. Raises SourceError for gradients
+    that are not finite, and for a module with fewer outputs than groups.
     """
     ids, draws = ids.to(decoder.device), draws.to(decoder.device)
     samples = draws.shape[1]
@@ -64,8 +64,10 @@ def _same_bits(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def draw_labels(logits: Tensor, draws: Tensor) -> Tensor:
-    """Labels [sequences, seq_len] from softmax(logits [sequences, seq_len, vocabulary]): where the cumulative
-    probability, in float64, passes `draws` [sequences, seq_len]."""
+    """Labels [sequences, seq_len] drawn from softmax(logits [sequences, seq_len, vocabulary]).
+
+    A label is the first whose cumulative probability, in float64, exceeds its value in `draws` [sequences, seq_len].
+    """
     labels = []
     for part, draw in zip(logits.flatten(0, 1).split(DRAW_ROWS), draws.flatten().split(DRAW_ROWS), strict=True):
         cumulative = part.softmax(-1, dtype=torch.float64).cumsum(-1)
@@ -75,9 +77,10 @@ def draw_labels(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 class _Outputs:
-    """Hooks on a decoder's linear modules that sum up squared gradients at their outputs; leaving takes them away.
+    """A context with hooks on a decoder's linear modules that sum squared gradients at their outputs.
 
-    root: the embedding's output, of the pass that runs inside. sums: layer_name → [tokens, groups]. calls: in the pass.
+    root: the embedding's output in the pass that runs inside. sums: layer_name → [tokens, groups]. calls: layer_name →
+    number of calls in the pass.
     """
 
     root: Tensor
@@ -119,6 +122,6 @@ class _Outputs:
 
 
 def mean_squares(gradient: Tensor, groups: int) -> Tensor:
-    """[tokens, out_features] → float32 [tokens, groups], each over neighbouring outputs."""
+    """[tokens, out_features] → float32 [tokens, groups], means of squares over groups of neighbouring outputs."""
     parts = gradient.float().square().tensor_split(groups, dim=1)
     return torch.stack([part.mean(1) for part in parts], dim=1)

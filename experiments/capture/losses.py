@@ -1,12 +1,13 @@
-"""The loss weights of a model on a text, in the cache: one backward pass gives those of all its layers.
+"""Caches the loss weights of a model on a text. One backward pass gives those of all its layers.
 
-Their folder holds
-weights-00000.safetensors …  layer_name → [tokens, groups] float32, PIECE_TOKENS tokens a piece, whole sequences
-manifest.json                what all this is, with the sha256 of every piece; written last
-capture.json                 the pieces that are finished, until the manifest lists them
+The files in their folder:
+weights-00000.safetensors …  layer_name → [tokens, groups] float32, whole sequences, PIECE_TOKENS tokens per piece
+manifest.json                model and settings, with the sha256 of every piece; written last
+capture.json                 the finished pieces, until the manifest lists them
 
-Calibration sequences alone are passed. An interrupted pass goes on at the first missing piece. A damaged piece is
-computed again, to the same bytes. Two processes that want the same weights compute them once. Memory holds one piece.
+Only calibration sequences are used. An interrupted pass continues at the first missing piece. A damaged piece is
+computed again, with the same bytes. Of two processes that need the same weights, one computes them. Memory holds one
+piece.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from experiments.sources.resolved import Resolved
 log = logging.getLogger(__name__)
 
 PIECE_TOKENS = 1 << 15
-BATCH_TOKENS = 1024  # a batch keeps what every layer computes, for the backward pass
-LOGIT_BYTES = 1 << 28  # of a batch
+BATCH_TOKENS = 1024  # a batch keeps the activations of all layers for the backward pass
+LOGIT_BYTES = 1 << 28  # size limit of a batch's logits
 
 
 def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
-    """The weights [calibration tokens, groups] of a layer, float32 on the CPU; computed where the cache lacks them.
+    """The weights [calibration tokens, groups] of a layer, float32 on the CPU; computed if the cache lacks them.
 
-    Raises SourceError for a module that has none.
+    Raises SourceError for a module without loss weights.
     """
     folder = losses_folder(resolved.config, resolved.sources)
     with lock(folder):
@@ -53,7 +54,7 @@ def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
 
 
 def _complete(folder: Path) -> dict[str, Entry] | None:
-    """The pieces of a pass that is whole, by its manifest; None of any other."""
+    """The pieces of a complete pass, from its manifest; else None."""
     try:
         pieces: dict[str, Entry] = json.loads((folder / MANIFEST_NAME).read_text())["pieces"]
         damaged = next((name for name, entry in pieces.items() if not is_intact(folder / name, entry)), None)
@@ -73,7 +74,7 @@ def _read(path: Path, layer: LayerConfig, model: str) -> Tensor:
         if name not in file.keys():  # noqa: SIM118 (no mapping)
             raise SourceError(
                 f"layer.module={layer.module}: {model} has no loss weights of it, since it is an expert or called more "
-                "than once in a pass. Use hessian=output."
+                "than once per pass. Use hessian=output."
             )
         weights: Tensor = file.get_tensor(name)
     return weights
@@ -93,13 +94,13 @@ class _Pass:
 
     @property
     def batch(self) -> int:
-        """Sequences of a batch. A piece has whole batches, so that each can be computed alone, to the same bits."""
+        """Sequences per batch. A piece has whole batches, so that a single one can be computed again, bitwise equal."""
         vocabulary = self.checkpoint.config.get_text_config(decoder=True).vocab_size
         return max(1, min(BATCH_TOKENS, LOGIT_BYTES // (4 * vocabulary)) // self.config.data.seq_len)
 
     @property
     def piece(self) -> int:
-        """Sequences of a piece."""
+        """Sequences per piece."""
         return max(self.batch, PIECE_TOKENS // self.config.data.seq_len // self.batch * self.batch)
 
     def run(self) -> dict[str, Entry]:
@@ -107,7 +108,7 @@ class _Pass:
         from tqdm import tqdm
 
         total, name = len(self.ids), self.checkpoint.name
-        if not sys.stderr.isatty():  # where the bar is not shown
+        if not sys.stderr.isatty():  # then tqdm shows no bar
             print(f"Computing the loss weights of all layers of {name}: {total} sequences", flush=True)
         pieces: dict[str, Entry] = {}
         with ticking(tqdm(total=total, desc=f"loss weights {name}", bar_format=BAR, disable=None)) as bar:
@@ -133,7 +134,7 @@ class _Pass:
         return entry
 
     def _weights(self, first: int, bar: Any) -> dict[str, Tensor]:
-        """Of the batch of sequences from `first` on."""
+        """The weights of the batch that begins with sequence `first`."""
         if self.decoder is None:
             from experiments.sources.decoder import build_whole
 
@@ -146,7 +147,7 @@ class _Pass:
         return weights
 
     def _draws(self, sequence: int) -> Tensor:
-        """[samples, seq_len] from [0, 1): those of one sequence depend on the seed and its number alone."""
+        """[samples, seq_len] from [0, 1). They depend only on the seed and the sequence's number."""
         generator = torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + sequence)
         shape = (self.config.hessian.samples, self.config.data.seq_len)
         return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""What a capture shows on a terminal while it works: a bar that never stands still for long. Elsewhere, nothing."""
+"""The progress bars of a capture, which move steadily on a terminal. Elsewhere nothing is shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAIT = "{desc} [{elapsed}]"
 
 @contextmanager
 def ticking(bar: Any) -> Iterator[Any]:
-    """The bar's clock goes on while it is not updated."""
+    """A context in which the bar's clock advances even while the bar is not updated."""
     ended = threading.Event()
 
     def tick() -> None:
@@ -33,7 +33,7 @@ def ticking(bar: Any) -> Iterator[Any]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A clock beside `what`, gone when the block ends."""
+    """A context that shows `what` with a clock, and removes it at its end."""
     from tqdm import tqdm
 
     with ticking(tqdm(desc=what, bar_format=WAIT, leave=False, disable=None)):
@@ -41,17 +41,17 @@ def waiting(what: str) -> Iterator[None]:
 
 
 class Progress:
-    """Moves a bar of sequences within a batch, too, as the modules of the loaded layers end."""
+    """Updates a progress bar of sequences also within a batch, when modules of the loaded layers finish."""
 
     def __init__(self, decoder: Any, bar: Any) -> None:
         self.bar = bar
         layers = decoder.stack[: decoder.last + 1]
         self.parts = [part for layer in layers for part in layer.modules() if not list(part.children())]
-        self.expected = max(1, len(self.parts))  # calls in a pass; after the first, as many as that had
+        self.expected = max(1, len(self.parts))  # calls in a pass; after the first pass, its number of calls
 
     @contextmanager
     def of(self, sequences: int) -> Iterator[None]:
-        """A batch of so many sequences."""
+        """A context for one batch of this many sequences."""
         start, calls = self.bar.n, 0
 
         def move(*_: Any) -> None:

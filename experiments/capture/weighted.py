@@ -1,11 +1,11 @@
-"""A layer's loss-weighted Gram matrices, beside its activations in the cache.
+"""Caches a layer's loss-weighted Gram matrices beside its activations.
 
-In the layer's folder, so that a bundle has them too:
-loss-g1-s1.safetensors   weights [tokens, groups] and gram [groups, in_features, in_features], calibration tokens alone
-loss-g1-s1.json          its size and sha256
+The files are in the layer's folder, so a bundle has them, too:
+loss-g1-s1.safetensors   weights [tokens, groups] and gram [groups, in_features, in_features] of the calibration tokens
+loss-g1-s1.json          size and sha256 of the former
 
-g is hessian.groups, s is hessian.samples. The held-out Gram matrix stays unweighted: output error is about all tokens
-alike.
+The number after g is hessian.groups, the one after s hessian.samples. The held-out Gram matrix stays unweighted,
+because the output error weighs all tokens equally.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from quantkit.calibration import GramAccumulator
 
 log = logging.getLogger(__name__)
 
-_last: dict[Path, LossWeights] = {}  # of one layer: a sweep has it in several runs, one after another
+_last: dict[Path, LossWeights] = {}  # the last layer's, because consecutive runs of a sweep often share the layer
 
 
 def weigh_by_loss(resolved: Resolved, inputs: LayerInputs) -> LayerInputs:
-    """The layer with its loss weights. Raises SourceError where they cannot be had."""
+    """The layer with its loss weights. Raises SourceError if they are not available."""
     config = resolved.config
     is_bundle = config.model.source == ModelSource.bundle
     folder = Path(str(config.model.path)).expanduser() if is_bundle else resolved.layer_folder()
@@ -75,7 +75,7 @@ def _of_cache(path: Path, resolved: Resolved, inputs: LayerInputs) -> LossWeight
 
 
 def _open(path: Path) -> LossWeights | None:
-    """None where the file is missing or damaged."""
+    """The file's contents; None if it is missing or damaged."""
     try:
         entry = json.loads(path.with_suffix(".json").read_text())
         if is_intact(path, entry):
@@ -89,12 +89,12 @@ def _open(path: Path) -> LossWeights | None:
 def weighted_gram(inputs: LayerInputs, weights: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Σ_t w_t x_t x_tᵀ of the calibration tokens, float32 [groups, in_features, in_features] on the CPU.
 
-    weights: [tokens, groups]. Reads the activations: raises SourceError when they were not kept.
+    weights: [tokens, groups]. Reads the activations. Raises SourceError if they were not kept.
     """
     if len(weights) != inputs.tokens_calibration:
         raise SourceError(
             f"there are {len(weights)} loss weights for {inputs.tokens_calibration} calibration tokens: the module is "
-            "called more than once a token. Use hessian=output."
+            "called more than once per token. Use hessian=output."
         )
     gram = GramAccumulator(inputs.weight.shape[1], device, groups=weights.shape[1])
     first = 0

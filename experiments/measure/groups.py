@@ -1,6 +1,6 @@
-"""A weight whose rows form groups, each with Hessians of its own: quantized group by group, under one global scale.
+"""Quantizes a weight in groups of rows, each with its own Hessians, under one global scale.
 
-Groups are neighbouring rows, as `Tensor.tensor_split` cuts them. One group is the whole weight.
+A group is a range of neighbouring rows, as `Tensor.tensor_split` gives. A single group is the whole weight.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from quantkit import QuantizedTensor, verify
 from quantkit.calibration import block_hessians
 from quantkit.verify import Verification
 
-Statistics = Mapping[str, Tensor]  # argument of quantize() → value: hessian or gram, or nothing
+Statistics = Mapping[str, Tensor]  # quantize()'s argument hessian or gram by its name, or neither
 
 
 def statistics_of(needs: str | None, grams: Tensor, block_size: int, device: str) -> list[Statistics]:
-    """What a method that needs "hessian" or "gram" takes, for each group. grams: [groups, in_features, in_features]."""
+    """The statistics of each group for a method that needs "hessian", "gram" or None. grams: [groups, K, K]."""
     if needs is None:
         return [{}]
     if needs == "gram":
@@ -30,7 +30,7 @@ def statistics_of(needs: str | None, grams: Tensor, block_size: int, device: str
 def quantize_groups(
     quantize: Callable[..., QuantizedTensor], weight: Tensor, given: Sequence[Statistics], **options: object
 ) -> QuantizedTensor:
-    """quantize(group of rows, **statistics of the group, **options) for each, as one tensor. weight: [rows, K].
+    """quantize(rows, **statistics, **options) of each group, joined to one tensor. weight: [rows, K].
 
     The global scale of a two-level format is the whole weight's.
     """
@@ -50,7 +50,7 @@ def quantize_groups(
 
 
 def verify_groups(result: QuantizedTensor, weight: Tensor, given: Sequence[Statistics], gap: int = 0) -> Verification:
-    """What verify() finds in all groups, each judged by its own Hessians. gap: verify()'s, for one group alone."""
+    """The joint result of verify() on all groups, each with its own Hessians. gap: as in verify(), for a single group."""
     if len(given) == 1:
         return verify(result, weight, given[0].get("hessian"), gap)
     found: list[Verification] = []

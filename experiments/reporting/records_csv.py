@@ -12,7 +12,7 @@ from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 
 
 def records_csv(records: Iterable[RunRecord]) -> str:
-    """Every field of every record; of SPARSE_FIELDS those that a record has."""
+    """Every field of every record. SPARSE_FIELDS are included if a record has them."""
     lines = [record.to_dict() for record in records]
     columns = [name for name in FIELDS if name not in SPARSE_FIELDS or any(name in line for line in lines)]
     out = io.StringIO()

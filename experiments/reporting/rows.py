@@ -56,7 +56,7 @@ class Row:
     global_scale: str | float | None
     scale_rule: str | None
     method: str
-    hessian: Hessian  # weighting, groups, samples; None where tokens weigh alike
+    hessian: Hessian  # weighting, groups, samples; None if all tokens have the same weight
     runs: tuple[RunRecord, ...]  # the newest of each backend, the reference first
 
     @property
@@ -115,14 +115,14 @@ def _hessian(record: RunRecord) -> Hessian:
 
 
 def method_label(record: RunRecord) -> str:
-    """The method's name, and how tokens weigh in its Hessians where that is not alike."""
+    """The method's name, with the weighting of tokens in its Hessians if there is one."""
     label = METHODS.get(record.method, record.method)
     if record.hessian_weighting is not None:
         label += f", {record.hessian_weighting}-weighted"
     if (record.hessian_groups or 1) > 1:
         label += f", {record.hessian_groups} row groups"
     if (record.hessian_samples or 1) > 1:
-        label += f", {record.hessian_samples} labels a token"
+        label += f", {record.hessian_samples} labels per token"
     return label
 
 

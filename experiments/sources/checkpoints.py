@@ -280,7 +280,7 @@ class GgufCheckpoint(Checkpoint):
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-# Of what lies around the layers.
+# Tensors outside the layers → their names in GGUF.
 GGUF_AROUND = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",

@@ -70,7 +70,7 @@ def build_decoder(checkpoint: Checkpoint, layers: Sequence[LayerConfig], dtype: 
 
 
 def build_whole(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> Decoder:
-    """The decoder with all its layers, the final norm and lm_head. Raises SourceError for a tensor that is missing."""
+    """The decoder with all layers, the final norm and lm_head. Raises SourceError for a missing tensor."""
     decoder = Decoder(checkpoint, [], getattr(torch, dtype), device)
     decoder.load_whole()
     return decoder

@@ -13,7 +13,7 @@ from experiments.sources.hashes import file_hashes
 from experiments.sources.models import ModelIdentity
 from experiments.sources.texts import load_text
 
-LOSS_VERSION = 1  # raise it when the same configuration would give other loss weights
+LOSS_VERSION = 1  # raise it when the same configuration gives different loss weights
 
 Identity = dict[str, Any]  # plain JSON values
 
@@ -72,9 +72,9 @@ def loss_file(config: Config) -> str:
 
 
 def losses_folder(config: Config, identity: Identity) -> Path:
-    """Where the cache keeps the loss weights of all layers. identity: of any layer of the run.
+    """The cache folder of the loss weights of all layers. identity: that of any layer of the run.
 
-    They are computed in float32, whatever the type of the captured inputs.
+    They are computed in float32, whatever the dtype of the captured inputs.
     """
     of_all = {name: value for name, value in identity.items() if name not in ("layer", "dtype")}
     hessian = {"version": LOSS_VERSION, "groups": config.hessian.groups, "samples": config.hessian.samples}

@@ -66,7 +66,7 @@ def choose_sources(config: Config) -> Choice:
 
 
 def _tell_unused(asked: DataConfig, used: DataConfig) -> None:
-    """Once a process, what was set of the text and is not what the bundle was captured with."""
+    """Warns, once per process, of settings of the text that differ from those of the bundle."""
     for key in _overridden("data", asked):
         value = getattr(asked, key)
         if value != getattr(used, key) and key not in _announced:
@@ -95,11 +95,11 @@ def refuse_idle_paths(config: Config) -> None:
 
 
 def refuse_loss_without_model(config: Config) -> None:
-    """Raises SourceError for loss weights of a layer that belongs to no model."""
+    """Raises SourceError for loss weights of a layer without a model."""
     if config.hessian.weighting == Weighting.loss and config.model.source == ModelSource.synthetic:
         raise SourceError(
-            f"hessian=loss: model={config.model.name} has no loss, its layer is a seeded weight alone. Use "
-            "hessian=output, or a model with weights."
+            f"hessian=loss: model={config.model.name} has no loss, because it is only a seeded weight. Use "
+            "hessian=output, or a language model."
         )
 
 
@@ -151,7 +151,7 @@ def _replacement(group: str, name: str, schema: type[T], asked: ModelConfig | Da
 
 
 def _overridden(group: str, asked: ModelConfig | DataConfig) -> list[str]:
-    """Those settings of CARRIED_OVER that differ from the yaml file of what was asked for."""
+    """The settings of CARRIED_OVER that differ from the yaml file of the configured source."""
     from omegaconf import OmegaConf
 
     own = CONF_DIR / group / f"{asked.name}.yaml"

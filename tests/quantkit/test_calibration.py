@@ -163,8 +163,8 @@ def test_tensor_cores_add_the_rounded_products_in_float32() -> None:
 def test_errors_of_weights() -> None:
     x, w = activations(), token_weights()
     for wrong, message in (
-        (w[:5], r"weights must be float32 or float64 \[700\], one weight a token, got float32 \[5\]"),
-        (w[:, None], r"weights must be float32 or float64 \[700\], one weight a token, got float32 \[700, 1\]"),
+        (w[:5], r"weights must be float32 or float64 \[700\], one weight per token, got float32 \[5\]"),
+        (w[:, None], r"weights must be float32 or float64 \[700\], one weight per token, got float32 \[700, 1\]"),
         (w.half(), r"got float16 \[700\]"),
         (w.where(w != w[3], torch.nan), r"weights holds 1 NaN or Inf value, the first at index \(3,\)"),
         (w.where(w != w[2], -0.5), r"weights hold 1 negative values, the first, -0\.5, at index \(2,\); .* clamp it"),
@@ -173,7 +173,7 @@ def test_errors_of_weights() -> None:
             GramAccumulator(64).update(x, wrong)
     with pytest.raises(TypeError, match=r"weights must be a torch\.Tensor, got list"):
         GramAccumulator(64).update(x, w.tolist())
-    with pytest.raises(ValueError, match=r"\[700, 2\], one weight a token and group, got float32 \[700\]"):
+    with pytest.raises(ValueError, match=r"\[700, 2\], one weight per token and group, got float32 \[700\]"):
         GramAccumulator(64, groups=2).update(x, w)
     with pytest.raises(ValueError, match=r"needs weights \[tokens, 2\]"):
         GramAccumulator(64, groups=2).update(x)

@@ -295,7 +295,7 @@ def test_runs_with_loss_weighted_hessians_are_rows_of_their_own() -> None:
     assert list(table.frame["Method"]) == [
         "Hessian",
         "Hessian, loss-weighted",
-        "Hessian, loss-weighted, 4 row groups, 2 labels a token",
+        "Hessian, loss-weighted, 4 row groups, 2 labels per token",
     ]
     assert list(table.frame["Output error"]) == ["4.96 %", "6.00 %", "7.00 %"]
     frame = row_frame(make_rows([plain, weighted]))
