@@ -50,7 +50,7 @@ def quantize_groups(
 
 
 def verify_groups(result: QuantizedTensor, weight: Tensor, given: Sequence[Statistics], gap: int = 0) -> Verification:
-    """The joint result of verify() on all groups, each with its own Hessians. gap: as in verify(), for a single group."""
+    """The joint result of verify() on all groups, each with its own Hessians. gap: as in verify(), for one group."""
     if len(given) == 1:
         return verify(result, weight, given[0].get("hessian"), gap)
     found: list[Verification] = []

@@ -1,4 +1,4 @@
-"""Methods that treat a whole weight: its blocks in turn, each making up for the errors of the others.
+"""Methods of a whole weight: they solve its blocks in turn, and each block compensates the errors of others.
 
-gptq.py and descent.py stand on search.py, which solves one block column; common.py has what both need.
+gptq.py and descent.py build on search.py, which solves one block column. common.py has their shared parts.
 """

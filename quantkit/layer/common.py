@@ -1,9 +1,9 @@
-"""What the methods of a whole weight share: the task, the damped Hessian, and one pass over the block columns.
+"""Shared by the methods of a whole weight: the task, the damped Hessian, and one pass over the block columns.
 
 Both methods visit the block columns in order. Block b's target is the weight plus a correction for the errors
-D = W − W_q of other blocks. The metric of its own error is a matrix M_b. Once solved, it passes its change on:
+D = W − W_q of other blocks. A matrix M_b is the metric of its own error. A solved block changes the later targets:
 
-    target_c ← target_c + change_b · F_bc        for the blocks c still to come
+    target_c ← target_c + change_b · F_bc        for all later blocks c
 
 gptq.py and descent.py define the correction, M_b and the feedback matrix F. Blocks are grouped in panels of columns: a
 change reaches the rest of its panel at once, and the columns after the panel by one matrix product.
@@ -47,9 +47,9 @@ class LayerOptions:
     """Settings of gptq and descent.
 
     scale: objective of search.py that chooses the scale of a block: "naive", "sse", "hessian" or "joint".
-    order: of the block columns: by "descending" mean diagonal of the Hessian, or "natural". Blocks keep their members.
+    order: of the block columns: by "descending" mean diagonal of the Hessian, or "natural". Blocks keep their columns.
     damping: share of the Hessian's mean diagonal that is added to its diagonal.
-    sweeps: of block descent, for the method "descent".
+    sweeps: number of sweeps of block descent, for the method "descent".
     """
 
     scale: str = "joint"
@@ -118,7 +118,7 @@ class LayerTask:
 
 
 class LayerResult(NamedTuple):
-    """codes, scales, candidates: as in :class:`quantkit.search.Found`; objective: of descent, tr(D H Dᵀ) with the
+    """codes, scales, candidates: as in :class:`quantkit.search.Found`; objective: for descent, tr(D H Dᵀ) with the
     damped Hessian, after GPTQ and after each sweep."""
 
     codes: Tensor
@@ -128,10 +128,11 @@ class LayerResult(NamedTuple):
 
 
 class Pass:
-    """The state of a weight whose block columns are solved in turn, in the order that the task's options ask for.
+    """The state of a weight whose block columns are solved in turn, in the order of the task's options.
 
-    columns: int64 ``[K]``, the weight's columns in that order; None for their own. weight ``[rows, K]``, codes, scales
-    and candidates (as in :class:`quantkit.search.Found`) and error, float32 D = W − W_q ``[rows, K]``, have that order.
+    columns: int64 ``[K]``, the weight's columns in that order; None for the natural order. weight ``[rows, K]``, codes,
+    scales and candidates (as in :class:`quantkit.search.Found`) and error, float32 D = W − W_q ``[rows, K]``, are in
+    that order.
     """
 
     def __init__(self, task: LayerTask) -> None:
@@ -168,7 +169,7 @@ class Pass:
         return by_block[:, order].flatten(1), scales[:, order], candidates[:, order]
 
     def factors(self, metrics: Tensor) -> Factors | None:
-        """Factors of ``metrics [K/block_size, block_size, block_size]`` for the objective, if it has use for them."""
+        """Factors of ``metrics [K/block_size, block_size, block_size]``; None for an objective without factors."""
         scale = self.task.options.scale
         return factorize(metrics, self.task.backend, objective=scale) if OBJECTIVES[scale].needs_factors else None
 
@@ -178,8 +179,8 @@ class Pass:
         """Solves the blocks of one panel of columns and returns their change, float32 ``[rows, width of the panel]``.
 
         target: float32 ``[rows, width]``, overwritten; feedback: float32 ``[width, width]``. With float64 ``metrics``,
-        a block is replaced only where that lowers its error under them, and the change is that of D; without, all
-        are, and the change is D.
+        a block is replaced only where that lowers its error under them, and the change is that of D. Without metrics,
+        every block is replaced, and the change is D.
         """
         if self.task.backend == "triton" and self.task.options.scale == "joint":
             assert factors is not None
@@ -232,7 +233,7 @@ class Pass:
         if metric is None:
             change = after
         else:
-            # Errors against the target: it stands for what the other blocks leave to make up for.
+            # Errors against the target, which includes the errors of other blocks.
             old, new = target - (weight - before), target - (weight - after)
             better = (_energy(new, metric) < _energy(old, metric)).unsqueeze(1)
             after = torch.where(better, after, before)
@@ -247,7 +248,7 @@ class Pass:
 
 
 def _visiting_order(task: LayerTask) -> Tensor | None:
-    """int64 ``[num_blocks]``: the block columns in the order in which they are solved; None for their own."""
+    """int64 ``[num_blocks]``: the block columns in the order in which they are solved; None for the natural order."""
     if task.options.order == "natural":
         return None
     mean = task.gram.diagonal().unflatten(0, (-1, task.block_size)).double().mean(1)

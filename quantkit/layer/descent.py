@@ -1,11 +1,11 @@
-"""Block descent on the layer's own objective tr(D H Dᵀ), D = W − W_q, from what GPTQ found.
+"""Block descent on the layer's own objective tr(D H Dᵀ), D = W − W_q, starting from GPTQ's result.
 
 With all other blocks fixed, the objective as a function of block b is, up to a constant, the error of quantizing
 
     target_b = W_b + Σ_{k≠b} D_k H_kb H_bb⁻¹     under the metric   H_bb
 
 A block is replaced in a row only where that lowers the error, so the objective never rises. The feedback matrix is
-F_kb = H_kb H_bb⁻¹. Unlike GPTQ, a block makes up for the errors of later blocks too.
+F_kb = H_kb H_bb⁻¹. Unlike in GPTQ, a block compensates the errors of later blocks, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quantkit.layer.common import LayerResult, LayerTask, Pass, damped, diagonal
 
 __all__ = ["solve"]
 
-RISE = 1e-5  # relative; more than the objective's own rounding in float32
+RISE = 1e-5  # relative; more than the objective's rounding error in float32
 
 
 def solve(task: LayerTask) -> LayerResult:

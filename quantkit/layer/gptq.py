@@ -6,13 +6,13 @@ Block b's term depends on no later block. With all blocks before it fixed, it is
 
     target_b = W_b + Σ_{k<b} D_k R_kb R_bb⁻¹     under the metric   M_b = R_bb R_bbᵀ,     D = W − W_q
 
-M_b is the Schur complement of H: what later blocks can still make up for is left out of it. So scale and codes are
+M_b is the Schur complement of H, which excludes the error that later blocks can compensate. So scale and codes are
 chosen by M_b, and the feedback matrix is F_kb = R_kb R_bb⁻¹. With H⁻¹ = UᵀU this is GPTQ's own recursion (Frantar et
-al., 2022, arXiv:2210.17323), because U = R⁻¹; no inverse is formed here. R comes from the Cholesky factor of H with
+al., 2022, arXiv:2210.17323), because U = R⁻¹. No inverse is formed here. R comes from the Cholesky factor of H with
 rows and columns reversed.
 
-Differences from GPTQ: a block of the format is solved as one, by search.py, instead of column by column at scales that
-are fixed before; the blocks go in order of the columns or of the Hessian's diagonal, and keep their members.
+Differences from GPTQ: search.py solves a whole block at once, instead of column by column at scales that are fixed
+before. The order is that of the columns or of the Hessian's diagonal, by whole blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from quantkit.search import quantize_matrix
 
 __all__ = ["determined_channels", "factor", "finish", "run", "solve"]
 
-# With a damping as small as this, a pivot below UNDETERMINED times it is noise: other channels determine the channel.
+# With this small damping, a pivot below UNDETERMINED times the damping is noise: other channels determine the channel.
 # On Gaussian tokens with the covariance of real layers, the count of larger pivots is the rank within 2 %.
 PROBE_DAMPING = 1e-6
 UNDETERMINED = 100
@@ -64,8 +64,8 @@ def run(state: Pass) -> Pass:
 def finish(state: Pass, history: tuple[float, ...] | None, determined: int) -> LayerResult:
     """The result in the weight's own order of blocks. determined: see determined_channels.
 
-    Where the Gram matrix does not determine every channel, warns with the numbers, and takes the scales of objective
-    "hessian" instead should they have the lower output error on the calibration tokens.
+    If the Gram matrix does not determine every channel, this warns with the numbers. It then takes the scales of
+    objective "hessian" instead, if they have the lower output error on the calibration tokens.
     """
     channels = state.error.shape[1]
     if determined < channels:
@@ -80,7 +80,7 @@ def finish(state: Pass, history: tuple[float, ...] | None, determined: int) -> L
 
 
 def _keep_better(state: Pass) -> None:
-    """Replaces the state by what objective "hessian" finds, if that has the lower error under the undamped Gram."""
+    """Replaces the state by the result of objective "hessian", if that has a lower error under the undamped Gram."""
     task = state.task
     found = quantize_matrix(
         task.weight,
