@@ -216,7 +216,7 @@ def _value(grid: ElementGrid | ScaleGrid, code: int) -> float:
 
 
 def _table(values: list[float], length: int, device: torch.device) -> Tensor:
-    """Float32 ``[length]``: the values, each of which float32 holds, and NaN for what is no code."""
+    """Float32 ``[length]``: the values, which float32 holds exactly, and NaN for bytes that are no code."""
     return torch.tensor(values + [math.nan] * (length - len(values)), dtype=torch.float32, device=device)
 
 

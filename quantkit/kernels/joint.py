@@ -89,7 +89,7 @@ def levels_at(x, scale, metric_ptr, inverse_ptr, ROUNDS: tl.constexpr, FMT: tl.c
 
 @triton.jit
 def least_of_row(value, LANES: tl.constexpr):
-    """The least value of each row's lanes, for each lane."""
+    """The least value among the lanes of a row, for each lane."""
     BLOCK_M: tl.constexpr = value.shape[0] // LANES
     least = tl.min(tl.reshape(value, [BLOCK_M, LANES]), axis=1)
     return tl.reshape(tl.broadcast_to(least[:, None], [BLOCK_M, LANES]), [BLOCK_M * LANES])
@@ -101,7 +101,7 @@ def codes_outside(
 ):
     """(first, below, start, count) int32: the codes outside search_first … search_last that may bring the error below
     ``least``. ``below`` codes begin at ``first``, the rest of ``count`` at ``start``. See bounds.hessian_window."""
-    # An error below what float32 resolves is no bound: the weights are normalized, the metric's mean diagonal is 1.
+    # Below float32's resolution an error gives no bound: weights are normalized, and the metric's mean diagonal is 1.
     radius = tl.sqrt(tl.maximum(least, UNRESOLVED)) * (1 + SLACK)
     clipping = tl.zeros_like(least)
     beyond = tl.full(least.shape, float("inf"), tl.float32)
@@ -165,7 +165,7 @@ def difference(a, b, factor):
 
 @triton.jit
 def store_columns(pointer, values, mask):
-    """Writes a tuple of columns from ``pointer`` on, one element of a lane beside the other."""
+    """Writes a tuple of columns from ``pointer`` on, the elements of a lane next to each other."""
     for index in tl.static_range(len(values)):
         tl.store(pointer + index, values[index], mask=mask)
 
@@ -260,15 +260,15 @@ def joint_kernel(
     target_ptr,  # [rows, width] bf16, fp16 or fp32; with FEEDBACK fp32, and overwritten
     weight_ptr,  # [rows, K] bf16, fp16 or fp32; None without FEEDBACK
     error_ptr,  # [rows, K] fp32: weight − value, written; with DESCEND read before; None without FEEDBACK
-    change_ptr,  # [rows, width] fp32: what the error changed by, written; with DESCEND zero before; None likewise
+    change_ptr,  # [rows, width] fp32: change of the error, written; with DESCEND zero before; None without FEEDBACK
     metric_ptr,  # [num_blocks, block_size + 2, block_size] fp32: M, then 1 / M_ii, then √(M⁻¹)_ii, see launch_joint.py
     feedback_ptr,  # [width, width] fp32; None without FEEDBACK
     global_scale_ptr,  # [1] fp32
-    codes_ptr,  # [rows, K / 8] int32: eight codes a word
+    codes_ptr,  # [rows, K / 8] int32: eight codes per word
     scales_ptr,  # [rows, num_blocks] uint8
     candidates_ptr,  # [rows, num_blocks] uint8; None unless COUNT
     rows,
-    num_blocks,  # of a row of the weight
+    num_blocks,  # per row of the weight
     first_block,  # of the panel; 0 without FEEDBACK
     width,  # columns of the target
     feedback_stride,
@@ -279,8 +279,8 @@ def joint_kernel(
     ROUNDS: tl.constexpr,
     TARGET: tl.constexpr,
     SLACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # rows a tile
-    LANES: tl.constexpr,  # lanes a row
+    BLOCK_M: tl.constexpr,  # rows per tile
+    LANES: tl.constexpr,  # lanes per row
     BLOCK_K: tl.constexpr,  # columns that take feedback at a time
 ):
     QBLOCK: tl.constexpr = FMT.block_size
@@ -329,7 +329,7 @@ def joint_kernel(
         )
         least = least_of_row(error, LANES)
         least_code = least_of_row(tl.where(error == least, code, 0x7FFF), LANES)
-        # Two lanes win only with the same code, and then write the same.
+        # If two lanes win, they have the same code and write the same values.
         winner = inside & (error == least) & (code == least_code)
         if FEEDBACK:
             WEIGHT_VECTOR: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -338,7 +338,7 @@ def joint_kernel(
                 old_error = columns(load_blocks(error_ptr + at, inside, QBLOCK, 4, ""), QBLOCK)
                 old = difference(x, difference(weight, old_error, normalize), tl.full(amax.shape, 1.0, tl.float32))
                 winner = winner & (error < energy(old, product_with_metric(old, metric, QBLOCK)))
-                tl.debug_barrier()  # every lane has read the old error before one writes
+                tl.debug_barrier()  # all lanes have read the old error before one writes
         words = packed_words(levels, FMT)
         store_columns(codes_ptr + at // 8, words, winner)
         tl.store(scales_ptr + row * num_blocks + block, code.to(tl.uint8), mask=winner)
@@ -359,7 +359,7 @@ def joint_kernel(
                 store_columns(change_ptr + row * width + column, change, winner)
             else:
                 store_columns(change_ptr + row * width + column, new_error, winner)
-            tl.debug_barrier()  # the tile's changes are there for every lane
+            tl.debug_barrier()  # the tile's changes are visible to every lane
             pass_on(
                 target_ptr,
                 change_ptr,
@@ -373,4 +373,4 @@ def joint_kernel(
                 BLOCK_M,
                 BLOCK_K,
             )
-            tl.debug_barrier()  # the next block's targets are there for every lane
+            tl.debug_barrier()  # the next block's targets are visible to every lane

@@ -1,6 +1,6 @@
-"""Starts the joint kernel: on a whole matrix, or on the blocks of a panel in turn.
+"""Launches the joint kernel: on a whole matrix, or on the blocks of a panel in turn.
 
-Nothing here waits for the device.
+Nothing here synchronizes with the device.
 """
 
 from __future__ import annotations
