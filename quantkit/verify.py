@@ -188,8 +188,9 @@ def _judge_gap(q: QuantizedTensor, weight: Tensor, hessian: Tensor, sample: int)
     levels = judge.elements.double()
     levels = levels[levels.isfinite()].unique()
     steps = judge.scale(judge.codes).double().unsqueeze(1).expand(-1, q.block_size)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(exact.shape[0] * num_blocks, generator=generator)[:sample]
+    generator = torch.Generator("cpu").manual_seed(0)
+    number = exact.shape[0] * num_blocks
+    chosen = torch.randperm(number, generator=generator, dtype=torch.int64, device="cpu")[:sample]
     found = least = worst = 0.0
     judged = 0
     for place in chosen.tolist():
