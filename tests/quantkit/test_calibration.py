@@ -149,6 +149,19 @@ def test_the_tensor_cores_rounding_stays_within_its_bound() -> None:
     assert torch.linalg.eigvalsh(rounded.T @ rounded)[0] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_values_pass_whatever_their_sum_is(dtype: torch.dtype) -> None:
+    large = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    calibration.check_finite(large, "x")
+    calibration.check_finite(torch.empty(0, 4, dtype=dtype), "x")
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match=r"x holds 1 NaN or Inf value, the first at index \(1, 2\)"):
+            calibration.check_finite(torch.where(torch.arange(12).view(3, 4) == 6, bad, large), "x")
+    opposite = torch.tensor([torch.inf, -torch.inf], dtype=dtype)
+    with pytest.raises(ValueError, match="x holds 2 NaN or Inf values"):
+        calibration.check_finite(opposite, "x")
+
+
 @pytest.mark.gpu
 def test_tensor_cores_add_the_rounded_products_in_float32() -> None:
     x, w = activations(4096).bfloat16(), token_weights(4096, 2)
