@@ -50,14 +50,15 @@ def quantize_groups(
 
 
 def verify_groups(result: QuantizedTensor, weight: Tensor, given: Sequence[Statistics], gap: int = 0) -> Verification:
-    """The joint result of verify() on all groups, each with its own Hessians. gap: as in verify(), for one group."""
-    if len(given) == 1:
-        return verify(result, weight, given[0].get("hessian"), gap)
+    """The joint result of verify() on all groups, each with its own Hessians.
+
+    gap: as in verify(), divided among the groups. The gap found is the largest of theirs.
+    """
     found: list[Verification] = []
     first, places = 0, []
     rows_of = [tensor.tensor_split(len(given)) for tensor in (weight, result.codes, result.scales)]
     for one, rows, codes, scales in zip(given, *rows_of, strict=True):
-        part = verify(replace(result, codes=codes, scales=scales), rows, one.get("hessian"))
+        part = verify(replace(result, codes=codes, scales=scales), rows, one.get("hessian"), -(-gap // len(given)))
         places += [(first + row, block) for row, block in part.where]
         first += len(rows)
         found.append(part)
@@ -68,4 +69,6 @@ def verify_groups(result: QuantizedTensor, weight: Tensor, given: Sequence[Stati
         worst_excess=max(part.worst_excess for part in found),
         where=tuple(places),
         wrong_codes=sum(part.wrong_codes for part in found),
+        judged=all(part.judged for part in found),
+        gap=max((part.gap for part in found if part.gap is not None), default=None),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,19 @@ def test_groups_are_judged_by_their_own_hessians() -> None:
     other = quantize(weight, method="hessian", hessian=given[0]["hessian"], backend="reference")
     wrong = verify_groups(other, weight, given)
     assert wrong.violations and all(row >= 5 for row, _ in wrong.where)
+
+
+def test_a_gap_is_the_largest_of_the_groups() -> None:
+    weight, grams = weight_and_grams(2)
+    given = statistics_of("hessian", grams, 16, "cpu")
+    result = quantize_groups(partial(quantize, backend="reference"), weight, given, method="joint")
+    found = verify_groups(result, weight, given, gap=16)
+    parts = []
+    for one, rows in zip(given, (slice(0, 5), slice(5, 10)), strict=True):
+        part = dataclasses.replace(result, codes=result.codes[rows], scales=result.scales[rows])
+        parts.append(verify(part, weight[rows], one["hessian"], gap=8))
+    assert found.gap == max(part.gap for part in parts if part.gap is not None)
+    assert found.judged and found.blocks == sum(part.blocks for part in parts)
 
 
 @pytest.fixture(scope="module")
