@@ -182,10 +182,10 @@ class Factors:
     the number of block columns.
     """
 
-    __slots__ = ("backend", "tensors")
+    __slots__ = ("backend", "objective", "tensors")
 
-    def __init__(self, backend: str, tensors: tuple[Tensor, ...]) -> None:
-        self.backend, self.tensors = backend, tensors
+    def __init__(self, backend: str, tensors: tuple[Tensor, ...], objective: str = "hessian") -> None:
+        self.backend, self.tensors, self.objective = backend, tensors, objective
 
     def __len__(self) -> int:
         return self.tensors[0].shape[0]
@@ -196,7 +196,7 @@ class Factors:
             if not -number <= which < number:
                 raise IndexError(f"no block column {which}: there are {number}")
             which = slice(which, which + 1 or None)
-        return Factors(self.backend, tuple([tensor[which] for tensor in self.tensors]))
+        return Factors(self.backend, tuple([tensor[which] for tensor in self.tensors]), self.objective)
 
 
 def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian", objective: str = "hessian") -> Factors:
@@ -213,7 +213,9 @@ def factorize(hessians: Tensor, backend: str = "auto", name: str = "hessian", ob
             factors = calibration.factorize(hessians, name)
         return Factors("reference", (factors.factor, factors.inverse_diagonal))
     if objective == "joint":
-        return Factors("triton", (kernels.joint_launcher().pack_metrics(calibration.factorize(hessians, name)),))
+        return Factors(
+            "triton", (kernels.joint_launcher().pack_metrics(calibration.factorize(hessians, name)),), objective
+        )
     flags = torch.zeros(2, dtype=torch.int32, device=hessians.device)
     packed = kernels.launcher().factorize(hessians, flags)
     if int(flags[1]):
@@ -276,6 +278,11 @@ def quantize_matrix(
         chosen = factors.backend
     else:
         chosen = choose_backend(backend, matrix.device.type, without_kernel(OBJECTIVES.get(objective), block_size, fmt))
+    if chosen == "triton" and factors is not None and factors.objective != objective:
+        raise ValueError(
+            f"these factors are for objective {factors.objective!r}, and the kernels read another form of them: call "
+            f"factorize(hessians, objective={objective!r})"
+        )
     if chosen == "triton" and matrix.numel() and objective == "joint":
         if factors is None:
             assert hessians is not None

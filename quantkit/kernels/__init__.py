@@ -8,8 +8,9 @@ import functools
 import importlib.util
 from types import ModuleType
 
-__all__ = ["BLOCK_SIZES", "SEARCHED_SCALES", "available", "joint_launcher", "launcher"]
+__all__ = ["BLOCK_SIZES", "PANEL_BLOCK_SIZES", "SEARCHED_SCALES", "available", "joint_launcher", "launcher"]
 
+PANEL_BLOCK_SIZES = (16,)  # of the joint kernel with feedback: at 32 it takes minutes to compile
 BLOCK_SIZES = (16, 32)  # of the kernels
 # The fractional scales that the kernels can search. device.search_unit is clamped to keep scales and their reciprocals
 # normal numbers. With scales in this range, a clamped scale is so large that every element rounds to zero, or so small

@@ -70,15 +70,16 @@ def levels_at(x, scale, metric_ptr, inverse_ptr, ROUNDS: tl.constexpr, FMT: tl.c
         levels = levels + (level,)  # noqa: RUF005
         r = r + (tl.fma(level, -scale, x[index]),)  # noqa: RUF005
     g = product_with_metric(r, metric_ptr, QBLOCK)
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
+        hidden = turn >> 20  # see block_search
         for index in tl.static_range(QBLOCK):
-            wanted = tl.fma(g[index] * tl.load(inverse_ptr + index), reciprocal, levels[index])
+            wanted = tl.fma(g[index] * tl.load(inverse_ptr + hidden + index), reciprocal, levels[index])
             level = nearest_signed_level(wanted, FMT, TARGET)
             change = (level - levels[index]) * scale
             new_levels, new_g = (), ()
             for other in tl.static_range(QBLOCK):
                 new_levels = new_levels + (level if other == index else levels[other],)  # noqa: RUF005
-                weight = tl.load(metric_ptr + index * QBLOCK + other)
+                weight = tl.load(metric_ptr + hidden + index * QBLOCK + other)
                 new_g = new_g + (tl.fma(-change, tl.zeros_like(change) + weight, g[other]),)  # noqa: RUF005
             levels, g = new_levels, new_g
     r = ()
@@ -210,7 +211,10 @@ def block_search(
         place = step + own
         code = tl.where(place < below, first + place, start + place - below)
         code = tl.minimum(tl.maximum(code, FMT.scale_min_code), FMT.scale_max_code)
-        best = with_candidate(best, x, code, place < count, unit, metric_ptr, inverse_ptr, ROUNDS, FMT, TARGET)
+        # Always zero, which the compiler does not know: block_size² loads of the metric, hoisted out of the loop, would
+        # need more registers than there are.
+        hidden = step >> 20
+        best = with_candidate(best, x, code, place < count, unit, metric_ptr + hidden, inverse_ptr, ROUNDS, FMT, TARGET)
         step += LANES
         if step >= stop and part == 0:
             part = 1

@@ -36,6 +36,8 @@ __all__ = [
     "diagonal_blocks",
     "objective_of",
     "panels",
+    "submatrix",
+    "visiting_order",
 ]
 
 ORDERS = ("natural", "descending")
@@ -73,13 +75,19 @@ def damped(gram: Tensor, damping: float, columns: Tensor | None = None) -> Tenso
 
     columns: int64 ``[K]``, an order of rows and columns. A Gram of zeros becomes the identity.
     """
-    hessian = (
-        gram.float().clone() if columns is None else gram.float().index_select(0, columns).index_select(1, columns)
-    )
+    hessian = gram.float().clone() if columns is None else submatrix(gram, columns, torch.float32)
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     diagonal.add_(torch.where(mean > 0, mean * damping, 1.0))
     return hessian
+
+
+def submatrix(matrix: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix[columns][:, columns]`` in ``dtype``, without a second copy of it. matrix: ``[K, K]``; columns: int64."""
+    result = torch.empty(len(columns), len(columns), dtype=dtype, device=matrix.device)
+    for part, rows in zip(result.split(PANEL_COLUMNS), columns.split(PANEL_COLUMNS), strict=True):
+        part.copy_(matrix.index_select(0, rows).index_select(1, columns))
+    return result
 
 
 def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
@@ -127,6 +135,16 @@ class LayerResult(NamedTuple):
     objective: tuple[float, ...] | None
 
 
+def visiting_order(task: LayerTask) -> tuple[Tensor | None, Tensor | None]:
+    """int64 (block columns ``[num_blocks]``, columns ``[K]``) in the order of solving; None for the natural order."""
+    if task.options.order == "natural":
+        return None, None
+    mean = task.gram.diagonal().unflatten(0, (-1, task.block_size)).double().mean(1)
+    order = mean.argsort(descending=True, stable=True)
+    inside = torch.arange(task.block_size, dtype=torch.int64, device=order.device)
+    return order, (order.unsqueeze(1) * task.block_size + inside).flatten()
+
+
 class Pass:
     """The state of a weight whose block columns are solved in turn, in the order of the task's options.
 
@@ -137,13 +155,8 @@ class Pass:
 
     def __init__(self, task: LayerTask) -> None:
         self.task = task
-        self.order = _visiting_order(task)
-        self.columns = None
-        self.weight = task.weight.contiguous()
-        if self.order is not None:
-            inside = torch.arange(task.block_size, dtype=torch.int64, device=task.weight.device)
-            self.columns = (self.order.unsqueeze(1) * task.block_size + inside).flatten()
-            self.weight = task.weight.index_select(1, self.columns)
+        self.order, self.columns = visiting_order(task)
+        self.weight = task.weight.contiguous() if self.columns is None else task.weight.index_select(1, self.columns)
         (rows, columns), device = task.weight.shape, task.weight.device
         self.codes = torch.zeros(rows, columns // 2, dtype=torch.uint8, device=device)
         self.scales = torch.zeros(rows, columns // task.block_size, dtype=torch.uint8, device=device)
@@ -168,6 +181,13 @@ class Pass:
         by_block = codes.unflatten(1, (-1, self.task.block_size // 2))
         return by_block[:, order].flatten(1), scales[:, order], candidates[:, order]
 
+    @property
+    def _has_panel_kernel(self) -> bool:
+        task = self.task
+        return (
+            task.backend == "triton" and task.options.scale == "joint" and task.block_size in kernels.PANEL_BLOCK_SIZES
+        )
+
     def factors(self, metrics: Tensor) -> Factors | None:
         """Factors of ``metrics [K/block_size, block_size, block_size]``; None for an objective without factors."""
         scale = self.task.options.scale
@@ -182,7 +202,7 @@ class Pass:
         a block is replaced only where that lowers its error under them, and the change is that of D. Without metrics,
         every block is replaced, and the change is D.
         """
-        if self.task.backend == "triton" and self.task.options.scale == "joint":
+        if self._has_panel_kernel:
             assert factors is not None
             return kernels.joint_launcher().quantize_panel(
                 self.weight,
@@ -245,14 +265,6 @@ class Pass:
         scales.copy_(found.scales)
         before.copy_(after)
         return change
-
-
-def _visiting_order(task: LayerTask) -> Tensor | None:
-    """int64 ``[num_blocks]``: the block columns in the order in which they are solved; None for the natural order."""
-    if task.options.order == "natural":
-        return None
-    mean = task.gram.diagonal().unflatten(0, (-1, task.block_size)).double().mean(1)
-    return mean.argsort(descending=True, stable=True)
 
 
 def block_values(codes: Tensor, scales: Tensor, task: LayerTask) -> Tensor:

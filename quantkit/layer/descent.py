@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from quantkit.layer import gptq
-from quantkit.layer.common import LayerResult, LayerTask, Pass, damped, diagonal_blocks, objective_of, panels
+from quantkit.layer.common import LayerResult, LayerTask, damped, diagonal_blocks, objective_of, panels
 
 __all__ = ["solve"]
 
@@ -26,7 +26,7 @@ def solve(task: LayerTask) -> LayerResult:
     Raises RuntimeError if the objective rises, which only a defect can cause.
     """
     determined = gptq.determined_channels(task.gram)
-    state = gptq.run(Pass(task))
+    state = gptq.run(task)
     hessian = damped(task.gram, task.options.damping, state.columns)
     blocks = diagonal_blocks(hessian, task.block_size).double()
     inverses = torch.linalg.inv(blocks)

@@ -30,6 +30,8 @@ from quantkit.layer.common import (
     diagonal_blocks,
     objective_of,
     panels,
+    submatrix,
+    visiting_order,
 )
 from quantkit.search import quantize_matrix
 
@@ -44,13 +46,13 @@ UNDETERMINED = 100
 def solve(task: LayerTask) -> LayerResult:
     """Codes and scales by GPTQ; see finish for a Gram matrix of too few tokens."""
     determined = determined_channels(task.gram)
-    return finish(run(Pass(task)), None, determined)
+    return finish(run(task), None, determined)
 
 
-def run(state: Pass) -> Pass:
+def run(task: LayerTask) -> Pass:
     """The state after one pass over the block columns."""
-    task = state.task
-    upper = factor(task.gram, task.options.damping, state.columns)
+    upper = factor(task.gram, task.options.damping, visiting_order(task)[1])
+    state = Pass(task)  # made after the factor, whose working copy then is gone
     corner = diagonal_blocks(upper, task.block_size).double()
     factors = state.factors(corner @ corner.mT)
     feedback = _scaled_columns(upper, torch.linalg.inv(corner))
@@ -125,7 +127,7 @@ def factor(gram: Tensor, damping: float, columns: Tensor | None = None) -> Tenso
     for dtype in (torch.float64,) if gram.device.type == "cpu" else (gram.dtype, torch.float64):
         lower, failed = _lower(gram, damping, columns, dtype)
         if not failed:
-            return lower.flip(0, 1)
+            return _reverse_(lower)
     raise ValueError(
         f"gram is not positive semi-definite: with {damping:g} of its mean diagonal added it has no Cholesky factor; "
         "accumulate it as XᵀX in float32 or better, or raise damping"
@@ -136,16 +138,28 @@ def _lower(gram: Tensor, damping: float, columns: Tensor | None, dtype: torch.dt
     """(Cholesky factor of the damped Gram matrix with rows and columns reversed, number of the first pivot that is not
     positive). The number is 0 for a positive definite matrix; otherwise the factor is undefined."""
     if columns is None:
-        reverse = gram.to(dtype).flip(0, 1)
-    else:
-        backwards = columns.flip(0)
-        reverse = gram.to(dtype).index_select(0, backwards).index_select(1, backwards)
+        columns = torch.arange(len(gram), dtype=torch.int64, device=gram.device)
+    reverse = submatrix(gram, columns.flip(0), dtype)
     diagonal = reverse.diagonal()
     mean = diagonal.mean()
     diagonal.add_(torch.where(mean > 0, mean * damping, 1.0))
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(reverse, out=(reverse, info))
     return reverse.tril_(), int(info)
+
+
+def _reverse_(matrix: Tensor) -> Tensor:
+    """Reverses rows and columns of ``matrix [K, K]`` in place, a panel of rows from either end at a time."""
+    size = len(matrix)
+    for panel in panels(size // 2):
+        start, stop = panel.start, min(panel.stop, size // 2)
+        top, bottom = matrix[start:stop], matrix[size - stop : size - start]
+        reversed_top = top.flip(0, 1)
+        top.copy_(bottom.flip(0, 1))
+        bottom.copy_(reversed_top)
+    if size % 2:
+        matrix[size // 2] = matrix[size // 2].flip(0)
+    return matrix
 
 
 def _scaled_columns(upper: Tensor, inverses: Tensor) -> Tensor:

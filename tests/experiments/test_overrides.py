@@ -106,8 +106,8 @@ def planned(overrides: list[str], name: str = "main") -> DictConfig:
 @pytest.mark.parametrize(
     ("override", "values"),
     [
-        ("method=glob(*)", ["hessian", "naive", "sse"]),
-        ("method=glob([*s*],exclude=h*)", ["sse"]),
+        ("method=glob(*)", ["descent", "gptq", "hessian", "joint", "naive", "sse"]),
+        ("method=glob([*s*],exclude=[h*,d*])", ["sse"]),
         ("method=choice(naive,sse)", ["naive", "sse"]),
         ("layer.index=range(0,3)", ["0", "1", "2"]),
     ],

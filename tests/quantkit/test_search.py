@@ -62,7 +62,7 @@ def test_a_loop_over_block_columns_finds_what_one_call_finds(
     fmt = FORMATS["nvfp4"]
     hessians = block_hessians(gram, block_size) if OBJECTIVES[objective].needs_factors else None
     want = quantize(weight, fmt, block_size, objective, hessian=hessians, backend=backend)
-    factors = None if hessians is None else search.factorize(hessians, backend)
+    factors = None if hessians is None else search.factorize(hessians, backend, objective=objective)
     for index in range(COLUMNS // block_size):
         columns = slice(index * block_size, (index + 1) * block_size)
         found = quantize_matrix(
@@ -75,6 +75,12 @@ def test_a_loop_over_block_columns_finds_what_one_call_finds(
             backend=backend,
         )
         assert_equal(found, want, columns, block_size)
+
+
+def test_the_kernels_refuse_factors_of_another_objective(weight: Tensor, gram: Tensor) -> None:
+    factors = search.factorize(block_hessians(gram, 16), "triton")
+    with pytest.raises(ValueError, match=r"factors are for objective 'hessian'.*objective='joint'"):
+        quantize_matrix(weight, FORMATS["nvfp4"], 16, "joint", factors=factors)
 
 
 def test_factors_are_sliced_without_copies(backend: str, gram: Tensor) -> None:

@@ -68,7 +68,7 @@ def test_gptq_solves_each_block_under_the_schur_complement(order: str) -> None:
     """The recursion against its definition: target and metric from the inverse of the Hessian's remaining part."""
     weight, x = layer(6, 64, seed=1)
     gram = gram_matrix(x)
-    state = gptq.run(Pass(task(weight, gram, order=order)))
+    state = gptq.run(task(weight, gram, order=order))
     columns = torch.arange(64) if state.columns is None else state.columns
     hessian = common.damped(gram, 0.01).double()[columns][:, columns]
     w, d = weight[:, columns].double(), state.error.double()
@@ -169,6 +169,15 @@ def test_where_hessian_is_better_its_result_is_taken(monkeypatch: pytest.MonkeyP
         found = gptq.finish(state, None, 20)
     expected = quantize(weight, method="hessian", gram=gram)
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33, 600])
+def test_reversing_in_place_and_taking_columns_copy_what_they_say(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    matrix = torch.randn(size, size, generator=generator, dtype=torch.float32)
+    columns = torch.randperm(size, generator=generator)
+    assert torch.equal(gptq._reverse_(matrix.clone()), matrix.flip(0, 1))
+    assert torch.equal(common.submatrix(matrix, columns, torch.float64), matrix[columns][:, columns].double())
 
 
 def test_an_all_zero_gram_and_an_all_zero_weight_are_sane() -> None:
