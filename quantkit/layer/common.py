@@ -42,6 +42,7 @@ __all__ = [
 
 ORDERS = ("natural", "descending")
 PANEL_COLUMNS = 256
+ROWS = 512  # of a product for the objective
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 def objective_of(error: Tensor, hessian: Tensor) -> float:
     """tr(D H Dᵀ) of ``error [rows, K]``, summed in float64."""
-    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+    # By parts of the rows, whose products are all that is allocated.
+    parts = [((rows @ hessian) * rows).sum(dtype=torch.float64) for rows in error.split(ROWS)]
+    return float(torch.stack(parts).sum()) if parts else 0.0
 
 
 def panels(columns: int) -> Iterator[slice]:
