@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,18 +24,11 @@ from experiments.sources.resolved import resolve
 from tests.experiments.sources.every_decoder import hooked, tiny_model
 from tests.experiments.tiny_models import configuration, train_tokenizer, write_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss")
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 LAYER, EXPERT = 2, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, because for tiny models waking a second one takes longer than the product."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=KINDS)

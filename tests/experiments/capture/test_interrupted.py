@@ -30,14 +30,6 @@ from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import SEVEN, configuration, qwen3, shard_of, write_text
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    folder = tmp_path_factory.mktemp("model")
-    write_text(folder / "texts")
-    qwen3(folder / "tiny")
-    return SimpleNamespace(folder=folder / "tiny", texts=folder / "texts")
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A "MiB" of 32 KiB: a shard is 4 sequences of 32 tokens of 64 float32 channels, in batches of 2: 6 and 2."""

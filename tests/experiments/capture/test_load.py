@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,23 +27,9 @@ from experiments.config import CONF_DIR, Config, LayerConfig, ModelConfig, Model
 from experiments.files import SourceError
 from experiments.sources import checkpoints
 from experiments.sources.resolved import resolve
-from tests.experiments.tiny_models import INNER, SEVEN, change, configuration, qwen3, text, write_text
+from tests.experiments.tiny_models import INNER, SEVEN, change, configuration, text
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    folder = tmp_path_factory.mktemp("model")
-    write_text(folder / "texts")
-    return SimpleNamespace(folder=folder / "tiny", texts=folder / "texts", model=qwen3(folder / "tiny"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, because for tiny models waking a second one takes longer than the product."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -368,9 +353,7 @@ def test_a_damaged_file_is_found_and_rebuilt(
     config = config_for(tiny)
     whole = load_layer_inputs(config)
     wanted = all_inputs(whole)
-    whole = LayerInputs(
-        **{**whole.__dict__, "weight": whole.weight.clone(), "gram_calibration": whole.gram_calibration.clone()}
-    )
+    whole = dataclasses.replace(whole, weight=whole.weight.clone(), gram_calibration=whole.gram_calibration.clone())
     path = layer_folder(config) / name
     damage(path)
     forget()

@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,24 +28,11 @@ from experiments.sources import decoder as decoders
 from experiments.sources.checkpoints import open_checkpoint
 from experiments.sources.identity import losses_folder
 from experiments.sources.resolved import resolve
-from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, change, configuration, qwen3, write_text
+from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, change, configuration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEQ_LEN, SEQUENCES = 32, 12  # of calibration; 4 more are held out
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    folder = tmp_path_factory.mktemp("model")
-    write_text(folder / "texts")
-    return SimpleNamespace(folder=folder / "tiny", texts=folder / "texts", model=qwen3(folder / "tiny"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from experiments.sources.resolved import resolve
 from quantkit import quantize, verify
 from quantkit.calibration import block_hessians
 from quantkit.methods import METHODS
-from tests.experiments.tiny_models import configuration, qwen3, write_text
+from tests.experiments.tiny_models import configuration
 
 WITH_HESSIANS = [name for name, method in METHODS.items() if method.needs is not None]
 
@@ -86,14 +86,6 @@ def test_a_gap_is_the_largest_of_the_groups() -> None:
         parts.append(verify(part, weight[rows], one["hessian"], gap=8))
     assert found.gap == max(part.gap for part in parts if part.gap is not None)
     assert found.judged and found.blocks == sum(part.blocks for part in parts)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    folder = tmp_path_factory.mktemp("model")
-    write_text(folder / "texts")
-    qwen3(folder / "tiny")
-    return SimpleNamespace(folder=folder / "tiny", texts=folder / "texts", cache=folder / "cache")
 
 
 @pytest.mark.parametrize("hessian", [HessianConfig(Weighting.loss), HessianConfig(Weighting.loss, groups=4)])

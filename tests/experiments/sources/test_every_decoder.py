@@ -6,23 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.experiments.sources.every_decoder import PAGE, judge, listed, page
 from tests.experiments.sources.tiny_decoders import kinds
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread, because for tiny models waking a second one takes longer than the product."""
+def no_progress_bar(one_thread: None) -> Iterator[None]:
     import transformers
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     yield
     transformers.logging.enable_progress_bar()
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", kinds())
