@@ -8,12 +8,16 @@ and changes nothing.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's folder, where `experiments` is
+
+from experiments.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent
 METADATA = {
@@ -36,9 +40,7 @@ def execute(path: Path) -> None:
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
     nbformat.validate(notebook)
-    temporary = path.with_name(f".{path.name}.tmp")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    write_atomically(path, nbformat.writes(notebook).removesuffix("\n") + "\n")
 
 
 def main(names: list[str]) -> None:
