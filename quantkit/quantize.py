@@ -50,11 +50,6 @@ def quantize(
     global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
         (1), a positive number, or a float32 scalar on the weight's device, which is used unchanged (fused layers share
         one). A single-level format has none.
-
-    The experts of a weight ``[E, N, K]`` share all of these, or have their own: activations as a sequence of E tensors,
-        gram ``[E, K, K]``, hessian ``[E, K/block_size, block_size, block_size]``, global_scale "amax_per_expert" or
-        float32 ``[E, 1, 1]``, which is then the shape of the result's. Codes and scales are those of each expert alone.
-
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. Other
         methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
@@ -65,7 +60,7 @@ def quantize(
 
     The experts of a weight ``[E, N, K]`` share what is given, or have their own: activations as a sequence of E
     tensors, gram ``[E, K, K]``, hessian ``[E, K/block_size, block_size, block_size]``, global_scale "amax_per_expert"
-    or float32 ``[E, 1, 1]``, which then is the shape of the result's.
+    or float32 ``[E, 1, 1]``, which then is the shape of the result's. Codes and scales are those of each expert alone.
 
     Returns a QuantizedTensor whose scales satisfy the optimality contract of docs/theory.md for "sse" and "hessian".
     Raises TypeError for an argument that must be a tensor and is not, BackendUnavailableError for a backend that cannot
