@@ -148,10 +148,11 @@ def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
 def _refuse_quantized(name: str, path: Path, config: dict[str, Any]) -> None:
     """Raises SourceError if config.json or a file beside it marks a quantized checkpoint."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        found = part.get("quantization_config")
-        if found:
-            method = found.get("quant_method", "no quant_method") if isinstance(found, dict) else found
-            raise SourceError(f"{name}: {path.name} has quantization_config ({method}). {DEQUANTIZED}")
+        for key in ("quantization_config", "compression_config"):  # the second: older compressed-tensors
+            found = part.get(key)
+            if found:
+                method = found.get("quant_method", "no quant_method") if isinstance(found, dict) else found
+                raise SourceError(f"{name}: {path.name} has {key} ({method}). {DEQUANTIZED}")
     for file in QUANTIZATION_FILES:
         if (path.parent / file).is_file():
             raise SourceError(f"{name}: {file} says that its weights are quantized. {DEQUANTIZED}")

@@ -68,6 +68,11 @@ def test_a_quantized_part_is_refused(folder: Path) -> None:
     assert "config.json has quantization_config (fp8)" in refusal(folder)
 
 
+def test_the_older_key_of_compressed_tensors_is_refused(folder: Path) -> None:
+    edit_config(folder, compression_config={"quant_method": "compressed-tensors", "format": "pack-quantized"})
+    assert "config.json has compression_config (compressed-tensors). Give the unquantized checkpoint" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
 def test_a_quantized_source_is_refused_by_the_file_beside(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
