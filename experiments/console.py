@@ -16,7 +16,7 @@ from experiments.files import one_line
 from experiments.record import RunRecord
 
 COLUMNS = (
-    f"  {'format':<7}{'block':>5}  {'method':<8} {'backend':<10}"
+    f"  {'format':<10}{'block':>5}  {'method':<8} {'backend':<10}"
     f"{'weight error':>13}{'output error':>14}{'held out':>10}{'time a call':>13}{'run':>9}"
 )
 NEXT_COMMAND = "python experiments/report.py --runs"
@@ -170,7 +170,7 @@ def _label(record: RunRecord) -> str:
 
 def _columns(format: str, block_size: int, method: str, backend: str) -> str:
     """The first columns of a line."""
-    return f"  {format:<7}{block_size:>5}  {method:<8} {backend:<10}"
+    return f"  {format:<10}{block_size:>5}  {method:<8} {backend:<10}"
 
 
 def _percent(share: float | None) -> str:
