@@ -224,7 +224,9 @@ class GramAccumulator:
         if weights is None and self.groups is not None:
             raise ValueError(f"a Gram matrix per group needs weights [tokens, {self.groups}]; pass them to update()")
         if weights is None:
-            for batch in _float_chunks(activations, self._sum.device):
+            exact = self._sum.is_cuda and self._sum.dtype == torch.float32 and activations.dtype == torch.bfloat16
+            # On a GPU, products of bfloat16 are exact in float32, in which the tensor cores add them.
+            for batch in _float_chunks(activations, self._sum.device, torch.bfloat16 if exact else None):
                 self._add(batch)
         else:
             check_weights(weights, activations.shape[0], self.groups)
@@ -372,9 +374,10 @@ def factorize(hessians: Tensor, name: str = "hessian") -> HessianFactors:
     return HessianFactors((factor * root).contiguous(), inverse.square().sum(1))
 
 
-def _float_chunks(activations: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Rows of ``activations`` in float32, or float64 as they are, on ``device``, CHUNK_ELEMENTS or fewer at a time."""
-    dtype = torch.promote_types(activations.dtype, torch.float32)
+def _float_chunks(activations: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """Rows of ``activations`` on ``device``, CHUNK_ELEMENTS or fewer at a time; in float32, or float64 as they are,
+    unless another ``dtype`` is given."""
+    dtype = dtype or torch.promote_types(activations.dtype, torch.float32)
     rows = max(1, CHUNK_ELEMENTS // max(1, activations.shape[1]))
     for batch in activations.detach().split(rows):
         yield batch.to(device=device, dtype=dtype)

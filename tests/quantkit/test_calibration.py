@@ -173,6 +173,14 @@ def test_tensor_cores_add_the_rounded_products_in_float32() -> None:
         torch.testing.assert_close(got[group], want, rtol=1e-5, atol=1e-6 * float(want.diagonal().max()))
 
 
+@pytest.mark.gpu
+def test_bfloat16_without_weights_is_added_in_float32_too() -> None:
+    x = activations(4096).bfloat16()
+    got, want = gram_matrix(x.cuda()), x.double().T @ x.double()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6 * float(want.diagonal().max()))
+
+
 def test_errors_of_weights() -> None:
     x, w = activations(), token_weights()
     for wrong, message in (
