@@ -77,7 +77,7 @@ def complete_run(file: Path) -> list[Any]:
     """The records of an offline run. W&B's own process completes the file shortly after finish() returns."""
     from google.protobuf.message import DecodeError
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120  # under load
     while True:
         late = time.monotonic() > deadline
         try:
