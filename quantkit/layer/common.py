@@ -32,6 +32,7 @@ __all__ = [
     "LayerTask",
     "Pass",
     "block_values",
+    "columns_over_blocks",
     "damped",
     "diagonal_blocks",
     "objective_of",
@@ -71,12 +72,12 @@ class LayerOptions:
             raise ValueError(f"sweeps must be a whole number from 1 on, got {self.sweeps!r}")
 
 
-def damped(gram: Tensor, damping: float, columns: Tensor | None = None) -> Tensor:
-    """Float32 copy of ``gram [K, K]`` with ``damping`` of its mean diagonal added to its diagonal.
+def damped(gram: Tensor, damping: float, columns: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Copy of ``gram [K, K]`` in ``dtype`` with ``damping`` of its mean diagonal added to its diagonal.
 
     columns: int64 ``[K]``, an order of rows and columns. A Gram of zeros becomes the identity.
     """
-    hessian = gram.float().clone() if columns is None else submatrix(gram, columns, torch.float32)
+    hessian = gram.to(dtype, copy=True) if columns is None else submatrix(gram, columns, dtype)
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     diagonal.add_(torch.where(mean > 0, mean * damping, 1.0))
@@ -108,6 +109,17 @@ def panels(columns: int) -> Iterator[slice]:
     """Slices of PANEL_COLUMNS columns."""
     for start in range(0, columns, PANEL_COLUMNS):
         yield slice(start, min(start + PANEL_COLUMNS, columns))
+
+
+def columns_over_blocks(matrix: Tensor, panel: slice, inverses: Tensor) -> Tensor:
+    """``A_kb B_b`` for the blocks b of a panel of columns, ``[K, width of the panel]``, in the dtype of A = ``matrix``.
+
+    inverses: B ``[K/block_size, block_size, block_size]``.
+    """
+    size = inverses.shape[-1]
+    own = inverses[panel.start // size : panel.stop // size].to(matrix.dtype)
+    columns = matrix[:, panel].unflatten(1, (-1, size)).transpose(0, 1)
+    return (columns @ own).transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,15 @@ from __future__ import annotations
 import torch
 
 from quantkit.layer import gptq
-from quantkit.layer.common import LayerResult, LayerTask, damped, diagonal_blocks, objective_of, panels
+from quantkit.layer.common import (
+    LayerResult,
+    LayerTask,
+    columns_over_blocks,
+    damped,
+    diagonal_blocks,
+    objective_of,
+    panels,
+)
 
 __all__ = ["solve"]
 
@@ -34,11 +42,7 @@ def solve(task: LayerTask) -> LayerResult:
     history = [objective_of(state.error, hessian)]
     for _ in range(task.options.sweeps):
         for panel in panels(hessian.shape[1]):
-            # F of this panel's columns: H_kb H_bb⁻¹.
-            size = task.block_size
-            own = inverses[panel.start // size : panel.stop // size]
-            columns = hessian[:, panel].unflatten(1, (-1, size)).transpose(0, 1)
-            feedback = (columns @ own.to(columns.dtype)).transpose(0, 1).flatten(1)
+            feedback = columns_over_blocks(hessian, panel, inverses)  # F_kb = H_kb H_bb⁻¹
             # W_q + D F is the target, because F_bb = I: D_b cancels.
             target = state.weight[:, panel].float() - state.error[:, panel]
             target.addmm_(state.error, feedback)

@@ -27,10 +27,11 @@ from quantkit.layer.common import (
     LayerTask,
     Pass,
     block_values,
+    columns_over_blocks,
+    damped,
     diagonal_blocks,
     objective_of,
     panels,
-    submatrix,
     visiting_order,
 )
 from quantkit.search import quantize_matrix
@@ -139,10 +140,7 @@ def _lower(gram: Tensor, damping: float, columns: Tensor | None, dtype: torch.dt
     positive). The number is 0 for a positive definite matrix; otherwise the factor is undefined."""
     if columns is None:
         columns = torch.arange(len(gram), dtype=torch.int64, device=gram.device)
-    reverse = submatrix(gram, columns.flip(0), dtype)
-    diagonal = reverse.diagonal()
-    mean = diagonal.mean()
-    diagonal.add_(torch.where(mean > 0, mean * damping, 1.0))
+    reverse = damped(gram, damping, columns.flip(0), dtype)
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(reverse, out=(reverse, info))
     return reverse.tril_(), int(info)
@@ -152,8 +150,7 @@ def _reverse_(matrix: Tensor) -> Tensor:
     """Reverses rows and columns of ``matrix [K, K]`` in place, a panel of rows from either end at a time."""
     size = len(matrix)
     for panel in panels(size // 2):
-        start, stop = panel.start, min(panel.stop, size // 2)
-        top, bottom = matrix[start:stop], matrix[size - stop : size - start]
+        top, bottom = matrix[panel], matrix[size - panel.stop : size - panel.start]
         reversed_top = top.flip(0, 1)
         top.copy_(bottom.flip(0, 1))
         bottom.copy_(reversed_top)
@@ -165,9 +162,6 @@ def _reverse_(matrix: Tensor) -> Tensor:
 def _scaled_columns(upper: Tensor, inverses: Tensor) -> Tensor:
     """Float32 ``R_kb R_bb⁻¹``, written over a float32 ``upper``."""
     feedback = upper.float()
-    size = inverses.shape[-1]
     for panel in panels(upper.shape[1]):
-        blocks = inverses[panel.start // size : panel.stop // size].to(upper.dtype)
-        columns = upper[:, panel].unflatten(1, (-1, size)).transpose(0, 1)
-        feedback[:, panel] = (columns @ blocks).transpose(0, 1).flatten(1).float()
+        feedback[:, panel] = columns_over_blocks(upper, panel, inverses)
     return feedback
