@@ -228,6 +228,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     from experiments.capture.load import load_layer_inputs
     from experiments.measure import bench_cases, stages
     from experiments.measure.blocks import block_columns
+    from experiments.model import divergence
     from experiments.sources.resolved import resolve
     from tests.experiments.tiny_models import configuration
 
@@ -270,6 +271,14 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return one_block.blocks_that_differ(weight, chosen), one_block.as_json(surveyed)
 
     yield "one block", one
+    yield (
+        "divergence",
+        lambda: divergence.compare(
+            normal(5, 40)[divergence.scored(5, "llama_cpp")],
+            normal(5, 40, seed=1)[divergence.scored(5, "llama_cpp")],
+            torch.arange(2, dtype=torch.int64, device="cpu"),
+        ),
+    )
     weight = bench_cases.sample_weight(8, 64)
     yield (
         "bench",
