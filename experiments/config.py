@@ -29,6 +29,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 DTYPES = ("bfloat16", "float16", "float32")  # of a model
+GLOBAL_SCALES = ("none", "amax", "headroom", "search")
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONF_DIR = REPO_ROOT / "conf"
 
@@ -110,20 +111,18 @@ def check_sweep(name: str) -> None:
 @dataclass
 class FormatConfig:
     name: str
-    # "none", "amax" or a number; null takes the format's own default.
+    # "none", "amax", "headroom", "search" or a number; null takes the format's own default.
     global_scale: str | int | float | None = None  # int so that `1` needs no decimal point
     # Rounding of the naive scale: nearest for NVFP4; floor, ceil, even or rceil for MXFP4. Null: the format's default.
     scale_rule: ScaleRule | None = None
 
     def __post_init__(self) -> None:
         scale = self.global_scale
+        remedy = f"format.global_scale={scale}: use {', '.join(GLOBAL_SCALES)} or a positive number."
         if isinstance(scale, str):
-            _require(scale in ("none", "amax"), f"format.global_scale={scale}: use none, amax or a positive number.")
+            _require(scale in GLOBAL_SCALES, remedy)
         elif scale is not None:
-            _require(
-                math.isfinite(scale) and scale > 0,
-                f"format.global_scale={scale}: use none, amax or a positive number.",
-            )
+            _require(math.isfinite(scale) and scale > 0, remedy)
             self.global_scale = float(scale)
 
     @property
@@ -308,6 +307,11 @@ class Config:
         _require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
         _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
         check_sweep(self.sweep)
+        _require(
+            self.format.global_scale != "search" or self.hessian.groups == 1,
+            f"format.global_scale=search, hessian.groups={self.hessian.groups}: row groups share a global scale that "
+            "no group may search. Use amax, or hessian.groups=1.",
+        )
 
 
 def register_schema() -> None:

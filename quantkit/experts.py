@@ -37,10 +37,10 @@ def has_own(
     )
 
 
-def shared_global_scale(weight: Tensor, fmt: BlockFormat, finite: bool) -> Tensor:
+def shared_global_scale(weight: Tensor, fmt: BlockFormat, finite: bool, headroom: bool = False) -> Tensor:
     """Float32 scalar of the amax of all experts. finite: raise ValueError for NaN and Inf in ``weight``."""
     weight = weight.detach()
-    scale = global_scale_of(weight, fmt)
+    scale = global_scale_of(weight, fmt, headroom)
     if finite and not bool(scale.isfinite()):
         check_finite(weight, "weight")
     return scale

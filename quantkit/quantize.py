@@ -13,8 +13,10 @@ from torch import Tensor
 
 from quantkit import calibration, experts, kernels
 from quantkit.formats import FLOAT32_SMALLEST_NORMAL, BlockFormat, get_format
+from quantkit.global_scale import HEADROOM, SEARCH, solve_jointly
 from quantkit.layer.common import LayerOptions
 from quantkit.methods import METHODS, Method, Problem, get_method
+from quantkit.reference.amax import global_scale_of
 from quantkit.search import BACKENDS, BackendUnavailableError, choose_backend, without_kernel
 from quantkit.tensor import QuantizedTensor
 
@@ -47,9 +49,10 @@ def quantize(
         "gptq" and "descent", none for "naive" and "sse".
     backend: "reference" (PyTorch), "triton" (fused kernels), or "auto": triton where the weight is on a GPU and a
         kernel supports method, block size and format.
-    global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4), "none"
-        (1), a positive number, or a float32 scalar on the weight's device, which is used unchanged (fused layers share
-        one). A single-level format has none.
+    global_scale: decode multiplier of a two-level format: "amax" (amax(weight)/(6·448), the default for NVFP4),
+        "headroom" (amax(weight)/(6·256)), "search" (the best of 16 in the octave from amax on, see global_scale.py; 16
+        times the work), "none" (1), a positive number, or a float32 scalar on the weight's device, which is used
+        unchanged (fused layers share one). A single-level format has none.
     scale_rule: rounding of the naive scale, one of the format's ``scale_rules``; the first is the default. Other
         methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
@@ -72,8 +75,7 @@ def quantize(
     use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     calibration.check_given(method, chosen.needs, activations=activations, gram=gram, hessian=hessian)
     if weight.ndim == 3 and experts.has_own(weight, activations, gram, hessian, global_scale):
-        if fmt.two_level and (global_scale is None or global_scale == "amax"):
-            global_scale = experts.shared_global_scale(weight, fmt, check_finite)
+        global_scale = _of_all_experts(weight, fmt, global_scale, check_finite)
         each = partial(
             quantize,
             format=fmt,
@@ -99,24 +101,24 @@ def quantize(
     if matrix.dtype == torch.float64:
         matrix = matrix.float()
     use_kernels = use_triton and matrix.numel() > 0
-    if check_finite and not use_kernels:
+    jointly = isinstance(global_scale, str) and global_scale == SEARCH
+    if check_finite and (jointly or not use_kernels):
         _check_finite(weight, matrix)
-    found = chosen.solve(
-        Problem(
-            matrix=matrix,
-            fmt=fmt,
-            block_size=block_size,
-            global_scale=_global_scale(matrix, fmt, global_scale),
-            rule=rule,
-            hessians=hessians,
-            gram=whole,
-            backend="triton" if use_kernels else "reference",
-            count_candidates=count_candidates,
-            check_finite=check_finite,
-            name=source,
-            options=settings,
-        )
+    problem = Problem(
+        matrix=matrix,
+        fmt=fmt,
+        block_size=block_size,
+        global_scale=_global_scale(matrix, fmt, global_scale),
+        rule=rule,
+        hessians=hessians,
+        gram=whole,
+        backend="triton" if use_kernels else "reference",
+        count_candidates=count_candidates,
+        check_finite=check_finite,
+        name=source,
+        options=settings,
     )
+    found = solve_jointly(chosen, problem) if jointly else chosen.solve(problem)
     if check_finite and found.flags is not None and any(found.flags.tolist()):
         _check_finite(weight, matrix)
         if hessians is not None:
@@ -287,9 +289,25 @@ def _gram(weight: Tensor, method: Method, activations: Tensor | Sequence[Tensor]
     return _detached(result).to(weight.device)
 
 
+def _of_all_experts(
+    weight: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None, finite: bool
+) -> str | float | Tensor | None:
+    """The global scale that experts with statistics of their own share, where it follows from all of them."""
+    if not fmt.two_level or not (requested is None or isinstance(requested, str)):
+        return requested
+    if requested == SEARCH:
+        raise ValueError(
+            f"global_scale={requested!r} is for one weight, and each expert has activations, gram or hessian of its "
+            "own; quantize the experts one by one, or use 'amax'"
+        )
+    if requested in (None, "amax", HEADROOM):
+        return experts.shared_global_scale(weight, fmt, finite, requested == HEADROOM)
+    return requested
+
+
 def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Tensor | None) -> Tensor | None:
-    """Float32 scalar, the decode multiplier. None for the default (amax, or 1 for a single-level format): the search
-    computes it, which saves a kernel launch."""
+    """Float32 scalar, the decode multiplier. None for the default (amax, or 1 for a single-level format), which the
+    search of the block scales computes to save a kernel launch, and for "search"."""
     requested = fmt.default_global_scale if requested is None else requested
     if not fmt.two_level and (isinstance(requested, Tensor) or requested != "none"):
         raise ValueError(f"{fmt.name} has no global scale; got global_scale={requested!r}, use 'none' or leave it out")
@@ -303,14 +321,18 @@ def _global_scale(matrix: Tensor, fmt: BlockFormat, requested: str | float | Ten
         if requested.device.type == "cpu" and not _is_multiplier(float(requested), fmt):  # float() waits for a GPU
             raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")
         return requested
-    if requested == ("amax" if fmt.two_level else "none"):
+    if requested in (("amax", SEARCH) if fmt.two_level else ("none",)):
         return None
+    if requested == HEADROOM:
+        return global_scale_of(matrix, fmt, headroom=True)
     if requested == "none":
         return torch.ones((), dtype=torch.float32, device=matrix.device)
     if requested == experts.AMAX_PER_EXPERT:
         raise ValueError(f"global_scale={requested!r} is for a weight [E, N, K], of two dimensions use 'amax'")
     if isinstance(requested, bool) or not isinstance(requested, SupportsFloat):
-        raise ValueError(f"unknown global_scale {requested!r}; use 'amax', 'none' or a positive number")
+        raise ValueError(
+            f"unknown global_scale {requested!r}; use 'amax', 'headroom', 'search', 'none' or a positive number"
+        )
     value = float(requested)
     if not _is_multiplier(value, fmt):
         raise ValueError(f"global_scale must be a positive number within float32's normal range, got {requested!r}")

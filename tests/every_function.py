@@ -150,7 +150,7 @@ def library(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             quantkit.verify, quantkit.quantize(one, method="joint", hessian=hessians[:1]), one, hessians[:1], gap=2
         ),
     )
-    for scale in ("none", 0.5):
+    for scale in ("none", "headroom", "search", 0.5):
         yield f"global scale {scale}", partial(quantkit.quantize, weight, global_scale=scale)
     for name in quantkit.blockwise.__all__:
         call = getattr(quantkit, name)

@@ -127,7 +127,9 @@ def quantize_layer(resolved: Resolved, inputs: LayerInputs) -> Quantized:
     method, settings = config.method.name, config.method.settings
     result = quantize_groups(of_rows, weight, given, method=method, count_candidates=True, **settings)
     seconds = time.perf_counter() - start
-    naive = result if method == "naive" else of_rows(weight, method="naive")
+    # Scales are compared at one global scale, which naive would search for itself.
+    shared = {"global_scale": result.global_scale} if config.format.global_scale == "search" else {}
+    naive = result if method == "naive" else of_rows(weight, method="naive", **shared)
     return Quantized(weight, given, result, seconds, of_rows, naive)
 
 

@@ -110,7 +110,13 @@ def test_a_global_scale_may_be_a_word_or_any_number() -> None:
     def scale(value: str) -> object:
         return compose([*SMALL, f"format.global_scale={value}"]).format.global_scale
 
-    assert [scale(v) for v in ("none", "amax", "2", "0.5", "null")] == ["none", "amax", 2.0, 0.5, None]
+    words = ("none", "amax", "headroom", "search", "2", "0.5", "null")
+    assert [scale(v) for v in words] == [*words[:4], 2.0, 0.5, None]
+
+
+def test_row_groups_search_no_global_scale() -> None:
+    with pytest.raises(ValueError, match=r"format.global_scale=search, hessian.groups=2: .* Use amax"):
+        compose([*SMALL, "format.global_scale=search", "hessian=loss", "hessian.groups=2"])
 
 
 def test_choices_read_and_print_as_their_words() -> None:

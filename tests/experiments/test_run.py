@@ -138,6 +138,21 @@ def test_a_number_as_global_scale(output: Path) -> None:
     assert record.global_scale == 0.5 and record.time_timer is None
 
 
+@pytest.mark.parametrize("method", ["sse", "gptq"])
+def test_a_searched_global_scale(output: Path, method: str) -> None:
+    run(output, f"method={method}")
+    both = {r.global_scale: r for r in run(output, f"method={method}", "format.global_scale=search")}
+    amax, record = both["amax"], both["search"]
+    assert record.status == "ok" and record.global_scale == "search" and record.run_id != amax.run_id
+    assert record.weight_error is not None and amax.weight_error is not None
+    assert method != "sse" or record.weight_error <= amax.weight_error
+
+
+def test_a_global_scale_with_headroom(output: Path) -> None:
+    (record,) = run(output, "format.global_scale=headroom")
+    assert record.status == "ok" and record.global_scale == "headroom"
+
+
 @pytest.mark.parametrize("method", ["naive", "sse", "hessian"])
 def test_verify_counts_the_blocks_that_are_not_optimal(
     output: Path, method: str, capsys: pytest.CaptureFixture[str]
