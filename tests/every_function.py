@@ -217,6 +217,25 @@ def library(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         ),
     )
 
+    def stored() -> object:
+        from quantkit import layouts
+
+        found: list[object] = [layouts.layout_of({"quant_method": "modelopt"}) is layouts.get_layout("modelopt")]
+        for layout in layouts.LAYOUTS.values():
+            for name, size in layout.holds:
+                q = quantkit.quantize(experts, name, size)
+                q = q if layout.name in ("gguf", "gpt_oss") else q[0]
+                tensors = layout.to_tensors("p", q)
+                found += [tensors, [layout.from_tensors(n, tensors).dequantize() for n in layout.names(tensors)]]
+                found.append(layout.config(q.format, size, ["lm_head"]))
+        scale = layouts.exact_global_scale(q.global_scale * 0.3)
+        pair = {f"a.{part}_proj": quantkit.quantize(weight, global_scale=scale) for part in ("gate", "up")}
+        layouts.check_fused(pair)
+        apart = layouts.expert_matrices("m.experts.gate_up_proj", quantkit.quantize(experts))
+        return found, scale, layouts.fused_groups(pair), {name: one.dequantize() for name, one in apart}
+
+    yield "layouts", stored
+
 
 def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) of the pipeline: whole runs on a tiny model, on a bundle and on seeded numbers, and what they leave
