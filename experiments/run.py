@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import provenance, tracking
 from experiments.config import Config, to_config
 from experiments.console import Console, full_errors, reason
+from experiments.files import remove_orphans
 from experiments.overrides import mistake
 from experiments.record import BLOCKS_NAME, RECORD_NAME, Histograms, RecordError, RunRecord, read_record
 from experiments.sweep import layers_ahead
@@ -82,6 +83,7 @@ def _run(composed: DictConfig, console: Console) -> None:
     console.heading(config)
     previous = finished_record(resolved)
     if previous is not None and not config.force:
+        remove_orphans(resolved.run_dir)
         console.skipped(previous)
         return
     if (invalid := invalid_options(config)) is not None:

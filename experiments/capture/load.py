@@ -15,7 +15,7 @@ from experiments.capture.forward import capture_layers
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.synthetic import synthetic_layer
 from experiments.config import LayerConfig, ModelSource
-from experiments.files import SourceError
+from experiments.files import SourceError, remove_orphans
 from experiments.sources.resolved import Resolved
 
 MEMO_BYTES = 2 << 30  # layers that stay in memory between runs of a sweep
@@ -78,6 +78,7 @@ def _open(resolved: Resolved) -> LayerInputs | None:
     def rebuild() -> None:
         capture_layers(resolved, [resolved.config.layer], force=True)
 
+    remove_orphans(resolved.layer_folder())
     return open_layer(resolved.layer_folder(), resolved.config.cache.activations, rebuild)
 
 

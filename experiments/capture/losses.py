@@ -27,7 +27,7 @@ from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tenso
 from experiments.capture.tokens import token_sequences
 from experiments.capture.writing import lock, writing
 from experiments.config import LayerConfig
-from experiments.files import SourceError, write_atomically
+from experiments.files import SourceError, remove_orphans, write_atomically
 from experiments.sources.bundles import MANIFEST_NAME
 from experiments.sources.identity import losses_folder
 from experiments.sources.resolved import Resolved
@@ -46,6 +46,7 @@ def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
     """
     folder = losses_folder(resolved.config, resolved.sources)
     with lock(folder):
+        remove_orphans(folder)
         pieces = _complete(folder)
         if pieces is None:
             with writing(resolved.config.cache.folder):

@@ -20,11 +20,10 @@ from experiments.capture.store import (
     PARTIAL_NAME,
     Entry,
     is_intact,
-    link,
     load_tensors,
     save_tensors,
 )
-from experiments.files import write_atomically
+from experiments.files import link, write_atomically
 from experiments.sources.bundles import MANIFEST_NAME
 from quantkit.calibration import GramAccumulator
 

