@@ -298,6 +298,20 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             torch.arange(2, dtype=torch.int64, device="cpu"),
         ),
     )
+
+    def whole() -> object:
+        from experiments.model.checkpoint import load_dequantized, open_quantized
+        from tests.experiments.model.folders import open_source, write
+
+        write(folder / "whole", open_source(folder.parent / "model"), stop=1)
+        written = write(folder / "whole", open_source(folder.parent / "model"))
+        opened = open_quantized(folder / "whole")
+        opened.verify()
+        files = {name: value["sha256"] for name, value in opened.files.items()}
+        tensors = [opened.tensor(name) for name in opened.kept], [opened.quantized(name) for name in opened.names]
+        return files, tensors, load_dequantized(folder / "whole").state_dict(), written.quantized(0)
+
+    yield "whole model", whole
     weight = bench_cases.sample_weight(8, 64)
     yield (
         "bench",

