@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit import kernels
+from quantkit import kernels, parallel
 from quantkit.formats import BlockFormat
 from quantkit.reference.common import effective_scale
 from quantkit.reference.joint import ROUNDS
@@ -44,6 +44,7 @@ __all__ = [
 ORDERS = ("natural", "descending")
 PANEL_COLUMNS = 256
 ROWS = 512  # of a product for the objective
+CPU_ROWS = 640  # solved by one thread: fewer cost more in PyTorch's calls than a second core gains
 
 
 @dataclass(frozen=True)
@@ -235,18 +236,38 @@ class Pass:
                 rounds=ROUNDS,
                 descend=metrics is not None,
             )
-        size = self.task.block_size
         change = torch.empty_like(target)
+
+        def solve_rows(rows: slice) -> None:
+            self._solve_rows(rows, panel, target[rows], change[rows], factors, feedback, metrics)
+
+        parallel.for_each(solve_rows, _row_pieces(target), target.device)
+        return change
+
+    def _solve_rows(
+        self,
+        rows: slice,
+        panel: slice,
+        target: Tensor,
+        change: Tensor,
+        factors: Factors | None,
+        feedback: Tensor,
+        metrics: Tensor | None,
+    ) -> None:
+        """solve() for some of the rows; writes to their ``target`` and ``change``."""
+        size = self.task.block_size
         for start in range(0, target.shape[1], size):
             here, later = slice(start, start + size), slice(start + size, None)
             number = (panel.start + start) // size
-            own = None if metrics is None else metrics[number]
-            change[:, here] = self._replace(number, target[:, here], None if factors is None else factors[number], own)
+            own = None if factors is None else factors[number]
+            metric = None if metrics is None else metrics[number]
+            change[:, here] = self._replace(rows, number, target[:, here], own, metric)
             target[:, later].addmm_(change[:, here], feedback[here, later])
-        return change
 
-    def _replace(self, number: int, target: Tensor, factors: Factors | None, metric: Tensor | None) -> Tensor:
-        """Solves block column ``number`` for ``target [rows, block_size]``; returns its change, see solve."""
+    def _replace(
+        self, rows: slice, number: int, target: Tensor, factors: Factors | None, metric: Tensor | None
+    ) -> Tensor:
+        """Solves block column ``number`` of ``rows`` for ``target [rows, block_size]``; returns its change."""
         task, size = self.task, self.task.block_size
         found = quantize_matrix(
             target,
@@ -261,10 +282,10 @@ class Pass:
         )
         assert found.candidates is not None
         here, packed = slice(number * size, (number + 1) * size), slice(number * size // 2, (number + 1) * size // 2)
-        weight, before = self.weight[:, here].float(), self.error[:, here]
+        weight, before = self.weight[rows, here].float(), self.error[rows, here]
         after = weight - block_values(found.codes, found.scales, task)
-        codes, scales = self.codes[:, packed], self.scales[:, number : number + 1]
-        self.candidates[:, number : number + 1] = found.candidates
+        codes, scales = self.codes[rows, packed], self.scales[rows, number : number + 1]
+        self.candidates[rows, number : number + 1] = found.candidates
         if metric is None:
             change = after
         else:
@@ -280,6 +301,13 @@ class Pass:
         scales.copy_(found.scales)
         before.copy_(after)
         return change
+
+
+def _row_pieces(target: Tensor) -> list[tuple[slice]]:
+    """Rows are independent. On a CPU, pieces of them take its cores; their number does not depend on the threads."""
+    rows = len(target)
+    pieces = max(1, rows // CPU_ROWS) if target.device.type == "cpu" else 1
+    return [(slice(rows * i // pieces, rows * (i + 1) // pieces),) for i in range(pieces)]
 
 
 def block_values(codes: Tensor, scales: Tensor, task: LayerTask) -> Tensor:
