@@ -259,7 +259,8 @@ def pass_on(
         tl.store(targets, moved, mask=mask)
 
 
-@triton.jit
+# Compilation takes most of a minute, and these three need no variants of their own.
+@triton.jit(do_not_specialize=["rows", "num_blocks", "first_block"])
 def joint_kernel(
     target_ptr,  # [rows, width] bf16, fp16 or fp32; with FEEDBACK fp32, and overwritten
     weight_ptr,  # [rows, K] bf16, fp16 or fp32; None without FEEDBACK
