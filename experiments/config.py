@@ -253,6 +253,7 @@ class CacheConfig:
 @dataclass
 class RecordConfig:
     blocks: bool = False  # keep every block's scale shift, candidates and error as Parquet beside the record
+    weights: bool = False  # keep the quantized weight as safetensors beside the record
 
 
 @dataclass

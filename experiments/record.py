@@ -21,6 +21,7 @@ from experiments.files import write_atomically
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
 BLOCKS_NAME = "blocks.parquet"
+WEIGHTS_NAME = "weights.safetensors"
 # Fields that older records lack.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
 # Fields of few runs. A record without a value leaves them out, and so does a CSV without any.

@@ -36,7 +36,7 @@ from experiments.config import Config, to_config
 from experiments.console import Console, full_errors, reason
 from experiments.files import remove_orphans
 from experiments.overrides import mistake
-from experiments.record import BLOCKS_NAME, RECORD_NAME, Histograms, RecordError, RunRecord, read_record
+from experiments.record import BLOCKS_NAME, RECORD_NAME, WEIGHTS_NAME, Histograms, RecordError, RunRecord, read_record
 from experiments.sweep import layers_ahead
 
 if TYPE_CHECKING:
@@ -144,11 +144,13 @@ def invalid_options(config: Config) -> Exception | None:
 def finished_record(resolved: Resolved) -> RunRecord | None:
     """The record of an earlier run that ended well, from the same sources; from any if the sources are not available.
 
-    None for a record of another schema version, and for one without blocks if record.blocks=true.
+    None for a record of another schema version, and for one without blocks if record.blocks=true, or without weights if
+    record.weights=true.
     """
-    run_dir = resolved.run_dir
-    if resolved.config.record.blocks and not (run_dir / BLOCKS_NAME).is_file():
-        return None
+    run_dir, wanted = resolved.run_dir, resolved.config.record
+    for is_wanted, name in ((wanted.blocks, BLOCKS_NAME), (wanted.weights, WEIGHTS_NAME)):
+        if is_wanted and not (run_dir / name).is_file():
+            return None
     try:
         record = read_record(run_dir / RECORD_NAME)
     except (FileNotFoundError, RecordError):

@@ -269,6 +269,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         fields = {name: value for name, value in outcome.fields.items() if not name.startswith("time")}
         grams = inputs.gram_calibration, inputs.gram_heldout
         kept = stages.keep_blocks(block_columns(inputs.weight, *[work] * 2, inputs.gram_calibration), folder)
+        stages.keep_weights(work, folder)
         return inputs.weight, grams, list(inputs.batches("calibration")), fields, outcome.histograms(), kept
 
     loss = c.HessianConfig(c.Weighting.loss, groups=2)

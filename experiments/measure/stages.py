@@ -23,10 +23,11 @@ from experiments.capture.limit import limit_calibration
 from experiments.capture.load import load_layer_inputs
 from experiments.capture.weighted import weigh_by_loss
 from experiments.config import Config, LayerConfig, Weighting
+from experiments.files import replacing
 from experiments.measure import timing
 from experiments.measure.blocks import block_columns, counts, histograms, write_blocks
 from experiments.measure.groups import Statistics, quantize_groups, statistics_of, verify_groups
-from experiments.record import BLOCKS_NAME, Histograms
+from experiments.record import BLOCKS_NAME, WEIGHTS_NAME, Histograms
 from experiments.sources.resolved import Resolved
 from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend
 from quantkit.metrics import output_error_from_gram, weight_error
@@ -85,6 +86,8 @@ def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
     fields |= measure_time(resolved, work)
     if config.record.blocks:  # written last, like the record
         fields |= keep_blocks(blocks(), resolved.run_dir)
+    if config.record.weights:
+        keep_weights(work.result, resolved.run_dir)
     return Outcome(fields, lambda: histograms(blocks()))
 
 
@@ -190,6 +193,12 @@ def measure_errors(inputs: LayerInputs, work: Quantized) -> Fields:
 def keep_blocks(blocks: dict[str, Tensor], run_dir: Path) -> Fields:
     write_blocks(blocks, run_dir / BLOCKS_NAME)
     return {"scale_shifts": counts(blocks["shift"]), "candidate_counts": counts(blocks.get("candidates"))}
+
+
+def keep_weights(result: QuantizedTensor, run_dir: Path) -> None:
+    """Write the quantized weight beside the record; `QuantizedTensor.load` reads it back, bit for bit."""
+    with replacing(run_dir / WEIGHTS_NAME) as temporary:
+        result.save(temporary)
 
 
 def verify_scales(config: Config, work: Quantized) -> Fields:

@@ -25,10 +25,10 @@ from experiments import sweep
 from experiments.config import CONF_DIR, REPO_ROOT, LayerConfig
 from experiments.console import Console, _milliseconds
 from experiments.measure import stages
-from experiments.record import BLOCKS_NAME, RunRecord, read_record, read_records
+from experiments.record import BLOCKS_NAME, WEIGHTS_NAME, RunRecord, read_record, read_records
 from experiments.sources.resolved import Resolved
 from experiments.sources.twins import Choice
-from quantkit import quantize
+from quantkit import QuantizedTensor, quantize
 from quantkit.metrics import output_error, weight_error
 from tests.experiments import tiny_models
 
@@ -484,6 +484,42 @@ def test_blocks_are_kept_beside_the_record(output: Path, method: str) -> None:
     run(output, f"method={method}", "model.std=1", "record.blocks=true", console=console)
     run(output, f"method={method}", "model.std=1", console=console)
     assert console.counts["skipped"] == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "format", "scale"),
+    [("naive", "mxfp4", "none"), ("hessian", "nvfp4", "amax"), ("descent", "nvfp4", "0.01")],
+)
+def test_the_quantized_weight_is_kept_beside_the_record(output: Path, method: str, format: str, scale: str) -> None:
+    overrides = [f"method={method}", f"format={format}", "model.std=1", f"format.global_scale={scale}"]
+    (record,) = run(output, *overrides)
+    path = output / record.run_id / WEIGHTS_NAME
+    assert not path.exists()
+    console = Console()
+    run(output, *overrides, "record.weights=true", console=console)  # the same run, not finished yet
+    assert console.counts["done"] == 1
+
+    config = SimpleNamespace(
+        seed=0,
+        model=SimpleNamespace(in_features=64, out_features=32, std=1.0),
+        data=SimpleNamespace(heldout=0.125),
+    )
+    inputs = layer_inputs(SimpleNamespace(config=config))  # type: ignore[arg-type]
+    given = {} if method == "naive" else {"gram": inputs.gram_calibration}
+    number = scale if scale in ("none", "amax") else float(scale)
+    want = quantize(inputs.weight, format, 16, method, backend="reference", global_scale=number, **given)
+    got = QuantizedTensor.load(path)
+    for name in ("codes", "scales", "global_scale"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+    assert (got.format, got.block_size, got.method) == (want.format, want.block_size, want.method)
+    assert got.nearest_codes == want.nearest_codes == (method != "descent")
+
+    written = path.read_bytes()
+    run(output, *overrides, "record.weights=true", console=console)
+    run(output, *overrides, console=console)
+    assert console.counts["skipped"] == 2
+    run(output, *overrides, "record.weights=true", "force=true")
+    assert path.read_bytes() == written
 
 
 # The command itself: which layers one capture takes
