@@ -14,9 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from experiments.files import write_atomically
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.json"
@@ -37,11 +40,84 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class Record:
+    """What the records of every kind have in common: one JSON object, of which each field is a column of the CSV."""
+
+    VERSION: ClassVar[int]
+    LATER: ClassVar[tuple[str, ...]] = ()  # fields that older records lack
+    SPARSE: ClassVar[tuple[str, ...]] = ()  # fields of few runs, left out where they are None
+
     run_id: str
     sweep: str
     status: str  # ok, unsupported or failed
     reason: str | None  # why it is not ok, in one line
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise RecordError(f"Record status {self.status!r} is none of {', '.join(STATUSES)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field name → plain value, in column order. NaN and infinity become None: JSON has neither.
+
+        SPARSE fields that are None are left out.
+        """
+        values = dataclasses.asdict(self)
+        return {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+            if not (v is None and k in self.SPARSE)
+        }
+
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """The names of its fields, in order."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "record") -> Self:
+        if not isinstance(values, dict):
+            raise RecordError(f"{where}: expected a JSON object, found {type(values).__name__}.")
+        version = values.get("schema_version")
+        if version != cls.VERSION:
+            raise RecordError(
+                f"{where}: schema_version {version!r}, but this code reads {cls.VERSION}; "
+                "delete it or run it again with force=true."
+            )
+        unknown = sorted(values.keys() - set(cls.fields()))
+        missing = sorted(set(cls.fields()) - values.keys() - {*cls.LATER, *cls.SPARSE})
+        if unknown or missing:
+            parts = [f"unknown fields {', '.join(unknown)}"] if unknown else []
+            parts += [f"missing fields {', '.join(missing)}"] if missing else []
+            raise RecordError(f"{where}: {'; '.join(parts)}.")
+        wrong = [name for name, value in values.items() if not isinstance(value, _types(cast(Any, cls), name))]
+        if wrong:
+            raise RecordError(f"{where}: {wrong[0]} is {values[wrong[0]]!r:.40}, which has the wrong type.")
+        return cls(**values)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """One line by default, as in a `.jsonl` file."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "record") -> Self:
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"{where}: not JSON ({error}).") from None
+        return cls.from_dict(values, where)
+
+    def write(self, run_dir: Path | str) -> Path:
+        """Write `run_dir/record.json` atomically and return its path."""
+        path = Path(run_dir) / RECORD_NAME
+        write_atomically(path, self.to_json(indent=2) + "\n")
+        return path
+
+
+@dataclass(frozen=True)
+class RunRecord(Record):
+    VERSION: ClassVar[int] = SCHEMA_VERSION
+    LATER: ClassVar[tuple[str, ...]] = LATER_FIELDS
+    SPARSE: ClassVar[tuple[str, ...]] = SPARSE_FIELDS
 
     format: str
     block_size: int
@@ -111,67 +187,12 @@ class RunRecord:
     duration_s: float | None = None
     schema_version: int = SCHEMA_VERSION
 
-    def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise RecordError(f"Record status {self.status!r} is none of {', '.join(STATUSES)}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Field name → plain value, in column order. NaN and infinity become None: JSON has neither.
-
-        SPARSE_FIELDS that are None are left out.
-        """
-        values = dataclasses.asdict(self)
-        return {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-            if not (v is None and k in SPARSE_FIELDS)
-        }
-
-    @classmethod
-    def from_dict(cls, values: Any, where: str = "record") -> RunRecord:
-        if not isinstance(values, dict):
-            raise RecordError(f"{where}: expected a JSON object, found {type(values).__name__}.")
-        version = values.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise RecordError(
-                f"{where}: schema_version {version!r}, but this code reads {SCHEMA_VERSION}; "
-                "delete it or run it again with force=true."
-            )
-        unknown = sorted(values.keys() - set(FIELDS))
-        missing = sorted(set(FIELDS) - values.keys() - {*LATER_FIELDS, *SPARSE_FIELDS})
-        if unknown or missing:
-            parts = [f"unknown fields {', '.join(unknown)}"] if unknown else []
-            parts += [f"missing fields {', '.join(missing)}"] if missing else []
-            raise RecordError(f"{where}: {'; '.join(parts)}.")
-        wrong = [name for name, value in values.items() if not isinstance(value, _types(name))]
-        if wrong:
-            raise RecordError(f"{where}: {wrong[0]} is {values[wrong[0]]!r:.40}, which has the wrong type.")
-        return cls(**values)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """One line by default, as in a `.jsonl` file."""
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str, where: str = "record") -> RunRecord:
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise RecordError(f"{where}: not JSON ({error}).") from None
-        return cls.from_dict(values, where)
-
-    def write(self, run_dir: Path | str) -> Path:
-        """Write `run_dir/record.json` atomically and return its path."""
-        path = Path(run_dir) / RECORD_NAME
-        write_atomically(path, self.to_json(indent=2) + "\n")
-        return path
-
-
-FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunRecord))
+FIELDS: tuple[str, ...] = RunRecord.fields()
 
 
 @functools.cache
-def _types(name: str) -> tuple[type, ...]:
+def _types(kind: Any, name: str) -> tuple[type, ...]:
     """What the annotation of a field allows, in JSON: a whole number is a float, too."""
     known = {
         "str": (str,),
@@ -179,18 +200,23 @@ def _types(name: str) -> tuple[type, ...]:
         "float": (int, float),
         "bool": (bool,),
         "None": (type(None),),
-        "list[float]": (list,),
     }
-    words = [
-        word.strip() for word in str(next(f.type for f in dataclasses.fields(RunRecord) if f.name == name)).split("|")
-    ]
-    return tuple(kind for word in words for kind in known.get(word, (dict,)))
+    words = [word.strip() for word in str(next(f.type for f in dataclasses.fields(kind) if f.name == name)).split("|")]
+    return tuple(t for word in words for t in known.get(word, (list,) if word.startswith("list[") else (dict,)))
+
+
+R = TypeVar("R", bound=Record)
 
 
 def read_record(path: Path | str) -> RunRecord:
     """Raises RecordError for a file that is no record of this version."""
+    return read_record_of(RunRecord, path)
+
+
+def read_record_of(kind: type[R], path: Path | str) -> R:
+    """Like read_record, for a record of another kind."""
     path = Path(path)
-    return RunRecord.from_json(_text(path), where=str(path))
+    return kind.from_json(_text(path), where=str(path))
 
 
 def read_records(folder: Path | str, damaged: list[str] | None = None) -> list[RunRecord]:
@@ -198,10 +224,15 @@ def read_records(folder: Path | str, damaged: list[str] | None = None) -> list[R
 
     damaged: a list that collects the errors of damaged files. Without it, the first one raises RecordError.
     """
+    return read_records_of(RunRecord, folder, damaged)
+
+
+def read_records_of(kind: type[R], folder: Path | str, damaged: list[str] | None = None) -> list[R]:
+    """Like read_records, for records of another kind."""
     records = []
     for where, text in _record_texts(Path(folder)):
         try:
-            records.append(RunRecord.from_json(text(), where))
+            records.append(kind.from_json(text(), where))
         except RecordError as error:
             if damaged is None:
                 raise

@@ -15,6 +15,7 @@ import inspect
 import json
 import multiprocessing
 import pkgutil
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import conftest  # noqa: F401  makes the interpreter quick
 
@@ -248,6 +250,8 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     from experiments.measure import bench_cases, stages
     from experiments.measure.blocks import block_columns
     from experiments.model import divergence
+    from experiments.model.evaluate_settings import EvaluateConfig, EvaluationConfig
+    from experiments.model.evaluation import execute, resolve_evaluation
     from experiments.sources.resolved import resolve
     from tests.experiments.tiny_models import configuration
 
@@ -291,6 +295,26 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return one_block.blocks_that_differ(weight, chosen), one_block.as_json(surveyed)
 
     yield "one block", one
+
+    def evaluated() -> object:
+        other = folder / "other"
+        shutil.copytree(folder.parent / "model", other)
+        for path in other.glob("model-*.safetensors"):
+            tensors = {name: tensor.bfloat16().float() for name, tensor in load_file(path).items()}
+            save_file(tensors, path, metadata={"format": "pt"})
+        config = EvaluationConfig(
+            model=dataclasses.replace(tiny.model, path=str(other)),
+            data=tiny.data,
+            evaluate=EvaluateConfig(resamples=100, layers=True, layers_by="decoder", layers_samples=2),
+            cache=own["cache"],
+            tracking=tiny.tracking,
+            reference=str(tiny.model.path),
+            device="cpu",
+            output_dir=str(folder / "evaluations"),
+        )
+        return execute(resolve_evaluation(config))
+
+    yield "evaluation", evaluated
     yield (
         "divergence",
         lambda: divergence.compare(

@@ -65,6 +65,17 @@ def token_sequences(config: Config, tokenize: Tokenize) -> Sequences:
     return chosen
 
 
+def evaluated_sequences(config: Config, text: Text, tokenize: Tokenize) -> tuple[Tensor, list[int], int]:
+    """(ids [sequences, seq_len], their numbers in the text, the number of sequences there): data.samples of them.
+
+    They are the last ones of the seeded shuffle, because calibration takes the first ones. Raises SourceError for a
+    text that is too short.
+    """
+    available = _cut(tokenize(_plain(text, config)), config, text.split)
+    chosen = sorted(shuffled(len(available), config.seed)[-config.data.samples :])
+    return available[chosen], chosen, len(available)
+
+
 def _held_out_elsewhere(
     config: Config, tokenize: Tokenize, text: Text, available: Tensor, order: list[int]
 ) -> Sequences:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.model.evaluate_settings import PROTOCOLS
+
 CHUNK_BYTES = 1 << 26  # of float32 logits: larger chunks are no faster
-PROTOCOLS = ("all", "llama_cpp")
 
 
 @dataclass(frozen=True)
