@@ -16,7 +16,8 @@ Sources: OCP Microscaling Formats (MX) v1.0 for E2M1 and UE8M0, OCP 8-bit Floati
 for their pairing with a float32 global scale. UE5M3 scales without a global scale: Hu et al., "Elucidating the Design
 Space of FP4 Training", arXiv 2509.17791. UE4M4 scales: Killian, "Scaled Outer Product", arXiv 2605.14929. No standard
 fixes these two; they follow E4M3 here: bias 2^(exponent bits - 1) - 1, subnormals, no infinity, the top code is NaN.
-NVINT4: Chen et al., "INT v.s. FP", arXiv 2510.25602; integers from -7 to 7, the symmetric range that they recommend.
+NVINT4 and MXINT4: Chen et al., "INT v.s. FP", arXiv 2510.25602; integers from -7 to 7, the symmetric range that they
+recommend. INT4 with UE5M3 or UE4M4 scales is no format of a standard or a paper: it completes the comparison of grids.
 Differences from hardware: a scale never rounds to zero (the smallest positive scale is taken instead), INT4 is stored
 as sign and magnitude, and block size 32 with E4M3 scales has no tensor-core support.
 """
@@ -39,7 +40,10 @@ __all__ = [
     "FP4_UE4M4",
     "FP4_UE5M3",
     "INT4",
+    "INT4_UE4M4",
+    "INT4_UE5M3",
     "MXFP4",
+    "MXINT4",
     "NVFP4",
     "NVINT4",
     "UE4M4",
@@ -338,6 +342,11 @@ MXFP4 = BlockFormat(
 FP4_UE5M3 = BlockFormat("fp4_ue5m3", E2M1, UE5M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=False)
 FP4_UE4M4 = BlockFormat("fp4_ue4m4", E2M1, UE4M4, block_sizes=(16, 32), scale_rules=("nearest",), two_level=False)
 NVINT4 = BlockFormat("nvint4", INT4, E4M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=True)
+MXINT4 = BlockFormat(
+    "mxint4", INT4, UE8M0, block_sizes=(16, 32), scale_rules=("floor", "ceil", "even", "rceil"), two_level=False
+)
+INT4_UE5M3 = BlockFormat("int4_ue5m3", INT4, UE5M3, block_sizes=(16, 32), scale_rules=("nearest",), two_level=False)
+INT4_UE4M4 = BlockFormat("int4_ue4m4", INT4, UE4M4, block_sizes=(16, 32), scale_rules=("nearest",), two_level=False)
 
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
@@ -348,6 +357,9 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
             FP4_UE5M3,
             FP4_UE4M4,
             NVINT4,
+            MXINT4,
+            INT4_UE5M3,
+            INT4_UE4M4,
         )
     }
 )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from quantkit.formats import FORMATS, BlockFormat
+from quantkit.formats import FORMATS, INT4, BlockFormat
 from tests.oracle import E4M3_VALUES, MAGNITUDES, values_of
 
 # (format, method): searches that the reference has alone; test_methods.py shows that these are all, and are refused.
-WITHOUT_KERNEL = {("nvint4", method) for method in ("sse", "hessian", "joint", "gptq", "descent")}
+WITHOUT_KERNEL = {
+    (name, method)
+    for name in FORMATS
+    if FORMATS[name].element == INT4
+    for method in ("sse", "hessian", "joint", "gptq", "descent")
+}
 # Those that take a block by itself and leave its codes nearest; the others have tests of their own in layer/.
 BLOCK_METHODS = ("naive", "sse", "hessian")
 SEARCHED_BY_KERNELS = [name for name in FORMATS if (name, "hessian") not in WITHOUT_KERNEL]

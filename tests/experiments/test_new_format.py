@@ -16,7 +16,7 @@ from experiments.record import read_records
 ENTRY = """
             BlockFormat("fp4_ue3m5", E2M1, ScaleGrid("ue3m5", 3, 5, 3, max_code=254), (16, 32), ("nearest",), True),
 """
-LAST = "            NVINT4,\n"
+LAST = "            INT4_UE4M4,\n"
 YAML = "name: fp4_ue3m5\nglobal_scale: amax\nscale_rule: null\n"
 
 

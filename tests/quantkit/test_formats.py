@@ -85,7 +85,7 @@ def test_packing_puts_the_even_column_low() -> None:
 def test_formats_are_known_by_name() -> None:
     assert get_format("nvfp4") is FORMATS["nvfp4"] and get_format(FORMATS["mxfp4"]) is FORMATS["mxfp4"]
     with pytest.raises(
-        ValueError, match="unknown format 'nvfp8'; known formats: nvfp4, mxfp4, fp4_ue5m3, fp4_ue4m4, nvint4"
+        ValueError, match="unknown format 'nvfp8'; known formats: nvfp4, mxfp4, fp4_ue5m3, fp4_ue4m4, nvint4, mxint4"
     ):
         get_format("nvfp8")
 

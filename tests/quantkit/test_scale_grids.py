@@ -27,7 +27,7 @@ SINGLE, TWO = (2, 3, 6, 7), (2, 5, 6, 7)  # exponent bits
 WIDTHS = {f"ue{e}m{8 - e}": fmt(grid(e), two_level=False) for e in SINGLE}
 WIDTHS |= {f"ue{e}m{8 - e}_two_level": fmt(grid(e), two_level=True) for e in TWO}
 SEARCHED = {name: f for name, f in WIDTHS.items() if f.scale.exponent_bits < 7}
-NEW = {name: FORMATS[name] for name in ("fp4_ue5m3", "fp4_ue4m4", "nvint4")}
+NEW = {name: FORMATS[name] for name in FORMATS if name != "nvfp4" and not FORMATS[name].scale.is_power_of_two}
 
 
 def run(blocks: np.ndarray, f: BlockFormat, method: str, backend: str, device: str, **options) -> QuantizedTensor:
