@@ -326,15 +326,21 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def whole() -> object:
         from experiments.model.checkpoint import load_dequantized, open_quantized
-        from tests.experiments.model.folders import open_source, write
+        from experiments.sources.checkpoints import CodesCheckpoint, open_checkpoint
+        from tests.experiments.model.folders import open_source, source, write
+        from tests.experiments.sources.test_layouts import write_layout
 
         write(folder / "whole", open_source(folder.parent / "model"), stop=1)
         written = write(folder / "whole", open_source(folder.parent / "model"))
         opened = open_quantized(folder / "whole")
         opened.verify()
         files = {name: value["sha256"] for name, value in opened.files.items()}
+        engine = write_layout(folder / "whole", folder / "engine", "modelopt")
+        codes = open_checkpoint(source(engine), folder)
+        assert isinstance(codes, CodesCheckpoint)
+        others = codes.read(codes.names[:9]), [codes.quantized(name) for name in codes.matrices.values()]
         tensors = [opened.tensor(name) for name in opened.kept], [opened.quantized(name) for name in opened.names]
-        return files, tensors, load_dequantized(folder / "whole").state_dict(), written.quantized(0)
+        return files, tensors, others, load_dequantized(folder / "whole").state_dict(), written.quantized(0)
 
     yield "whole model", whole
     weight = bench_cases.sample_weight(8, 64)

