@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Callable[[], object]] = {
 ELSEWHERE = {
     "experiments.bench": "writes timings of what is called here",
     "experiments.run": "runs what is called here, under Hydra",
+    "experiments.train_small": "makes a model from nothing; its own tests train one",
     "experiments.one_block.main": "writes what survey returns, of a model that is fetched",
     "experiments.one_block.survey": "its parts are called",
     "experiments.measure.bench_clock": "a GPU's clock",
