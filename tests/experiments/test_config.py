@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -21,6 +22,7 @@ from experiments.config import (
     result_config,
     run_id,
 )
+from experiments.model.evaluate_settings import EvaluationConfig, compose_evaluation
 
 SMALL = ("model=synthetic", "data=synthetic")
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml"))
@@ -28,9 +30,9 @@ OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
-    config = compose([option])
-    assert isinstance(config, Config)
     group, _, name = option.partition("=")
+    config: Any = compose_evaluation(option) if group == "evaluate" else compose([option])
+    assert isinstance(config, EvaluationConfig if group == "evaluate" else Config)
     chosen = getattr(config, group, None)
     if hasattr(chosen, "name"):
         assert chosen.name == name
