@@ -2,11 +2,16 @@
 
     python experiments/bench.py --out results/bench/NAME.csv
     python experiments/bench.py --shapes 2560x9728 --backends triton --rounds 50
+    python experiments/bench.py --gram --formats nvfp4 --block-sizes 16 --rounds 10
 
 measure/bench_clock.py describes the two clocks, measure/bench_rows.py the order of the measurements, and
 measure/bench_peers.py what the peers compute. `floor_us` is the time for reading or writing each byte once, at the
 bandwidth of a large copy in the same process. `ratio_to_copy` is gpu_us over that of a copy of the same weight. The
 line `launch` adds two numbers, which gives the least time of any kernel.
+
+With `--gram`, every method is timed on one Gram matrix, gptq and descent too, beside the peers' GPTQ. `output_error` is
+in percent, under this matrix (measure/bench_gram.py). A peer that is not installed, or cannot run, has a line whose
+`note` says so.
 """
 
 from __future__ import annotations
@@ -47,6 +52,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         rounds=options.rounds,
         peers=not options.no_peers,
         block_hessians=options.block_hessians,
+        formats=options.formats.split(","),
+        gram=options.gram,
     )
 
 
@@ -61,8 +68,9 @@ def compile_ahead(arguments: list[str], jobs: int) -> None:
 def compile_share(options: argparse.Namespace) -> None:
     """The work of one process of compile_ahead: call every ``jobs``-th of the first shape's Triton cases."""
     job, jobs = (int(number) for number in options.compile.split("/"))
-    # Without block Hessians: their two kernels compile fast, and each process would allocate their activations.
-    settings = dataclasses.replace(settings_of(options), block_hessians=False)
+    # Without block Hessians: their two kernels compile fast, and each process would allocate their activations. With
+    # a Gram matrix, its methods use the kernels of the other cases.
+    settings = dataclasses.replace(settings_of(options), block_hessians=False, gram=False)
     ours, peers = cases_of(options.shapes[0], settings)
     for case in [case for case in (*ours, *available(peers)) if case.backend == "triton"][job::jobs]:
         try:
@@ -79,11 +87,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", default="main", help="main, rows, qwen3_4b, or ROWSxCOLUMNS; several by commas")
     parser.add_argument("--backends", help="triton,reference; default: triton on a GPU, else reference")
     parser.add_argument("--block-sizes", default="16,32")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="some of the known formats, by commas")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--no-peers", action="store_true", help="leave out qwantize and nvidia-modelopt")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the other tools")
     parser.add_argument("--block-hessians", action="store_true", help=f"also time block Hessians of {TOKENS} tokens")
+    parser.add_argument("--gram", action="store_true", help="time every method and output error on one Gram matrix")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -96,6 +106,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = {str(size) for fmt in FORMATS.values() for size in fmt.block_sizes}
     if not set(options.block_sizes.split(",")) <= known:
         parser.error(f"--block-sizes {options.block_sizes}: known sizes: {', '.join(sorted(known))}")
+    if not set(options.formats.split(",")) <= set(FORMATS):
+        parser.error(f"--formats {options.formats}: known formats: {', '.join(FORMATS)}")
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
     if options.device not in ("auto", "cpu") and not options.device.startswith("cuda"):
@@ -154,11 +166,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(lines: list[BenchRow]) -> None:
     for line in lines:
+        what = f"{line.tool} {line.operation} {line.format} {line.block_size or ''} {line.global_scale} {line.backend}"
+        if line.note:
+            print(f"{line.rows:6d}x{line.columns:<5d} {what:55s} {line.note}", flush=True)
+            continue
         times = f"{line.gpu_us_median or line.call_us_median:10.1f} µs"
         ratio = f"{line.ratio_to_copy:7.2f} × copy" if line.ratio_to_copy else ""
-        what = f"{line.tool} {line.operation} {line.format} {line.block_size or ''} {line.global_scale} {line.backend}"
+        error = f"  output error {line.output_error:.3f} %" if line.output_error is not None else ""
         print(
-            f"{line.rows:6d}x{line.columns:<5d} {what:55s} {times} {ratio}  call {line.call_us_median:.1f}", flush=True
+            f"{line.rows:6d}x{line.columns:<5d} {what:55s} {times} {ratio}  call {line.call_us_median:.1f}{error}",
+            flush=True,
         )
 
 

@@ -248,7 +248,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     from experiments.capture import forward
     from experiments.capture.limit import limit_calibration
     from experiments.capture.load import load_layer_inputs
-    from experiments.measure import bench_cases, stages
+    from experiments.measure import bench_cases, bench_gram, stages
     from experiments.measure.blocks import block_columns
     from experiments.model import divergence
     from experiments.model.evaluate_settings import EvaluateConfig, EvaluationConfig
@@ -345,6 +345,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
     yield "whole model", whole
     weight = bench_cases.sample_weight(8, 64)
+    task = bench_gram.gram_task(weight)
     yield (
         "bench",
         lambda: (
@@ -352,6 +353,8 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             bench_cases.sample_hessian(bench_cases.sample_tokens(weight), 16),
             [case.call() for case in bench_cases.cases(weight, ["reference"], [16])],
             len(list(bench_cases.block_hessian_cases(16, torch.float32, "cpu"))),
+            [case.call() for case in bench_gram.gram_cases(task, ["reference"], ["nvfp4"], [16])],
+            (task.judge(weight.roll(1, 1)), task.global_scale),
         ),
     )
 

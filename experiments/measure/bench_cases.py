@@ -24,7 +24,9 @@ class Case:
     """A call to time, and its times so far in microseconds.
 
     bytes: number of bytes to read and write, each once. warm_up: the same call on a few rows of the weight; None: the
-    call itself. graph: the call as a CUDA graph. limit: maximum number of times.
+    call itself. in_graph: time it as a CUDA graph if that is possible. graph: this graph. limit: maximum number of
+    times. judge: the output error in percent of what the call returns; None: not measured. note: why there are no
+    times.
     """
 
     kind: str  # kernel, copy, launch or peer
@@ -39,8 +41,12 @@ class Case:
     warm_up: Callable[[], object] | None = None
     gpu_us: list[float] = field(default_factory=list)
     call_us: list[float] = field(default_factory=list)
+    in_graph: bool = True
     graph: Any = None
     limit: int = 1 << 30
+    judge: Callable[[Any], float] | None = None
+    output_error: float | None = None
+    note: str = ""
 
 
 def sample_weight(rows: int, columns: int) -> Tensor:
@@ -71,13 +77,15 @@ def sample_hessian(tokens: Tensor, block_size: int) -> Tensor:
     return torch.einsum("tbi,tbj->bij", blocks, blocks).contiguous()
 
 
-def cases(weight: Tensor, backends: Sequence[str], block_sizes: Sequence[int]) -> Iterator[Case]:
+def cases(
+    weight: Tensor, backends: Sequence[str], block_sizes: Sequence[int], formats: Sequence[str] = tuple(FORMATS)
+) -> Iterator[Case]:
     """All cases of quantkit on one weight ``[rows, columns]``, the copy and the launch."""
     on_gpu = "triton" in backends and weight.is_cuda
     yield copy_case(weight)
     yield _launch_case(weight.device)
     tokens = sample_tokens(weight)
-    for name, layout in FORMATS.items():
+    for name, layout in ((name, FORMATS[name]) for name in formats):
         for block_size in (size for size in block_sizes if size in layout.block_sizes):
             hessian = sample_hessian(tokens, block_size)
             for method in (name for name, entry in METHODS.items() if entry.needs != "gram"):
@@ -128,8 +136,12 @@ def _global_scales(weight: Tensor, layout: BlockFormat) -> dict[str, Any]:
     """Label → quantize()'s argument global_scale; None leaves it out."""
     if not layout.two_level:
         return {"none": None}
-    amax = weight.abs().amax().float() / (layout.element.max_value * layout.scale.max_value)
-    return {"given": amax, "amax": "amax"}
+    return {"given": amax_scale(weight, layout), "amax": "amax"}
+
+
+def amax_scale(weight: Tensor, layout: BlockFormat) -> Tensor:
+    """The global scale that puts the scale of the largest weight at the end of the format's scale grid."""
+    return weight.abs().amax().float() / (layout.element.max_value * layout.scale.max_value)
 
 
 def _quantizer(

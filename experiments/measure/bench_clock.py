@@ -45,7 +45,7 @@ class Clock:
         self.wait()
         if time.perf_counter() - start > SLOW_S:
             case.limit = SLOW_ROUNDS
-        elif self.cuda:
+        elif self.cuda and case.in_graph:
             case.graph = self.capture(case.call)
 
     def capture(self, call: Callable[[], object]) -> Any:

@@ -19,13 +19,19 @@ import torch
 
 from experiments.measure.bench_cases import TOKENS, Case, block_hessian_cases, cases, sample_weight
 from experiments.measure.bench_clock import Clock, quantiles
-from experiments.measure.bench_peers import PACKAGES, available, peer_cases
+from experiments.measure.bench_gram import gram_cases, gram_task
+from experiments.measure.bench_peers import PACKAGES, available, gram_peer_cases, note_of, peer_cases
 from experiments.provenance import device_name, git_state, installed, versions
+from quantkit import FORMATS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings for each weight. dtype: name of a torch dtype. rounds: number of times per case."""
+    """The settings for each weight.
+
+    dtype: name of a torch dtype. rounds: number of times per case. gram: every method and the peers' GPTQ on one Gram
+    matrix, with their output errors, instead of the cases of bench_cases.
+    """
 
     device: str
     dtype: str
@@ -34,6 +40,8 @@ class Settings:
     rounds: int
     peers: bool
     block_hessians: bool
+    formats: Sequence[str] = tuple(FORMATS)
+    gram: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +50,7 @@ class BenchRow:
 
     kind: str  # kernel, copy, launch, or peer
     tool: str
-    operation: str  # naive, sse, hessian, dequantize, amax, block_hessians, copy, launch
+    operation: str  # a method, gptq_mse, gptq_expanded_mse, admm, dequantize, amax, block_hessians, copy, launch
     format: str
     block_size: int | None
     backend: str
@@ -59,18 +67,24 @@ class BenchRow:
     bytes: int
     floor_us: float | None
     ratio_to_copy: float | None
+    output_error: float | None  # percent, under the Gram matrix
     iterations: int
     device: str
     commit: str
     dirty: bool | None
     versions: str
+    note: str  # why a peer has no times
 
 
 def cases_of(shape: tuple[int, int], settings: Settings) -> tuple[list[Case], list[Iterator[Case]]]:
     """(quantkit's cases, an iterator of each peer's cases)."""
     rows, columns = shape
     weight = sample_weight(rows, columns).to(settings.device, getattr(torch, settings.dtype))
-    ours = list(cases(weight, settings.backends, settings.block_sizes))
+    if settings.gram:
+        task = gram_task(weight)
+        methods = list(gram_cases(task, settings.backends, settings.formats, settings.block_sizes))
+        return methods, gram_peer_cases(task) if settings.peers else []
+    ours = list(cases(weight, settings.backends, settings.block_sizes, settings.formats))
     if settings.block_hessians and weight.is_cuda:
         ours += block_hessian_cases(columns, weight.dtype, settings.device)
     return ours, peer_cases(weight) if settings.peers and weight.is_cuda else []
@@ -82,31 +96,36 @@ def run_shape(shape: tuple[int, int], clock: Clock, bandwidth: float | None, set
     quick = [case for case in ours if case.backend != "reference"]  # kernels, the copy, the launch
     slow = [case for case in ours if case.backend == "reference"]
     for case in quick:
-        clock.prepare(case)
+        _prepare(case, clock)
     for _ in range(settings.rounds):
         for case in quick:
             clock.time_call(case)
-    others = [case for case in (*slow, *available(peers)) if _prepared(case, clock)]
+    others = [*slow, *available(peers)]
+    for case in others:
+        _prepare(case, clock)
     for _ in range(settings.rounds):
         clock.settle(quick[0])
         for case in quick:
             clock.time_gpu(case)
-        for case in others:
+        for case in (case for case in others if not case.note):
             clock.time_gpu(case)
             clock.time_call(case)
     return bench_rows([*ours, *(case for case in others if case.kind == "peer")], shape, bandwidth, settings)
 
 
-def _prepared(case: Case, clock: Clock) -> bool:
-    """Whether the case can be timed. A peer that cannot run is left out. An error of quantkit is raised."""
+def _prepare(case: Case, clock: Clock) -> None:
+    """Prepare and judge a case. A peer that cannot run gets the error as its note. An error of quantkit is raised."""
+    if case.note:
+        return
     try:
         clock.prepare(case)
+        if case.judge is not None:
+            case.output_error = case.judge(case.call())
     except Exception as error:
         if case.kind != "peer":
             raise
-        print(f"{case.tool} {case.operation} {case.format} left out: {error!r:.200}", file=sys.stderr)
-        return False
-    return True
+        case.note = note_of(error)
+        print(f"{case.tool} {case.operation} {case.format} left out: {case.note}", file=sys.stderr)
 
 
 def bench_rows(
@@ -147,11 +166,13 @@ def _row(
         bytes=case.bytes,
         floor_us=None if bandwidth is None else round(1e6 * case.bytes / bandwidth, 3),
         ratio_to_copy=None if copied[0] is None or gpu[0] is None else round(gpu[0] / copied[0], 3),
+        output_error=None if case.output_error is None else round(case.output_error, 4),
         iterations=len(case.call_us),
         device=device_name(settings.device),
         commit=commit,
         dirty=dirty,
         versions=" ".join(f"{name}={version}" for name, version in packages.items()),
+        note=case.note,
     )
 
 

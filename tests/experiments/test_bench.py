@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +14,16 @@ import pytest
 import torch
 
 from experiments import bench
+from experiments.measure import bench_peers
 from experiments.measure.bench_cases import Case, sample_weight
+from experiments.measure.bench_gram import gram_cases, gram_task
 from experiments.measure.bench_rows import BenchRow, to_csv
 from experiments.reporting import ReportError
 from experiments.reporting.pages import Material, fill
 from experiments.reporting.scaling import scaling_tables
 from experiments.reporting.speed import brief_speed_tables, speed_tables
-from quantkit import FORMATS, METHODS
+from quantkit import FORMATS, METHODS, quantize
+from quantkit.metrics import output_error
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +46,72 @@ def test_bench_times_every_method_format_and_block_size(tmp_path: Path, capsys: 
     naive = kernels[(kernels["operation"] == "naive") & (kernels["block_size"] == 16)]
     assert (naive["bytes"] == 8 * 64 * 2 + 8 * 64 // 2 + 8 * 64 // 16).all()
     assert "quantkit hessian mxfp4 32" in capsys.readouterr().out
+
+
+def bench_with_gram(out: Path) -> pd.DataFrame:
+    arguments = ["--gram", "--formats", "nvfp4", "--block-sizes", "16", "--shapes", "8x64", "--rounds", "1"]
+    assert bench.main([*arguments, "--device", "cpu", "--backends", "reference", "--out", str(out)]) == 0
+    return pd.read_csv(out)
+
+
+def test_with_a_gram_matrix_every_method_has_its_output_error_beside_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a peer that is not installed has a line that says so."""
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None)
+    table = bench_with_gram(tmp_path / "gram.csv")
+    ours = table[table["kind"] == "kernel"].set_index("operation")
+    assert list(ours.index) == list(METHODS) and (ours["call_us_median"] > 0).all()
+    task = gram_task(sample_weight(8, 64).bfloat16())
+    found = quantize(task.weight, "nvfp4", 16, "gptq", gram=task.gram)
+    want = output_error(task.tokens, task.weight, found.dequantize(torch.float32))
+    assert ours.loc["gptq", "output_error"] == pytest.approx(100 * want, rel=1e-4)
+    assert ours["output_error"].is_monotonic_decreasing  # from naive to descent, on the tokens of the Gram matrix
+    peers = table[table["kind"] == "peer"]
+    assert list(zip(peers["tool"], peers["operation"], peers["note"], strict=True)) == [
+        (tool, operation, "not installed")
+        for tool, operation in (
+            ("modelopt", "gptq"),
+            ("llmcompressor", "gptq"),
+            ("qwantize", "gptq"),
+            ("qwantize", "admm"),
+        )
+    ]
+    assert peers[["gpu_us_median", "call_us_median", "output_error"]].isna().all(axis=None)
+
+
+def test_a_peer_that_fails_has_its_error_as_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it fails where its cases are made, or where it is called."""
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: object())
+
+    def broken() -> object:
+        raise RuntimeError("no\nkernel")
+
+    def cases(task: object) -> Iterator[Case]:
+        yield case(kind="peer", tool="llmcompressor", operation="gptq", call=broken)
+
+    for name in ("modelopt", "qwantize"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(bench_peers, "_llmcompressor_gptq", cases)
+    peers = bench_with_gram(tmp_path / "gram.csv").query("kind == 'peer'").set_index("tool")
+    assert peers.loc["modelopt", "note"] == "RuntimeError: its NVFP4 kernels need a GPU"
+    assert peers.loc["llmcompressor", "note"] == "RuntimeError: no kernel"
+    assert (
+        peers.loc["qwantize", "note"] == "ModuleNotFoundError: import of qwantize halted; None in sys.modules"
+    ).all()
+
+
+def test_llm_compressor_quantizes_the_same_weight_under_the_same_gram_matrix() -> None:
+    """Its GPTQ with scales from the blocks' amax lies between naive and quantkit's GPTQ."""
+    pytest.importorskip("llmcompressor")
+    task = gram_task(sample_weight(16, 128).bfloat16())
+    peer = next(bench_peers.available(bench_peers.gram_peer_cases(task)[1:2]))
+    before = task.gram.clone()
+    error = task.judge(peer.call())
+    methods = [case for case in gram_cases(task, ["reference"], ["nvfp4"], [16]) if case.judge]
+    ours = {case.operation: task.judge(case.call().dequantize()) for case in methods}
+    assert ours["gptq"] < error < ours["naive"]
+    assert torch.equal(task.gram, before) and error == task.judge(peer.call())
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
@@ -102,6 +173,7 @@ def test_compiling_ahead_calls_each_case_once(tmp_path: Path, monkeypatch: pytes
         (["--backends", "cuda"], "triton, reference"),
         (["--rounds", "0"], "--rounds 0: at least 1"),
         (["--block-sizes", "16,17"], "--block-sizes 16,17: known sizes: 16, 32"),
+        (["--formats", "nvfp4,fp5"], "--formats nvfp4,fp5: known formats: nvfp4, mxfp4"),
         (["--device", "tpu"], "--device tpu: cpu, cuda"),
         pytest.param(["--device", "cuda"], "torch sees 0 GPUs; use device=cpu", marks=NO_CUDA),
         pytest.param(["--backends", "triton"], "'triton' needs a GPU tensor", marks=NO_CUDA),
