@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -34,7 +34,7 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 CONF_DIR = REPO_ROOT / "conf"
 
 
-class _Choice(str, Enum):
+class Choice(str, Enum):
     """A closed set of words. A member compares, prints and serializes as its word."""
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class _Choice(str, Enum):
         return format(str(self.value), format_spec)
 
 
-class ScaleRule(_Choice):
+class ScaleRule(Choice):
     nearest = "nearest"
     floor = "floor"
     ceil = "ceil"
@@ -52,27 +52,27 @@ class ScaleRule(_Choice):
     rceil = "rceil"
 
 
-class ModelSource(_Choice):
+class ModelSource(Choice):
     hub = "hub"
     pypi_gguf = "pypi_gguf"
     synthetic = "synthetic"
     bundle = "bundle"
 
 
-class DataSource(_Choice):
+class DataSource(Choice):
     hub = "hub"
     python_docs = "python_docs"
     synthetic = "synthetic"
 
 
-class Weighting(_Choice):
+class Weighting(Choice):
     """The weight of a token in a layer's Hessians."""
 
     output = "output"  # 1: squared error of the layer's output
     loss = "loss"  # the mean squared gradient of the model's loss at the layer's output
 
 
-class Offline(_Choice):
+class Offline(Choice):
     """What to do when the model or the text is neither in the cache nor reachable."""
 
     auto = "auto"  # switch to the offline twins
@@ -80,7 +80,7 @@ class Offline(_Choice):
     always = "always"  # take the twins without asking the hub
 
 
-class TrackingMode(_Choice):
+class TrackingMode(Choice):
     offline = "offline"
     online = "online"
     disabled = "disabled"
@@ -91,7 +91,7 @@ def new_sweep_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
@@ -102,7 +102,7 @@ SWEEP_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it names a fol
 def check_sweep(name: str) -> None:
     """Raises ValueError for a name that cannot name a folder, or is too long for a W&B group."""
     shown = name if len(name) <= 40 else f"{name[:40]}…"
-    _require(
+    require(
         SWEEP_NAME.fullmatch(name) is not None,
         f"sweep={shown}: use a plain name of at most 128 letters, digits, '.', - and _, not beginning with '.'.",
     )
@@ -120,9 +120,9 @@ class FormatConfig:
         scale = self.global_scale
         remedy = f"format.global_scale={scale}: use {', '.join(GLOBAL_SCALES)} or a positive number."
         if isinstance(scale, str):
-            _require(scale in GLOBAL_SCALES, remedy)
+            require(scale in GLOBAL_SCALES, remedy)
         elif scale is not None:
-            _require(math.isfinite(scale) and scale > 0, remedy)
+            require(math.isfinite(scale) and scale > 0, remedy)
             self.global_scale = float(scale)
 
     @property
@@ -168,13 +168,16 @@ class ModelConfig:
     in_features: int = 9728
     std: float = 0.02
     num_layers: int | None = None  # source pypi_gguf: of the pinned file; other checkpoints have it in config.json
+    # Of a whole model: patterns of the names of its linear layers, such as "*.mlp.*". Null: see model/select.py.
+    include: list[str] | None = None
+    exclude: list[str] | None = None
 
     def __post_init__(self) -> None:
         # Checked here, because a twin has its own dtype, and later code would not read this one.
-        _require(self.dtype in DTYPES, f"model.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-        _require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
-        _require(self.in_features > 0, f"model.in_features={self.in_features}: must be positive.")
-        _require(self.std > 0 and math.isfinite(self.std), f"model.std={self.std}: must be positive.")
+        require(self.dtype in DTYPES, f"model.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+        require(self.out_features > 0, f"model.out_features={self.out_features}: must be positive.")
+        require(self.in_features > 0, f"model.in_features={self.in_features}: must be positive.")
+        require(self.std > 0 and math.isfinite(self.std), f"model.std={self.std}: must be positive.")
 
     @property
     def label(self) -> str:
@@ -190,8 +193,8 @@ class LayerConfig:
     module: str = "mlp.down_proj"
 
     def __post_init__(self) -> None:
-        _require(self.index >= 0, f"layer.index={self.index}: layers count from 0.")
-        _require(bool(self.module), "layer.module is empty: name a linear module, such as mlp.down_proj.")
+        require(self.index >= 0, f"layer.index={self.index}: layers count from 0.")
+        require(bool(self.module), "layer.module is empty: name a linear module, such as mlp.down_proj.")
 
 
 @dataclass
@@ -213,11 +216,11 @@ class DataConfig:
     calibration_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.seq_len > 0, f"data.seq_len={self.seq_len}: must be positive.")
-        _require(self.samples > 0, f"data.samples={self.samples}: must be positive.")
-        _require(0 <= self.heldout < 1, f"data.heldout={self.heldout}: a share of the sequences, 0 <= heldout < 1.")
+        require(self.seq_len > 0, f"data.seq_len={self.seq_len}: must be positive.")
+        require(self.samples > 0, f"data.samples={self.samples}: must be positive.")
+        require(0 <= self.heldout < 1, f"data.heldout={self.heldout}: a share of the sequences, 0 <= heldout < 1.")
         limit = self.calibration_tokens
-        _require(limit is None or limit > 0, f"data.calibration_tokens={limit}: must be positive, or null for all.")
+        require(limit is None or limit > 0, f"data.calibration_tokens={limit}: must be positive, or null for all.")
 
 
 @dataclass
@@ -229,8 +232,8 @@ class HessianConfig:
     def __post_init__(self) -> None:
         for name in ("groups", "samples"):
             value = getattr(self, name)
-            _require(value > 0, f"hessian.{name}={value}: must be positive.")
-            _require(
+            require(value > 0, f"hessian.{name}={value}: must be positive.")
+            require(
                 value == 1 or self.weighting == Weighting.loss,
                 f"hessian.{name}={value}: only loss weights have {name}. Add hessian=loss, or leave it out.",
             )
@@ -243,7 +246,7 @@ class CacheConfig:
     activations: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.shard_mib > 0, f"cache.shard_mib={self.shard_mib}: must be positive.")
+        require(self.shard_mib > 0, f"cache.shard_mib={self.shard_mib}: must be positive.")
 
     @property
     def folder(self) -> Path:
@@ -263,7 +266,7 @@ class TrackingConfig:
     mode: TrackingMode | None = None  # null: $WANDB_MODE, else offline
 
     def __post_init__(self) -> None:
-        _require(self.name in ("wandb", "none"), f"tracking.name={self.name}: use wandb or none.")
+        require(self.name in ("wandb", "none"), f"tracking.name={self.name}: use wandb or none.")
 
 
 @dataclass
@@ -277,7 +280,7 @@ class TimingConfig:
     def __post_init__(self) -> None:
         for name in ("warmup_ms", "rep_ms", "min_run_s", "max_call_s"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"timing.{name}={value}: must be positive.")
+            require(math.isfinite(value) and value > 0, f"timing.{name}={value}: must be positive.")
 
 
 @dataclass(kw_only=True)
@@ -305,10 +308,10 @@ class Config:
     sweep: str = field(default_factory=new_sweep_id)
 
     def __post_init__(self) -> None:
-        _require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
-        _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
+        require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
         check_sweep(self.sweep)
-        _require(
+        require(
             self.format.global_scale != "search" or self.hessian.groups == 1,
             f"format.global_scale=search, hessian.groups={self.hessian.groups}: row groups share a global scale that "
             "no group may search. Use amax, or hessian.groups=1.",
@@ -323,24 +326,37 @@ def register_schema() -> None:
 
 
 def to_config(composed: Any) -> Config:
-    """The plain dataclasses of a composed configuration. Raises ValueError for a value outside its range."""
+    """The plain dataclasses of run.py's composed configuration. Raises ValueError for a value outside its range."""
+    return plain_config(composed, Config)
+
+
+T = TypeVar("T")
+
+
+def plain_config(composed: Any, schema: type[T]) -> T:
+    """The plain dataclasses of a composed configuration of any script. Raises ValueError, see to_config."""
     config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     # Hydra lets `+key=value` add keys that the schema lacks. Nothing would read them.
     for prefix, part in (("", config), *((f"{name}.", group) for name, group in vars(config).items())):
         if is_dataclass(part):
             unknown = vars(part).keys() - {f.name for f in fields(part)}
-            _require(not unknown, f"{prefix}{', '.join(sorted(unknown))}: no such setting.")
+            require(not unknown, f"{prefix}{', '.join(sorted(unknown))}: no such setting.")
     return config
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The configuration of `run.py OVERRIDES`, for tests and notebooks."""
+    return compose_as("config", Config, overrides)
+
+
+def compose_as(name: str, schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """The configuration of a script with `conf/NAME.yaml` and these overrides."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        return to_config(hydra_compose("config", overrides=list(overrides)))
+        return plain_config(hydra_compose(name, overrides=list(overrides)), schema)
 
 
 def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
@@ -352,6 +368,8 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
     for name in ("cache", "record", "tracking", "offline", "force", "output_dir", "sweep"):
         del values[name]
     for name in ("origin", "num_layers"):  # descriptions that do not select the model
+        del values["model"][name]
+    for name in ("include", "exclude"):  # of a whole model only
         del values["model"][name]
     if values["data"]["calibration_tokens"] is None:  # a newer setting: older identities stay the same
         del values["data"]["calibration_tokens"]

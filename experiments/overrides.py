@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
-from experiments import config as schema
 from experiments.config import CONF_DIR, Config
 
 # Options with which choices may also come from other folders than conf/.
@@ -22,22 +21,27 @@ OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
 PLAIN_VALUE = re.compile(r"[^()\[\]{}$'\"]*")  # neither a glob, a list, an interpolation nor quoted
 
 
-def mistake(arguments: Sequence[str]) -> str | None:
-    """A message about the first wrong override, with the probable correction. None if Hydra may go on."""
+def mistake(arguments: Sequence[str], schema: type = Config, script: str = "run.py") -> str | None:
+    """A message about the first wrong override, with the probable correction. None if Hydra may go on.
+
+    schema: the dataclass of the script's configuration.
+    """
     own_choices = any(argument.startswith(OWN_CHOICES) for argument in arguments)
     for argument in arguments:
-        found = _dashed(argument) if argument.startswith("-") else _unknown(argument, own_choices)
+        found = (
+            _dashed(argument, schema) if argument.startswith("-") else _unknown(argument, own_choices, schema, script)
+        )
         if found is not None:
             return found
     return None
 
 
 @cache
-def _settings() -> dict[str, tuple[str, ...]]:
+def _settings(schema: type) -> dict[str, tuple[str, ...]]:
     """Group → its settings; "" → the settings without a group."""
-    types = get_type_hints(Config, vars(schema))
-    groups = {f.name: types[f.name] for f in fields(Config) if hasattr(types[f.name], "__dataclass_fields__")}
-    plain = tuple(f.name for f in fields(Config) if f.name not in groups)
+    types = get_type_hints(schema)
+    groups = {f.name: types[f.name] for f in fields(schema) if hasattr(types[f.name], "__dataclass_fields__")}
+    plain = tuple(f.name for f in fields(schema) if f.name not in groups)
     return {"": plain} | {name: tuple(f.name for f in fields(group)) for name, group in groups.items()}
 
 
@@ -46,46 +50,48 @@ def _choices(group: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")))
 
 
-def _keys() -> list[str]:
+def _keys(schema: type) -> list[str]:
     """Every setting, in full: block_size, layer.index and so on."""
-    return [f"{group}.{name}" if group else name for group, names in _settings().items() for name in names]
+    return [f"{group}.{name}" if group else name for group, names in _settings(schema).items() for name in names]
 
 
-def _dashed(argument: str) -> str | None:
+def _dashed(argument: str, schema: type) -> str | None:
     key, equals, value = argument.lstrip("-").partition("=")
-    if not argument.startswith("--") or _flat(key) not in {_flat(known) for known in (*_keys(), *_settings())}:
+    if not argument.startswith("--") or _flat(key) not in {
+        _flat(known) for known in (*_keys(schema), *_settings(schema))
+    }:
         return None
-    meant = _close(key)[0]
+    meant = _close(key, schema)[0]
     return f"{argument}: settings have no dashes; type {meant}={value if equals else '...'}"
 
 
-def _unknown(argument: str, own_choices: bool) -> str | None:
+def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str | None:
     key, equals, value = argument.lstrip("+").partition("=")
     if not equals:
-        group = next((group for group in _settings() if group and argument in _choices(group)), None)
+        group = next((group for group in _settings(schema) if group and argument in _choices(group)), None)
         return None if group is None else f"{argument}: a choice of {group}; type {group}={argument}"
     if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
         return None
-    if key in (*_settings(), "experiment") and key:
-        return None if own_choices else _no_choice(key, value)
-    if key in _keys():
+    if key in (*_settings(schema), "experiment") and key:
+        return None if own_choices else _no_choice(key, value, schema)
+    if key in _keys(schema):
         return None
     group, dot, name = key.partition(".")
-    if dot and group in _settings() and not _close(name, _settings()[group]):
-        return f"{key}: no such setting; {group} has {', '.join(_settings()[group])}"
-    meant = [f"{known}={value}" for known in _close(key)]
-    remedy = f"did you mean {' or '.join(meant)}?" if meant else "python experiments/run.py --help lists them"
+    if dot and group in _settings(schema) and not _close(name, schema, _settings(schema)[group]):
+        return f"{key}: no such setting; {group} has {', '.join(_settings(schema)[group])}"
+    meant = [f"{known}={value}" for known in _close(key, schema)]
+    remedy = f"did you mean {' or '.join(meant)}?" if meant else f"python experiments/{script} --help lists them"
     return f"{key}={value}: no such setting; {remedy}"
 
 
-def _no_choice(group: str, value: str) -> str | None:
+def _no_choice(group: str, value: str, schema: type) -> str | None:
     """A message about a value that is no file of conf/<group>, or None. value: one or several, with commas."""
     if value in ("", "null") or not PLAIN_VALUE.fullmatch(value):
         return None
     wrong = [choice for choice in value.split(",") if choice.strip() not in _choices(group)]
     if not wrong:
         return None
-    meant = _meant_by(group, value, wrong[0])
+    meant = _meant_by(group, value, wrong[0], schema)
     choices = ", ".join(_choices(group))
     if meant is None:
         remedy = f"use {choices}"
@@ -94,7 +100,7 @@ def _no_choice(group: str, value: str) -> str | None:
     return f"{group}={value}: no such choice of {group}; {remedy}"
 
 
-def _meant_by(group: str, value: str, wrong: str) -> str | None:
+def _meant_by(group: str, value: str, wrong: str, schema: type) -> str | None:
     """The override that was probably meant by `group=value`: a setting inside the group, or another choice."""
     if group == "layer":
         return f"layer.index={value}" if wrong.strip().isdigit() else f"layer.module={value}"
@@ -105,14 +111,14 @@ def _meant_by(group: str, value: str, wrong: str) -> str | None:
     close = _nearest(wrong, _choices(group))
     if close:
         return f"{group}={value.replace(wrong, close[0])}"
-    inside = [name for name in _settings().get(group, ()) if name not in ("name", "source", "path", "repo")]
+    inside = [name for name in _settings(schema).get(group, ()) if name not in ("name", "source", "path", "repo")]
     number = wrong.strip().replace(".", "", 1).isdigit()
     return f"{group}.{inside[0]}={value}" if number and len(inside) == 1 else None
 
 
-def _close(key: str, known: Iterable[str] | None = None) -> list[str]:
+def _close(key: str, schema: type, known: Iterable[str] | None = None) -> list[str]:
     """The known keys that `key` may mean: those with the same letters, else the same last part, else the nearest."""
-    keys = [*_keys(), *(group for group in _settings() if group)] if known is None else list(known)
+    keys = [*_keys(schema), *(group for group in _settings(schema) if group)] if known is None else list(known)
     for part in (lambda k: k, lambda k: k.rpartition(".")[2]):
         same = [k for k in keys if _flat(part(k)) == _flat(key)]
         if same:

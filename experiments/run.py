@@ -15,8 +15,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from experiments.console import Console, full_errors, reason
 from experiments.files import remove_orphans
 from experiments.overrides import mistake
 from experiments.record import BLOCKS_NAME, RECORD_NAME, WEIGHTS_NAME, Histograms, RecordError, RunRecord, read_record
+from experiments.run_log import LOG_NAME, run_log, status_of
 from experiments.sweep import layers_ahead
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOG_NAME = "run.log"
 AGAIN_LOG_NAME = "again.log"  # of a forced run, while an earlier run's record is kept
 CONSOLE = Console()
 
@@ -190,38 +189,6 @@ def base_fields(resolved: Resolved) -> dict[str, Any]:
         "config_hash": resolved.config_hash,
         "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def status_of(error: Exception) -> str:
-    from quantkit import BackendUnavailableError
-
-    return "unsupported" if isinstance(error, BackendUnavailableError) else "failed"
-
-
-class _LogFile(logging.FileHandler):
-    """Without logging's own tracebacks where the disk is full: writing the record says so."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
-@contextmanager
-def run_log(path: Path) -> Iterator[None]:
-    """A context whose log messages go to this file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
-    root, level = logging.getLogger(), logging.getLogger().level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)  # the file gets the traceback of a failed run, whatever hydra.job_logging says
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.removeHandler(handler)
-        with suppress(OSError):
-            handler.close()
 
 
 def cli() -> int:

@@ -281,6 +281,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "run of a model", partial(run, tiny)
     yield "run by the loss", partial(run, dataclasses.replace(tiny, hessian=loss))
     yield "run of seeded numbers", partial(run, seeded)
+    yield "whole model", partial(quantize_whole, folder, tiny)
     yield "fewer tokens", lambda: limit_calibration(load_layer_inputs(resolve(tiny)), 40, 32, 0).gram_calibration
 
     def one() -> object:
@@ -357,6 +358,24 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             (task.judge(weight.roll(1, 1)), task.global_scale),
         ),
     )
+
+
+def quantize_whole(folder: Path, tiny: Any) -> object:
+    """Two layers of a whole tiny model, by the loss and sequentially, and what it becomes."""
+    from experiments import config as c
+    from experiments.model import job, settings
+
+    config = settings.QuantizeConfig(
+        **{name: getattr(tiny, name) for name in settings.SHARED if name not in ("hessian", "output_dir")},
+        hessian=c.HessianConfig(c.Weighting.loss),
+        output_dir=str(folder / "models"),
+    )
+    config.model = dataclasses.replace(config.model, include=["*.0.self_attn.o_proj", "*.1.mlp.*_proj"])
+    job.refuse_layer_bundle(config)
+    run = job.resolve_model(config)
+    fields = job.quantize_model(run, job.Listener())
+    shards = [path.read_bytes() for path in sorted(run.folder.glob("*.safetensors"))]
+    return {name: value for name, value in fields.items() if name != "seconds"}, shards
 
 
 # ---- one process for each default ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
 
     Raises SourceError for a module without loss weights.
     """
+    return open_loss_weights(resolved).of(layer)
+
+
+def open_loss_weights(resolved: Resolved) -> LossPieces:
+    """The weights of all layers, each read when it is asked for; computed if the cache lacks them or one is damaged."""
     folder = losses_folder(resolved.config, resolved.sources)
     with lock(folder):
         remove_orphans(folder)
@@ -51,7 +57,19 @@ def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
         if pieces is None:
             with writing(resolved.config.cache.folder):
                 pieces = _Pass(resolved, folder).run()
-        return torch.cat([_read(folder / name, layer, resolved.config.model.label) for name in sorted(pieces)])
+    return LossPieces(tuple(folder / name for name in sorted(pieces)), resolved.config.model.label)
+
+
+@dataclass(frozen=True)
+class LossPieces:
+    """The files with the loss weights of a model's layers. model: its name in errors."""
+
+    paths: tuple[Path, ...]
+    model: str
+
+    def of(self, layer: LayerConfig) -> Tensor:
+        """[calibration tokens, groups], float32 on the CPU. Raises SourceError for a module without loss weights."""
+        return torch.cat([_read(path, layer, self.model) for path in self.paths])
 
 
 def _complete(folder: Path) -> dict[str, Entry] | None:

@@ -76,6 +76,14 @@ def build_whole(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> Deco
     return decoder
 
 
+def build_front(checkpoint: Checkpoint, dtype: str, device: str = "cpu") -> Decoder:
+    """The decoder with layer 0 and what runs before it. Further layers are read and dropped one by one."""
+    decoder = Decoder(checkpoint, [], getattr(torch, dtype), device)
+    decoder.last = 0
+    decoder.load()
+    return decoder
+
+
 class Decoder:
     """model: transformers' causal language model, on the meta device except for the loaded modules.
 
@@ -166,6 +174,27 @@ class Decoder:
         self._tie(ties)
         self.last = len(self.stack) - 1
         self.loaded = {path for path, _ in self.model.named_modules()}
+
+    @ordinary_defaults()
+    def load_layer(self, index: int) -> None:
+        """Read the tensors of a decoder layer. Raises SourceError for one that is missing or that nothing uses."""
+        path = f"{self.path}.{index}"
+        if path not in self.loaded:
+            self._refuse_unexpected(f"{path}.")
+            self._load_below(path)
+
+    def drop_layer(self, index: int) -> None:
+        """Forget the tensors of a decoder layer. They can be read again."""
+        path = f"{self.path}.{index}"
+        for module in self.stack[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:
+                buffer = module._buffers[name]
+                module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="meta")
+        self.loaded = {name for name in self.loaded if name != path and not name.startswith(f"{path}.")}
 
     def _refuse_shared(self) -> None:
         ties = getattr(self.model, "all_tied_weights_keys", {})

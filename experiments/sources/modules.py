@@ -46,8 +46,13 @@ class Target:
         )
 
     def as_matrix(self, tensor: Tensor) -> Tensor:
-        """The module's parameter, or one expert's part of it → [out_features, in_features]."""
-        return (tensor.T if self.transposed else tensor)[slice(*self.rows)]
+        """The module's parameter, or one expert's part of it → [out_features, in_features]; a leading dimension of
+        experts remains."""
+        return (tensor.mT if self.transposed else tensor)[..., slice(*self.rows), :]
+
+    def as_parameter(self, matrix: Tensor) -> Tensor:
+        """The reverse of as_matrix, for all rows."""
+        return matrix.mT.contiguous() if self.transposed else matrix
 
 
 def linear_modules(layer: nn.Module) -> Iterator[tuple[str, Target]]:
@@ -63,8 +68,17 @@ def linear_modules(layer: nn.Module) -> Iterator[tuple[str, Target]]:
 
 def expert_modules(layer: nn.Module, number: int) -> list[str]:
     """The names of one expert's matrices, for each module of experts in a decoder layer."""
-    fused = ((path, module) for path, module in layer.named_modules() if _is_fused(module))
+    fused = ((path, module) for path, module in layer.named_modules() if is_fused(module))
     return [f"{path}.{number}.{matrix}" for path, module in fused for matrix in _matrices(module)]
+
+
+def fused_experts(layer: nn.Module) -> Iterator[tuple[str, Target]]:
+    """(name, Target of all experts) of each parameter that holds one matrix of every expert: gate_up_proj (up_proj
+    without a gate), then down_proj."""
+    for path, module in layer.named_modules():
+        if is_fused(module):
+            for parameter in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+                yield f"{path}.{parameter}", Target(module, path, parameter, transposed=bool(module.is_transposed))
 
 
 def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
@@ -72,7 +86,7 @@ def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
     linear = dict(linear_modules(layer))
     if wanted.module in linear:
         return linear[wanted.module]
-    fused = {path: module for path, module in layer.named_modules() if _is_fused(module)}
+    fused = {path: module for path, module in layer.named_modules() if is_fused(module)}
     match = EXPERT.fullmatch(wanted.module)
     if match and len(fused) == 1:
         path, module = next(iter(fused.items()))
@@ -86,7 +100,7 @@ def find_target(layer: nn.Module, wanted: LayerConfig, name: str) -> Target:
     )
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
     """Whether one parameter holds all experts' matrices, in a module whose layout transformers declares."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.dim() == 3 and hasattr(module, "is_transposed")

@@ -84,10 +84,15 @@ def is_captured(config: Config) -> bool:
 
 
 def refuse_idle_paths(config: Config) -> None:
-    """Raises SourceError for a path that nothing of this configuration reads."""
+    """Raises SourceError for a path, or a choice of layers, that nothing of this configuration reads."""
     model, data = config.model, config.data
     if model.path is not None and model.source == ModelSource.synthetic:
         raise SourceError(f"model.path={model.path}: model={model.name} reads no folder. Leave one of the two out.")
+    for name in ("include", "exclude"):
+        if getattr(model, name) is not None:
+            raise SourceError(
+                f"model.{name} chooses the layers of a whole model: use quantize_model.py, or leave it out."
+            )
     own_text = model if model.source in (ModelSource.synthetic, ModelSource.bundle) else None
     if data.path is not None and (own_text is not None or data.source != DataSource.hub):
         which = f"data={data.name}" if own_text is None else f"model={own_text.name}, which has its own inputs,"

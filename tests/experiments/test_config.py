@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,24 +16,36 @@ from experiments.config import (
     CONF_DIR,
     REPO_ROOT,
     CacheConfig,
-    Config,
     Offline,
     ScaleRule,
     compose,
+    compose_as,
     result_config,
     run_id,
 )
-from experiments.model.evaluate_settings import EvaluationConfig, compose_evaluation
+from experiments.model.evaluate_settings import EvaluationConfig
+from experiments.model.settings import QuantizeConfig
 
 SMALL = ("model=synthetic", "data=synthetic")
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml"))
 
 
+def compose_model(overrides: Sequence[str] = ()) -> QuantizeConfig:
+    return compose_as("quantize_model", QuantizeConfig, overrides)
+
+
+def compose_evaluate(overrides: Sequence[str] = ()) -> EvaluationConfig:
+    return compose_as("evaluate", EvaluationConfig, overrides)
+
+
+# Groups that run.py lacks.
+SCRIPTS: dict[str, Any] = {"calibrate": compose_model, "evaluate": compose_evaluate}
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
     group, _, name = option.partition("=")
-    config: Any = compose_evaluation(option) if group == "evaluate" else compose([option])
-    assert isinstance(config, EvaluationConfig if group == "evaluate" else Config)
+    config: Any = SCRIPTS.get(group, compose)([option])
     chosen = getattr(config, group, None)
     if hasattr(chosen, "name"):
         assert chosen.name == name
@@ -44,6 +57,15 @@ def test_defaults_are_the_main_job() -> None:
     assert config.layer.module == "mlp.down_proj"
     assert (config.data.seq_len, config.data.samples) == (512, 2048)
     assert config.offline == "auto" and config.tracking.name == "wandb"
+
+
+def test_defaults_of_a_whole_model() -> None:
+    config = compose_model()
+    assert (config.model.name, config.data.name, config.format.name) == ("qwen3_4b", "wikitext2", "nvfp4")
+    assert (config.calibrate.mode, config.hessian.weighting) == ("sequential", "loss")
+    assert (config.calibrate.alpha, config.calibrate.residual_alpha) == (0.5, 0.5)
+    parallel = compose_model(["calibrate=parallel"]).calibrate
+    assert (parallel.mode, parallel.alpha, parallel.residual_alpha) == ("parallel", 0, 0)
 
 
 def test_the_paper_never_takes_a_twin() -> None:

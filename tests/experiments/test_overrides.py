@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import run as entry
 from experiments import sweep
-from experiments.config import CONF_DIR, REPO_ROOT, check_sweep, compose
+from experiments.config import CONF_DIR, REPO_ROOT, Config, check_sweep, compose
+from experiments.model.evaluate_settings import EvaluationConfig
+from experiments.model.settings import QuantizeConfig
 from experiments.overrides import _choices, _keys, _settings, mistake
 from experiments.sweep import SweepPlan
 
@@ -62,13 +64,26 @@ def test_what_hydra_understands_is_left_to_it(arguments: list[str]) -> None:
     assert mistake(arguments) is None
 
 
-def test_every_setting_and_choice_is_known() -> None:
-    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "experiment", "evaluate"}
-    assert groups == set(_settings()) - {""}
-    for key in _keys():
-        assert mistake([f"{key}=1", f"+{key}=1"]) is None
-    for group in groups:
-        assert mistake([f"{group}={','.join(_choices(group))}"]) is None
+SCHEMAS = (Config, QuantizeConfig, EvaluationConfig)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_setting_and_choice_is_known(schema: type) -> None:
+    for key in _keys(schema):
+        assert mistake([f"{key}=1", f"+{key}=1"], schema) is None
+    for group in set(_settings(schema)) - {""}:
+        assert mistake([f"{group}={','.join(_choices(group))}"], schema) is None
+
+
+def test_every_folder_of_choices_belongs_to_a_script() -> None:
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "experiment"}
+    assert groups == set().union(*(_settings(schema) for schema in SCHEMAS)) - {""}
+
+
+def test_settings_of_one_script_are_unknown_to_the_other() -> None:
+    assert mistake(["calibrate=parallel"], QuantizeConfig) is None
+    assert "no such setting" in str(mistake(["calibrate.alpha=1"]))
+    assert "quantize_model.py --help" in str(mistake(["something.else=1"], QuantizeConfig, "quantize_model.py"))
 
 
 def test_the_command_stops_before_anything_is_composed(

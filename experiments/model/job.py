@@ -1,0 +1,232 @@
+"""A whole model from its configuration to its folder: sources, loss weights, walk, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.capture.losses import LossPieces, open_loss_weights
+from experiments.capture.progress import waiting
+from experiments.capture.tokens import Sequences, token_sequences
+from experiments.config import Weighting, config_hash
+from experiments.files import SourceError
+from experiments.model.checkpoint import CheckpointWriter, kept_tensors
+from experiments.model.select import Selection, select
+from experiments.model.settings import (
+    QuantizeConfig,
+    as_run,
+    model_run_id,
+    result_settings,
+    with_sources,
+)
+from experiments.model.solve import mean_error
+from experiments.model.walk import Clock, Job, Walk
+from experiments.model_record import ModelRecord
+from experiments.sources.checkpoints import Checkpoint, open_checkpoint
+from experiments.sources.decoder import Decoder, build_front
+from experiments.sources.resolved import Resolved, resolve
+from quantkit import get_method, quantize
+
+log = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """config: with the sources that are really used. resolved: of a run on the same model and text. identity: hash of
+    all that determines the bytes of the quantized model."""
+
+    config: QuantizeConfig
+    resolved: Resolved
+    run_id: str
+    identity: str
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.output_dir) / self.run_id
+
+    @property
+    def folder(self) -> Path:
+        """Of the quantized model."""
+        return self.run_dir / MODEL_FOLDER
+
+
+def resolve_model(config: QuantizeConfig) -> ModelRun:
+    """Raises ValueError for what `resolve` and the library refuse. Missing sources are in resolved.error."""
+    _check_options(config)
+    resolved = resolve(as_run(config))
+    config = with_sources(config, resolved.config)
+    settings = result_settings(config, resolved.device, resolved.backend)
+    sources = None if resolved.identity is None else {k: v for k, v in resolved.identity.items() if k != "layer"}
+    return ModelRun(config, resolved, model_run_id(config, settings), config_hash([settings, sources]))
+
+
+def _check_options(config: QuantizeConfig) -> None:
+    """Raises the library's error for options that it refuses, before anything is loaded."""
+    method, size = get_method(config.method.name), config.block_size
+    gram = torch.eye(size, dtype=torch.float32, device="cpu")
+    given: dict[str, Any] = {"gram": {"gram": gram}, "hessian": {"hessian": gram[None]}}.get(method.needs or "", {})
+    quantize(
+        torch.empty(0, size, dtype=torch.float32, device="cpu"),
+        config.format.name,
+        size,
+        method.name,
+        global_scale=config.format.global_scale,
+        scale_rule=config.format.rule,
+        **given,
+        **config.method.settings,
+    )
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a run tells while it runs. began: the number of layers, those finished before, what is left out. layer: the
+    record of a finished layer. tick: something happened."""
+
+    began: Callable[[int, int, Selection], None] = lambda total, done, selection: None
+    layer: Callable[[Fields], None] = lambda record: None
+    tick: Callable[[float], None] = lambda share: None
+
+
+def quantize_model(run: ModelRun, listener: Listener) -> Fields:
+    """Quantize the model of a run and write its folder. Returns the fields of ModelRecord that this determines.
+
+    Raises SourceError for every problem that the user can fix.
+    """
+    config, resolved = run.config, run.resolved
+    if resolved.error is not None:
+        raise resolved.error
+    checkpoint = open_checkpoint(config.model, config.cache.folder)
+    clock = Clock(torch.device(resolved.device))
+    with clock.of("loss"):
+        loss = _loss(run)
+    with clock.of("read"), waiting(f"reading {checkpoint.name}"):
+        decoder = build_front(checkpoint, config.model.dtype, resolved.device)
+    selection = select(decoder, config.model, config.block_size)
+    sequences = token_sequences(resolved.config, checkpoint.tokenizer())
+    with CheckpointWriter(run.folder, run.identity, len(decoder.stack), force=config.force) as writer:
+        before = dict(writer.finished)
+        listener.began(len(decoder.stack), len(before), selection)
+        walk = Walk(_job(run, decoder, selection, sequences, loss), writer, listener.layer, listener.tick)
+        if not writer.is_complete:
+            walk.run()
+            resolved.check_unchanged()
+            finish(run, writer, checkpoint, decoder, selection, sequences)
+        records = [writer.finished[index] for index in sorted(writer.finished)]
+    return describe(run, sequences, selection, records) | {
+        "seconds": _seconds(clock, records),
+        "resumed_layers": len(before),
+        "peak_device_bytes": _peak(resolved.device),
+    }
+
+
+def _job(run: ModelRun, decoder: Decoder, selection: Selection, sequences: Sequences, loss: LossPieces | None) -> Job:
+    return Job(run.config, run.resolved.backend, decoder, selection, sequences.ids["calibration"], loss)
+
+
+def _loss(run: ModelRun) -> LossPieces | None:
+    """The loss weights, if the method needs Hessians and hessian=loss."""
+    config = run.config
+    if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
+        return None
+    return open_loss_weights(run.resolved)
+
+
+def finish(
+    run: ModelRun,
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    selection: Selection,
+    sequences: Sequences,
+) -> None:
+    rest = kept_tensors(decoder, None, selection.names)
+    writer.finish(rest, checkpoint, about(run, sequences, selection))
+
+
+def about(run: ModelRun, sequences: Sequences, selection: Selection) -> Fields:
+    """What the folder's manifest says about the model; without times."""
+    config = run.config
+    model = run.resolved.model
+    assert model is not None
+    return {
+        "run_id": run.run_id,
+        "format": config.format.name,
+        "block_size": config.block_size,
+        "method": config.method.name,
+        "method_settings": config.method.settings,
+        "calibrate": str(config.calibrate.mode),
+        "alpha": config.calibrate.alpha,
+        "residual_alpha": config.calibrate.residual_alpha,
+        "hessian_weighting": str(config.hessian.weighting),
+        "hessian_groups": config.hessian.groups,
+        "hessian_samples": config.hessian.samples,
+        "model": model.name,
+        "model_revision": model.revision,
+        "model_origin": config.model.origin,
+        "model_dtype": config.model.dtype,
+        "tokenizer": model.tokenizer,
+        "data": sequences.data,
+        "data_hash": sequences.data_hash,
+        "data_split": sequences.data_split,
+        "seq_len": config.data.seq_len,
+        "sequences": len(sequences.ids["calibration"]),
+        "tokens": sequences.ids["calibration"].numel(),
+        "seed": config.seed,
+        "left_out": selection.left_out,
+    }
+
+
+def describe(run: ModelRun, sequences: Sequences, selection: Selection, records: list[Fields]) -> Fields:
+    """Fields of ModelRecord from the layers' records."""
+    matrices = [matrix for record in records for matrix in record["matrices"]]
+    names = ("naive_weight_error", "weight_error", "naive_output_error", "output_error")
+    few = {name: tokens for record in records for name, tokens in record.get("few_tokens", {}).items()}
+    size = quantized_bits(run.config)
+    known = set(ModelRecord.fields())
+    told = {name: value for name, value in about(run, sequences, selection).items() if name in known}
+    return told | {
+        "substituted": run.resolved.substituted,
+        "folder": MODEL_FOLDER,
+        "layers": len(records),
+        "matrices": len(matrices),
+        "weights": sum(torch.Size(matrix["shape"]).numel() for matrix in matrices),
+        "bits_per_weight": size,
+        "few_tokens": few,
+        "hidden_error": records[-1].get("hidden_error") if records else None,
+        **{name: mean_error(matrices, name) for name in names},
+    }
+
+
+def quantized_bits(config: QuantizeConfig) -> float:
+    from quantkit.formats import get_format
+
+    return get_format(config.format.name).bits_per_weight(config.block_size)
+
+
+def _seconds(clock: Clock, records: list[Fields]) -> dict[str, float]:
+    """Phase → seconds, of this process's own phases and of all layers."""
+    total = {phase: round(value, 3) for phase, value in clock.seconds.items()}
+    for record in records:
+        for phase, value in record["seconds"].items():
+            total[phase] = round(total.get(phase, 0.0) + value, 3)
+    return total
+
+
+def _peak(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
+
+
+def refuse_layer_bundle(config: QuantizeConfig) -> None:
+    """Raises SourceError for a model that is no language model."""
+    if config.model.source in ("synthetic", "bundle"):
+        raise SourceError(
+            f"model={config.model.name}: it is a single layer. Name a language model, or run experiments/run.py."
+        )

@@ -1,0 +1,155 @@
+"""The schema of conf/quantize_model.yaml. It shares the groups of experiments/config.py. Imports no torch.
+
+A model's identity derives from the values that determine its bytes, as a run's does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from experiments.config import (
+    BackendConfig,
+    CacheConfig,
+    Choice,
+    Config,
+    DataConfig,
+    FormatConfig,
+    HessianConfig,
+    LayerConfig,
+    MethodConfig,
+    ModelConfig,
+    Offline,
+    RecordConfig,
+    TimingConfig,
+    TrackingConfig,
+    check_sweep,
+    config_hash,
+    new_sweep_id,
+    require,
+)
+
+LAST_LAYER = 1 << 20  # beyond every model's depth: the hub's cache must hold all layers
+
+
+class Calibration(Choice):
+    sequential = "sequential"  # each layer on the inputs that the quantized layers before it give
+    parallel = "parallel"  # each layer on the original model's inputs
+
+
+@dataclass
+class CalibrateConfig:
+    mode: Calibration = Calibration.sequential
+    alpha: float = 0.5  # share of the inputs' error that a layer's target corrects
+    residual_alpha: float = 0.5  # the same of the residual stream's error, in layers that write to it
+    min_tokens: int = 128  # an expert with fewer tokens has the experts' shared Hessian mixed in
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "residual_alpha"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and 0 <= value <= 1, f"calibrate.{name}={value}: use 0 to 1.")
+            require(
+                self.mode == Calibration.sequential or value == 0,
+                f"calibrate.{name}={value}: calibrate=parallel knows no quantized inputs. Use calibrate=sequential.",
+            )
+        require(self.min_tokens >= 0, f"calibrate.min_tokens={self.min_tokens}: must not be negative.")
+
+
+@dataclass(kw_only=True)
+class QuantizeConfig:
+    """Of quantize_model.py. Fields of the same name mean the same as in Config."""
+
+    format: FormatConfig = field(default_factory=lambda: FormatConfig(name=MISSING))
+    method: MethodConfig
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    hessian: HessianConfig = field(default_factory=HessianConfig)
+    backend: BackendConfig
+    model: ModelConfig
+    data: DataConfig
+    cache: CacheConfig
+    # Last parts of the names of layers that share a global scale; null: those that engines fuse.
+    fused: list[list[str]] | None = None
+    block_size: int = 16
+    seed: int = 0
+    device: str = "auto"
+    offline: Offline = Offline.auto
+    force: bool = False
+    output_dir: str = "results/models"
+    sweep: str = field(default_factory=new_sweep_id)
+
+    def __post_init__(self) -> None:
+        require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
+        check_sweep(self.sweep)
+        require(
+            self.format.global_scale != "search" or self.fused == [],
+            "format.global_scale=search: layers that engines fuse share a global scale, which this script does not "
+            "search. Use amax or headroom, or fused=[] for scales of their own.",
+        )
+
+
+SHARED = (
+    *("format", "method", "hessian", "backend", "model", "data", "cache", "block_size", "seed", "device", "offline"),
+    *("force", "output_dir", "sweep"),
+)
+
+
+def as_run(config: QuantizeConfig) -> Config:
+    """The configuration of a run on the same model and text, for sources, token sequences and loss weights."""
+    values = {name: getattr(config, name) for name in SHARED}
+    values["model"] = replace(config.model, include=None, exclude=None)
+    return Config(
+        **values,
+        layer=LayerConfig(index=LAST_LAYER),
+        record=RecordConfig(),
+        tracking=TrackingConfig("none"),
+        timing=TimingConfig(enabled=False),
+    )
+
+
+def with_sources(config: QuantizeConfig, run: Config) -> QuantizeConfig:
+    """`config` with the model and text of `run`, whose sources are available."""
+    model = replace(run.model, include=config.model.include, exclude=config.model.exclude)
+    return replace(config, model=model, data=run.data)
+
+
+def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[str, Any]:
+    """The part of a configuration that determines the model's bytes, as plain JSON values.
+
+    config: with available sources; device and backend: those that `auto` resolved to.
+    """
+    values = asdict(config)
+    for name in ("cache", "offline", "force", "output_dir", "sweep"):
+        del values[name]
+    for name in ("origin", "num_layers"):  # descriptions that do not select the model
+        del values["model"][name]
+    values["method"] = {"name": config.method.name} | config.method.settings
+    values["device"] = device.partition(":")[0]
+    values["backend"] = backend
+    return values
+
+
+def model_run_id(config: QuantizeConfig, settings: dict[str, Any]) -> str:
+    """The name of a model's folder: a readable prefix and a hash that makes it unique."""
+    parts = (
+        config.format.name,
+        f"b{config.block_size}",
+        config.method.name,
+        str(config.calibrate.mode),
+        config.model.label,
+        config.data.name,
+    )
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', '-'.join(parts))[:100]}-{config_hash(settings)}"
+
+
+def model_folder_of(output_dir: str, run_id: str) -> Path:
+    return Path(output_dir) / run_id
+
+
+ConfigStore.instance().store(name="quantize_config", node=QuantizeConfig)

@@ -1,0 +1,344 @@
+"""Quantizes a model layer by layer, with two streams of hidden states: the original model's and the quantized one's.
+
+calibrate=sequential. In each decoder layer, first the original layer runs once: it keeps the inputs of its matrices and
+advances the original stream. Then each step (steps.py) runs the layer on the quantized stream, with the matrices of the
+steps before it quantized, sums over the inputs, and quantizes its own matrices. At last the quantized layer advances
+the quantized stream. calibrate=parallel has the original stream alone, and one pass for all steps. A method without
+Hessians needs no stream.
+
+A layer that was finished before is read back, and advances both streams. So a continued walk gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.capture.losses import LossPieces
+from experiments.config import LayerConfig
+from experiments.files import SourceError
+from experiments.model.checkpoint import CheckpointWriter, kept_tensors
+from experiments.model.layer import LayerRunner, Taps, swapped
+from experiments.model.select import Matrix, Selection
+from experiments.model.settings import Calibration, QuantizeConfig
+from experiments.model.solve import Solved, Solver, Work, mean_error
+from experiments.model.steps import Step, find_steps
+from experiments.model.sums import Inputs, Sums
+from experiments.sources.decoder import Decoder
+from quantkit import QuantizedTensor
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # of a forward pass
+STORE_SHARE = 0.5  # of a GPU's free memory that stored hidden states may take; else they are on the CPU
+
+Changed = dict[tuple[nn.Module, str], Tensor]
+Stored = dict[str, Tensor]  # module → its input in a batch
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase. A GPU's work is waited for at the end of a phase."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a walk needs. ids: calibration token ids [sequences, seq_len]; loss: weights of the tokens, or None for
+    1."""
+
+    config: QuantizeConfig
+    backend: str
+    decoder: Decoder
+    selection: Selection
+    ids: Tensor
+    loss: LossPieces | None
+
+
+class Walk:
+    """tell: called with the record of each layer after it is written, and the number of layers. tick: called with the
+    share of a layer that is done."""
+
+    def __init__(
+        self,
+        job: Job,
+        writer: CheckpointWriter,
+        tell: Callable[[dict[str, Any]], None],
+        tick: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self.job, self.writer, self.tell, self.tick = job, writer, tell, tick
+        self.config, self.decoder = job.config, job.decoder
+        self.device = job.decoder.device
+        self.solver = Solver(job.config, job.backend)
+        self.runner = LayerRunner(job.decoder)
+        self.clock = Clock(self.device)
+        calibrate = self.config.calibrate
+        self.has_data = self.solver.method.needs is not None
+        self.sequential = self.has_data and calibrate.mode == Calibration.sequential
+        self.corrects = self.sequential and bool(calibrate.alpha or calibrate.residual_alpha)
+        per_batch = max(1, BATCH_TOKENS[self.device.type] // job.ids.shape[1])
+        self.batches = list(job.ids.split(per_batch)) if self.has_data else []
+        self.share = 1.0  # of a layer's passes that one batch is
+        self.original: list[Tensor] = []
+        self.quantized: list[Tensor] = []
+
+    def run(self) -> None:
+        """Quantize and write every layer that is not finished."""
+        finished = dict(self.writer.finished)
+        depth = len(self.decoder.stack)
+        self._start()
+        for index in range(depth):
+            left = any(later not in finished for later in range(index + 1, depth))
+            with torch.no_grad():
+                if index not in finished:
+                    self._layer(index)
+                elif left and self.has_data:
+                    self._advance_finished(index)
+            self.decoder.drop_layer(index)
+
+    def _start(self) -> None:
+        """The streams that enter layer 0."""
+        with self.clock.of("forward"):
+            hidden = [self.runner.embed(ids) for ids in self.batches]
+        store = self._store(hidden)
+        if self.corrects or not self.sequential:
+            self.original = [x.to(store) for x in hidden]
+        if self.sequential:
+            self.quantized = [x.to(store) for x in hidden]
+
+    def _store(self, hidden: Sequence[Tensor]) -> torch.device:
+        """Where hidden states and a layer's inputs are kept between passes."""
+        if self.device.type != "cuda" or not hidden:
+            return torch.device("cpu")
+        widths = {m.target.path: m.target.in_features for m in self.job.selection.layers[0]}
+        tokens, size = self.job.ids.numel(), hidden[0].element_size()
+        need = tokens * size * (2 * hidden[0].shape[-1] + sum(widths.values()))
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return self.device if need < STORE_SHARE * free else torch.device("cpu")
+
+    # --- one layer ----------------------------------------------------------------------------------------------------
+
+    def _layer(self, index: int) -> None:
+        started = time.perf_counter()
+        self.clock.seconds = {}
+        with self.clock.of("read"):
+            self.decoder.load_layer(index)
+        matrices = self.job.selection.layers[index]
+        if not self.has_data:
+            solved = self._solve(index, matrices, {})
+            self.tick(1.0)
+        else:
+            steps = find_steps(self.runner, index, matrices)
+            passes = len(steps) + 1 + self.corrects if self.sequential else 1
+            self.share = 1 / (passes * len(self.batches))
+            walk = self._sequential if self.sequential else self._parallel
+            solved = walk(index, steps)
+        with self.clock.of("write"):
+            record = self._record(index, solved, started)
+            self._write(index, solved, record)
+        self.tell(record)
+
+    def _parallel(self, index: int, steps: Sequence[Step]) -> list[Solved]:
+        """All steps from one pass of the original layer."""
+        sums = self._new_sums(steps)
+        weights = self._weights(index, steps)
+        for number in range(len(self.batches)):
+            taps = Taps(_taps(steps))
+            after = self._run(index, number, self.original, taps)
+            with self.clock.of("sums"):
+                for step in steps:
+                    self._add(sums, step, taps, None, weights, number)
+            assert after is not None
+            self.original[number] = after.to(self.original[number].device)
+        return self._solve(index, [matrix for step in steps for matrix in step.matrices], sums)
+
+    def _sequential(self, index: int, steps: Sequence[Step]) -> list[Solved]:
+        kept = self._keep_original(index, steps) if self.corrects else None
+        changed: Changed = {}
+        solved: list[Solved] = []
+        for step in steps:
+            sums = self._new_sums([step])
+            weights = self._weights(index, [step])
+            for number in range(len(self.batches)):
+                taps = Taps(_taps([step]), step.tap)
+                with swapped(changed):
+                    self._run(index, number, self.quantized, taps)
+                with self.clock.of("sums"):
+                    self._add(sums, step, taps, None if kept is None else kept[number], weights, number)
+            found = self._solve(index, step.matrices, sums)
+            changed |= self._changed(found)
+            solved += found
+        self._advance(index, self.quantized, changed)
+        return solved
+
+    def _keep_original(self, index: int, steps: Sequence[Step]) -> list[Stored]:
+        """The inputs of the original layer's modules, for each batch; advances the original stream."""
+        kept = []
+        for number in range(len(self.batches)):
+            taps = Taps(_taps(steps))
+            store = self.original[number].device
+            after = self._run(index, number, self.original, taps)
+            kept.append({path: call.input.to(store) for path, call in taps.calls.items()})
+            assert after is not None
+            self.original[number] = after.to(store)
+        return kept
+
+    def _advance(self, index: int, stream: list[Tensor], changed: Changed) -> None:
+        with swapped(changed):
+            for number in range(len(self.batches)):
+                after = self._run(index, number, stream, None)
+                assert after is not None
+                stream[number] = after.to(stream[number].device)
+
+    def _advance_finished(self, index: int) -> None:
+        self.decoder.load_layer(index)
+        self.share = 1 / ((bool(self.original) + self.sequential) * len(self.batches))
+        if self.original:
+            self._advance(index, self.original, {})
+        if self.sequential:
+            matrices = {matrix.full_name: matrix for matrix in self.job.selection.layers[index]}
+            read = self.writer.quantized(index)
+            changed: Changed = {}
+            for name, matrix in matrices.items():
+                changed |= self._parameter(matrix, read[name].to(self.device).dequantize())
+            self._advance(index, self.quantized, changed)
+
+    def _run(self, index: int, number: int, stream: Sequence[Tensor], taps: Taps | None) -> Tensor | None:
+        with self.clock.of("forward"):
+            after = self.runner.run(index, self.batches[number], stream[number].to(self.device), taps)
+        self.tick(self.share)
+        return after
+
+    # --- sums and solutions -------------------------------------------------------------------------------------------
+
+    def _new_sums(self, steps: Sequence[Step]) -> dict[str, Sums]:
+        """Matrix → its sums. Without weights, the matrices of a step share one."""
+        sums: dict[str, Sums] = {}
+        calibrate = self.config.calibrate
+        for step in steps:
+            first = step.matrices[0]
+            for matrix in step.matrices:
+                if self.job.loss is None and matrix is not first:
+                    sums[matrix.name] = sums[first.name]
+                    continue
+                parameter = getattr(matrix.target.module, matrix.target.parameter)
+                out_features = matrix.target.as_matrix(parameter).shape[-2]
+                compensates = self.corrects and step.residual is not None and bool(calibrate.residual_alpha)
+                sums[matrix.name] = Sums(
+                    matrix.target.in_features,
+                    self.device,
+                    groups=None if self.job.loss is None else self.config.hessian.groups,
+                    with_shift=self.corrects and bool(calibrate.alpha),
+                    residual_features=out_features if compensates else None,
+                )
+        return sums
+
+    def _weights(self, index: int, steps: Sequence[Step]) -> dict[str, Tensor]:
+        """Matrix → token weights [tokens, groups] on the device, of mean 1: their scale changes nothing."""
+        if self.job.loss is None:
+            return {}
+        weights = {}
+        for matrix in (matrix for step in steps for matrix in step.matrices):
+            own = self.job.loss.of(LayerConfig(index, matrix.name)).to(self.device)
+            weights[matrix.name] = own / own.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return weights
+
+    def _add(
+        self,
+        sums: Mapping[str, Sums],
+        step: Step,
+        taps: Taps,
+        original: Stored | None,
+        weights: Mapping[str, Tensor],
+        number: int,
+    ) -> None:
+        """One batch to the sums of a step's matrices."""
+        per_batch = self.batches[0].numel()
+        tokens = self.batches[number].numel()
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.reshape(-1, x.shape[-1]).to(self.device)
+
+        x = taps.calls[step.tap].input
+        if x.numel() != tokens * x.shape[-1]:
+            raise SourceError(
+                f"{step.matrices[0].full_name} sees {x.numel() // x.shape[-1]} rows for {tokens} tokens; leave it out "
+                "with model.exclude."
+            )
+        residual = None if step.residual is None else taps.calls[step.residual].input
+        inputs = Inputs(
+            rows(x),  # type: ignore[arg-type]
+            rows(original and original[step.tap]),  # type: ignore[arg-type]
+            rows(residual),
+            rows(original[step.residual]) if original and step.residual else None,
+        )
+        for total, name in {id(sums[m.name]): (sums[m.name], m.name) for m in step.matrices}.values():
+            own = weights[name][number * per_batch :][:tokens] if weights else None
+            total.update(inputs, own)
+
+    def _solve(self, index: int, matrices: Sequence[Matrix], sums: Mapping[str, Sums]) -> list[Solved]:
+        with self.clock.of("solve"):
+            return self.solver.solve([Work(m, self._weight(m), sums.get(m.name)) for m in matrices])
+
+    def _weight(self, matrix: Matrix) -> Tensor:
+        """[out_features, in_features] in the checkpoint's dtype, on the device."""
+        stored = self.decoder.stored.tensor(matrix.stored, None)
+        return matrix.target.as_matrix(stored).contiguous().to(self.device)
+
+    def _changed(self, solved: Sequence[Solved]) -> Changed:
+        changed: Changed = {}
+        for one in solved:
+            changed |= self._parameter(one.matrix, one.values)
+        return changed
+
+    def _parameter(self, matrix: Matrix, values: Tensor) -> Changed:
+        target = matrix.target
+        return {(target.module, target.parameter): target.as_parameter(values.to(self.decoder.dtype))}
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def _record(self, index: int, solved: Sequence[Solved], started: float) -> dict[str, Any]:
+        matrices = [one.record for one in solved]
+        names = ("naive_weight_error", "weight_error", "naive_output_error", "output_error")
+        means = {name: mean_error(matrices, name) for name in names}
+        record: dict[str, Any] = {"index": index} | {name: value for name, value in means.items() if value is not None}
+        if self.corrects:
+            record["hidden_error"] = self._hidden_error()
+        seconds = {phase: round(value, 3) for phase, value in self.clock.seconds.items()}
+        record |= {"matrices": matrices, "seconds": seconds, "duration_s": round(time.perf_counter() - started, 3)}
+        return record
+
+    def _hidden_error(self) -> float:
+        """‖h_q − h‖ / ‖h‖ of the streams."""
+        error = norm = 0.0
+        for one, other in zip(self.quantized, self.original, strict=True):
+            error += float((one.float() - other.float()).square().sum(dtype=torch.float64))
+            norm += float(other.float().square().sum(dtype=torch.float64))
+        return (error / norm) ** 0.5 if norm else 0.0
+
+    def _write(self, index: int, solved: Sequence[Solved], record: dict[str, Any]) -> None:
+        quantized: dict[str, QuantizedTensor] = {s.matrix.full_name: s.quantized.to("cpu") for s in solved}
+        kept = kept_tensors(self.decoder, index, self.job.selection.names)
+        transposed = [s.matrix.full_name for s in solved if s.matrix.target.transposed]
+        self.writer.write_layer(index, quantized, kept, record, transposed)
+
+
+def _taps(steps: Sequence[Step]) -> list[str]:
+    paths = [path for step in steps for path in (step.residual, step.tap) if path is not None]
+    return list(dict.fromkeys(paths))

@@ -1,0 +1,72 @@
+"""One quantized model, one record: the fields of `ModelRecord`, in order, are the columns of the CSV.
+
+Errors are fractions, durations are seconds. The records of the layers are in layers.jsonl of the model's own folder.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from experiments.record import Record
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelRecord(Record):
+    VERSION: ClassVar[int] = SCHEMA_VERSION
+
+    format: str
+    block_size: int
+    method: str
+    method_settings: dict[str, Any]
+    calibrate: str
+    alpha: float
+    residual_alpha: float
+    hessian_weighting: str
+    hessian_groups: int
+    hessian_samples: int
+    backend: str
+    device: str
+    device_name: str | None = None
+    folder: str | None = None  # of the quantized model
+
+    model: str | None = None
+    model_revision: str | None = None
+    model_origin: str | None = None
+    model_dtype: str | None = None
+    tokenizer: str | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    data_split: str | None = None
+    substituted: bool | None = None  # an offline twin replaced the configured model or text
+    seq_len: int | None = None
+    sequences: int | None = None
+    tokens: int | None = None
+    seed: int | None = None
+
+    layers: int | None = None
+    matrices: int | None = None
+    weights: int | None = None  # quantized ones
+    bits_per_weight: float | None = None
+    left_out: dict[str, str] = field(default_factory=dict)  # linear layer → why it is not quantized
+    few_tokens: dict[str, int] = field(default_factory=dict)  # expert → its tokens, fewer than calibrate.min_tokens
+    naive_weight_error: float | None = None  # these four: root mean square over the matrices
+    weight_error: float | None = None
+    naive_output_error: float | None = None
+    output_error: float | None = None
+    hidden_error: float | None = None  # ‖h_q − h‖ / ‖h‖ after the last layer
+
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    peak_device_bytes: int | None = None
+    resumed_layers: int | None = None  # taken over from an interrupted run
+
+    commit: str | None = None
+    dirty: bool | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    config_hash: str | None = None
+    started_at: str | None = None  # UTC, ISO 8601
+    duration_s: float | None = None
+    schema_version: int = SCHEMA_VERSION
