@@ -345,6 +345,31 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return files, tensors, others, load_dequantized(folder / "whole").state_dict(), written.quantized(0)
 
     yield "whole model", whole
+
+    def exported() -> object:
+        from experiments.files import sha256_file
+        from experiments.model import judge, selfcheck, stored_names
+        from experiments.model.checkpoint import open_quantized
+        from experiments.model.export import export
+        from tests.experiments.model.folders import open_source, source, write
+
+        found: list[object] = []
+        for fmt, size, layouts in (("nvfp4", 16, ("compressed_tensors", "modelopt")), ("mxfp4", 32, ("gguf",))):
+            given = {"global_scale": 2.0**-11} if fmt == "nvfp4" else {}
+            write(folder / f"own-{fmt}", open_source(folder.parent / "model"), format=fmt, size=size, **given)
+            opened = open_quantized(folder / f"own-{fmt}")
+            for name in layouts:
+                verdict = export(opened, folder / name, name)
+                files = {path.name: sha256_file(path) for path in sorted((folder / name).iterdir())}
+                found += [verdict.ok, verdict, files]
+        original = source(folder.parent / "model")
+        for name in ("own-mxfp4", "modelopt"):
+            found.append(list(judge.judge_model(source(folder / name), original, folder / "judged")))
+        model = selfcheck.load_in_transformers(folder / "compressed_tensors", "compressed_tensors")
+        found.append(selfcheck.loaded_weight(model, "model.layers.0.mlp.up_proj", True))
+        return found, stored_names.left_out(stored_names.skeleton(folder / "own-nvfp4"), [])
+
+    yield "exported model", exported
     weight = bench_cases.sample_weight(8, 64)
     task = bench_gram.gram_task(weight)
     yield (

@@ -157,6 +157,11 @@ def reference_model(config: EvaluationConfig, model: ModelConfig) -> ModelConfig
                 "README.md. Name the unquantized model: reference=FOLDER, or a name of conf/model."
             )
         return found
+    return original_model(name)
+
+
+def original_model(name: str) -> ModelConfig:
+    """An unquantized model by its folder, its .gguf file or its name in conf/model. Raises SourceError for others."""
     if name.endswith(".gguf"):
         return _gguf(name)
     if (CONF_DIR / "model" / f"{name}.yaml").is_file():

@@ -267,6 +267,13 @@ class CodesCheckpoint(_Dequantized):
         return matrix.mT.contiguous() if matrix.dim() == 3 else matrix  # a float model of gpt-oss has [E, in, out]
 
 
+def holds_codes(model: ModelConfig) -> bool:
+    """Whether `open_checkpoint` reads the model as dequantized weights of codes. transformers reads no folder of
+    quantkit or ModelOpt, and reads NVFP4 experts of compressed-tensors without their global scale."""
+    own = model.path is not None and is_quantized_folder(model_folder(model))
+    return own or _layout(model) is not None
+
+
 def _layout(model: ModelConfig) -> Layout | None:
     """The layout of a checkpoint's codes; None for one that is not quantized, or not in a way that is read."""
     fetch = checkpoint_files(model)

@@ -135,6 +135,10 @@ class QuantizedCheckpoint:
             except Exception as error:  # safetensors has an error class of its own
                 raise self._damaged(entry["file"], f"{name}: {one_line(error)}") from None
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model stores the quantized matrix `name` as [in_features, out_features]."""
+        return bool(self._entries[name]["transposed"])
+
     def tensor(self, name: str) -> Tensor:
         """A tensor that is not quantized, as stored; or the dequantized weight of that name, float32.
 

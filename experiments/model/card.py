@@ -1,0 +1,124 @@
+"""The model card, README.md of an exported folder. What it states comes from the manifest and from the self-check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.provenance import versions
+from experiments.sources.quantized import QuantizedCheckpoint
+from quantkit.layouts import get_layout
+
+SERVE = {
+    "compressed_tensors": {
+        "vLLM": "vllm serve FOLDER",
+        "SGLang": "python -m sglang.launch_server --model-path FOLDER",
+        "transformers": 'AutoModelForCausalLM.from_pretrained("FOLDER", dtype=torch.bfloat16)',
+    },
+    "modelopt": {
+        "vLLM": "vllm serve FOLDER --quantization modelopt",
+        "SGLang": "python -m sglang.launch_server --model-path FOLDER --quantization modelopt_fp4",
+        "TensorRT-LLM": "trtllm-serve FOLDER",
+    },
+    "gpt_oss": {
+        "vLLM": "vllm serve FOLDER",
+        "SGLang": "python -m sglang.launch_server --model-path FOLDER",
+        "TensorRT-LLM": "trtllm-serve FOLDER",
+        "transformers": 'AutoModelForCausalLM.from_pretrained("FOLDER", dtype=torch.bfloat16)',
+    },
+    "gguf": {"llama.cpp": "llama-server -m FOLDER/model.gguf"},
+}
+TOLD = ("method", "calibrate", "data", "sequences", "seq_len", "tokens", "seed", "alpha", "residual_alpha")
+WEIGHTING = ("hessian_weighting", "hessian_groups", "hessian_samples")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card tells that the folder does not. command: that quantized the model. tables: Markdown of evaluations,
+    such as of KL."""
+
+    command: str = ""
+    tables: Sequence[str] = field(default_factory=tuple)
+
+
+def card(source: QuantizedCheckpoint, verdict: Mapping[str, Any], about: About) -> str:
+    """Markdown. verdict: fields of selfcheck.Verdict."""
+    layout, told = get_layout(verdict["layout"]), source.about
+    model = str(told.get("model", "the model"))
+    formats = _formats(source)
+    parts = [
+        _front(layout.name, model),
+        f"# {model}, {formats}",
+        f"{len(source.names)} weights of {model} in {formats}, in the layout `{layout.name}`. Made by quantkit.",
+        "## Method",
+        _method(told),
+        "## Evaluation",
+        "\n\n".join(about.tables) or "Not evaluated yet: `python experiments/evaluate.py model.path=FOLDER`.",
+        "## Serve",
+        _serve(layout.name),
+        "## Check",
+        _check(verdict),
+        "## Not quantized",
+        _left_out(told),
+        "## Reproduce",
+        _reproduce(source, about),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _formats(source: QuantizedCheckpoint) -> str:
+    kinds = {(q.format.name.upper(), q.block_size) for q in map(source.quantized, source.names[:1])}
+    return " and ".join(f"{name} with block size {size}" for name, size in sorted(kinds))
+
+
+def _front(layout: str, model: str) -> str:
+    library = "gguf" if layout == "gguf" else "transformers"
+    tags = "\n".join(f"- {tag}" for tag in ("quantkit", "fp4", layout))
+    return f"---\nbase_model: {json.dumps(model)}\nlibrary_name: {library}\ntags:\n{tags}\n---"
+
+
+def _method(told: Mapping[str, Any]) -> str:
+    rows = [(name, told[name]) for name in (*TOLD, *WEIGHTING) if told.get(name) is not None]
+    rows += sorted((f"method.{name}", value) for name, value in dict(told.get("method_settings") or {}).items())
+    return _table(("setting", "value"), rows)
+
+
+def _serve(layout: str) -> str:
+    commands = "\n".join(f"- {engine}: `{command}`" for engine, command in SERVE[layout].items())
+    return f"{commands}\n\nWhich of these were run, and known defects: `docs/serving.md` of quantkit."
+
+
+def _check(verdict: Mapping[str, Any]) -> str:
+    lines = [
+        f"After the export {', '.join(verdict['routes'])} read the folder back: {verdict['equal']} of "
+        f"{verdict['weights']} stored weights are bit for bit what was quantized.",
+        *(f"- Wrong: {problem}" for problem in verdict["problems"]),
+        *(f"- Note: {warning}" for warning in verdict["warnings"]),
+    ]
+    return "\n".join(lines)
+
+
+def _left_out(told: Mapping[str, Any]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dict(told.get("left_out") or {}).items():
+        reasons.setdefault(str(reason), []).append(name)
+    lines = [
+        f"- {reason}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for reason, names in reasons.items()
+    ]
+    return "\n".join(lines) or "Everything but the quantized weights is stored as in the original checkpoint."
+
+
+def _reproduce(source: QuantizedCheckpoint, about: About) -> str:
+    rows = [("identity of the quantized model", source.identity)]
+    rows += [(name, source.about[name]) for name in ("model_revision", "data_hash") if source.about.get(name)]
+    rows += sorted(versions().items())
+    command = f"```\n{about.command}\n```\n\n" if about.command else ""
+    return command + _table(("what", "value"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[tuple[str, Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([name, str(value)] for name, value in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

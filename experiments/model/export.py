@@ -1,0 +1,162 @@
+"""Writes a finished folder of quantkit in the layout of an engine.
+
+The export is a function of that folder's bytes, one shard at a time, so that memory holds one decoder layer. It is
+written in `.FOLDER.partial`, checked there (selfcheck.py), and renamed: FOLDER is finished or does not exist. An
+interrupted export starts again and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from experiments.capture.store import save_tensors
+from experiments.files import SourceError, listing, write_atomically
+from experiments.model import gguf_file
+from experiments.model.card import About, card
+from experiments.model.selfcheck import Verdict, check_export
+from experiments.model.stored_names import left_out, skeleton, stored_matrices
+from experiments.sources.quantized import QuantizedCheckpoint, alone
+from quantkit import QuantizedTensor
+from quantkit.layouts import Layout, check_fused, get_layout
+
+log = logging.getLogger(__name__)
+
+INDEX_NAME = "model.safetensors.index.json"
+EXPORT_NAME = "quantkit_export.json"  # the verdict of the self-check; written last
+OWN_FILES = ("config.json", INDEX_NAME)
+# compressed-tensors and gpt-oss decode to bfloat16, whatever the model's dtype is.
+DECODED = {"compressed_tensors": "bfloat16", "gpt_oss": "bfloat16"}
+
+
+def export(source: QuantizedCheckpoint, folder: Path, layout_name: str, about: About | None = None) -> Verdict:
+    """Write `folder`, and return what the self-check found.
+
+    Raises ValueError for what the layout cannot express, and SourceError for a folder with anything else in it, and for
+    an export that the self-check finds wrong.
+    """
+    layout = get_layout(layout_name)
+    finished = read_verdict(folder)
+    if finished is not None and finished.identity == source.identity and finished.layout == layout.name:
+        return finished
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = listing(folder) if folder.is_dir() else "a file"
+        raise SourceError(f"{folder} holds {what}, and no export of this model. Name another folder, or delete it.")
+    _refuse(source, layout)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(source, partial, layout)
+    verdict = check_export(partial, layout, source)
+    for warning in verdict.warnings:
+        log.warning("%s", warning)
+    if not verdict.ok:
+        raise SourceError(
+            f"{partial} is not what was quantized: {'; '.join(verdict.problems[:3])}. It is not finished."
+        )
+    write_atomically(partial / "README.md", card(source, verdict.to_dict(), about or About()))
+    write_atomically(partial / EXPORT_NAME, json.dumps(verdict.to_dict(), indent=1) + "\n")
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if folder.is_dir():
+        folder.rmdir()
+    partial.rename(folder)
+    _sync(folder.parent)
+    return verdict
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """Of a finished export; None if the folder is none."""
+    path = folder / EXPORT_NAME
+    try:
+        return Verdict(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _refuse(source: QuantizedCheckpoint, layout: Layout) -> None:
+    """Raises ValueError for a model that the layout cannot express, before anything is written."""
+    if layout.name == "gguf":
+        gguf_file.refuse(source)
+        return
+    quantized = {name: source.quantized(name) for name in source.names}
+    for kind in {(q.format, q.block_size) for q in quantized.values()}:
+        layout.check(*kind)
+    if layout.shared_scales:
+        check_fused(quantized)
+    model = skeleton(source.folder)
+    for name, weight in quantized.items():
+        _tensors(layout, model, name, weight)
+
+
+def _write(source: QuantizedCheckpoint, folder: Path, layout: Layout) -> None:
+    if layout.name == "gguf":
+        gguf_file.write(source, folder)
+        return
+    model = skeleton(source.folder)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file, tensors in _shards(source, layout, model):
+        save_tensors(folder / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / INDEX_NAME, index)
+    _write_configuration(source, folder, layout, left_out(model, source.names))
+
+
+def _shards(source: QuantizedCheckpoint, layout: Layout, model: Any) -> Any:
+    """(file, its tensors by their names), one after the other."""
+    where = source.model_names
+    for file in sorted(set(where.values())):
+        tensors: dict[str, Tensor] = {}
+        for name in source.names:
+            if where.get(f"{name}.weight", where.get(name)) == file:
+                tensors |= _tensors(layout, model, name, source.quantized(name))
+        tensors |= {name: source.tensor(name) for name in source.kept if where[name] == file}
+        yield file, {name: alone(tensor) for name, tensor in tensors.items()}
+
+
+def _tensors(layout: Layout, model: Any, name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """The weight's tensors as the model's checkpoints name them."""
+    if layout.name == "gpt_oss":
+        return layout.to_tensors(name, quantized)
+    tensors: dict[str, Tensor] = {}
+    for stored, matrix in stored_matrices(model, name, quantized):
+        tensors |= layout.to_tensors(stored, matrix)
+    return tensors
+
+
+def _write_configuration(source: QuantizedCheckpoint, folder: Path, layout: Layout, ignored: list[str]) -> None:
+    first = source.quantized(source.names[0])
+    files = layout.config(first.format, first.block_size, ignored)
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if layout.name in DECODED:
+        config.pop("torch_dtype", None)
+        config["dtype"] = DECODED[layout.name]
+    _write_json(folder / "config.json", config | files.pop("config.json"))
+    for name, entries in files.items():
+        _write_json(folder / name, entries)
+    for name in source.files:
+        if not name.endswith(".safetensors") and name not in OWN_FILES:
+            write_atomically(folder / name, (source.folder / name).read_bytes())
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

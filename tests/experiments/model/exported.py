@@ -1,0 +1,82 @@
+"""Tiny models of four families in quantkit's own folder, as an export needs them: fused layers share a global scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.model.checkpoint import CheckpointWriter, kept_tensors, open_quantized
+from experiments.sources.decoder import build_whole
+from experiments.sources.quantized import QuantizedCheckpoint
+from quantkit.layouts import exact_global_scale
+from tests.experiments.model.folders import IDENTITY, open_source, quantize_layer
+from tests.experiments.tiny_models import train_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SHARED_SCALE = float(exact_global_scale(torch.tensor(6e-4, dtype=torch.float32, device="cpu")))
+
+
+def build(kind: str) -> Any:
+    """A model of transformers with random weights, bfloat16."""
+    from transformers import (
+        AutoModelForCausalLM,
+        GptOssConfig,
+        LlamaConfig,
+        MixtralConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
+
+    torch.manual_seed(0)
+    config = {
+        "llama": lambda: LlamaConfig(**SIZES),
+        "qwen3": lambda: Qwen3Config(**SIZES),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),
+        "mixtral": lambda: MixtralConfig(**SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        "gpt_oss": lambda: GptOssConfig(
+            **SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": None, "sliding_window": 64}
+        ),
+    }[kind]()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def quantized(root: Path, kind: str, format: str, only: str = "", **options: Any) -> QuantizedCheckpoint:
+    """The finished folder of a tiny model. only: a part of the names of the weights that are quantized."""
+    source, folder = root / f"{kind}-source", root / f"{kind}-{format}"
+    if not source.exists():
+        build(kind).save_pretrained(source)
+        train_tokenizer(source)
+    checkpoint = open_source(source)
+    decoder = build_whole(checkpoint, "bfloat16")
+    settings = {"format": format, "size": {"nvfp4": 16, "mxfp4": 32}[format], "method": "sse"}
+    settings |= {"global_scale": SHARED_SCALE} if format == "nvfp4" else {}
+    layers = [quantize_layer(decoder, index, **settings | options) for index in range(len(decoder.stack))]
+    chosen = [{name: q for name, q in made.items() if only in name} for made, _ in layers]
+    names = [name for made in chosen for name in made]
+    with CheckpointWriter(folder, IDENTITY, len(layers)) as writer:
+        for index, (made, (_, transposed)) in enumerate(zip(chosen, layers, strict=True)):
+            kept = kept_tensors(decoder, index, names)
+            writer.write_layer(index, made, kept, {}, transposed & made.keys())
+        about = {"model": f"tiny {kind}", "method": "sse", "left_out": {"lm_head": "outside the decoder layers"}}
+        writer.finish(kept_tensors(decoder, None, names), checkpoint, about)
+    return open_quantized(folder)
