@@ -20,7 +20,8 @@ TOKENS_NAME = "tokens.npz"
 class EvaluationRecord(Record):
     VERSION: ClassVar[int] = SCHEMA_VERSION
 
-    model: str  # the folder's name, or evaluate.label
+    model: str  # the run that made quantkit's own folder, else the folder's name
+    label: str | None = None  # evaluate.label, its name in tables
     model_revision: str | None = None
     reference: str | None = None
     reference_revision: str | None = None

@@ -8,6 +8,7 @@
                                                   write table.csv and table.md there
     python experiments/report.py --collect NAME   copy the runs to results/records/NAME.jsonl, to be committed. Runs of
                                                   other models than the file's are left out; --model takes them
+                                                  NAME model: evaluations of whole models
     python experiments/report.py --track [GROUP]  log the CSV files and figures of results/ to W&B, offline by default
 
 experiments/reporting/pages.py lists the generated blocks that a page can have.
@@ -30,8 +31,18 @@ if __name__ == "__main__":
     sys.path.pop(0)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments.evaluation_record import EvaluationRecord
 from experiments.files import write_atomically
-from experiments.record import FIELDS, RECORD_NAME, SPARSE_FIELDS, RecordError, RunRecord, read_record, read_records
+from experiments.record import (
+    FIELDS,
+    RECORD_NAME,
+    SPARSE_FIELDS,
+    RecordError,
+    RunRecord,
+    read_record,
+    read_records,
+    read_records_of,
+)
 from experiments.reporting import ReportError
 
 if TYPE_CHECKING:
@@ -166,6 +177,8 @@ def report_runs(folder: Path, root: Path) -> int:
     from experiments.reporting.tables import make_tables, unfinished
     from experiments.reporting.verification import verification_tables
 
+    if report_evaluations(folder):
+        return 0
     own = folder / RECORD_NAME
     damaged: list[str] = []
     records = [read_record(own)] if own.exists() else read_records(folder, damaged)
@@ -188,11 +201,32 @@ def report_runs(folder: Path, root: Path) -> int:
     return 0
 
 
+def report_evaluations(folder: Path) -> bool:
+    """Print the tables of the evaluations of whole models in `folder`. False where there are none."""
+    from experiments.reporting.evaluations import evaluation_tables
+    from experiments.reporting.pages import as_markdown
+    from experiments.reporting.records_csv import evaluations_csv
+
+    records = read_records_of(EvaluationRecord, folder, damaged=[])
+    if not records:
+        return False
+    tables = evaluation_tables(records)
+    for table in tables:
+        print(f"\n{table.terminal()}", end="")
+    write_atomically(folder / "table.csv", evaluations_csv(records))
+    write_atomically(folder / "table.md", as_markdown(tables))
+    print(f"\nAlso in {os.path.relpath(folder / 'table.md')} and {os.path.relpath(folder / 'table.csv')}")
+    return True
+
+
 def collect(name: str, source: Path, root: Path, models: Sequence[str]) -> int:
     """Merge the runs in `source` into the committed records `name`, and print what was taken."""
     from experiments.reporting import collection, pages
 
-    done = collection.collect(name, source, root, models)
+    if name == pages.MODEL:
+        done = collection.collect_evaluations(name, source, root)
+    else:
+        done = collection.collect(name, source, root, models)
     print("\n".join(done.lines))
     shown = ", ".join(map(str, pages.shown_on(name, root)))
     where = f", and their table to {shown}" if shown else ""
@@ -229,34 +263,47 @@ def track(group: str, root: Path) -> int:
 
 
 def read_groups(root: Path) -> dict[str, list[RunRecord]]:
-    """Name → the committed records of that name."""
+    """Name → the committed records of that name, without the evaluations of whole models."""
     from experiments.reporting.collection import read_lines
+    from experiments.reporting.evaluations import NAME as MODEL
 
-    groups = {path.stem: read_lines(path) for path in sorted((root / RECORDS).glob("*.jsonl"))}
+    paths = [path for path in sorted((root / RECORDS).glob("*.jsonl")) if path.stem != MODEL]
+    groups = {path.stem: read_lines(path) for path in paths}
     if not any(groups.values()):
         raise ReportError(f"{RECORDS} has no records; {HOW_TO_RECORD}")
     return groups
+
+
+def read_model_evaluations(root: Path) -> list[EvaluationRecord]:
+    """The committed evaluations of whole models."""
+    from experiments.reporting.collection import read_evaluations
+    from experiments.reporting.evaluations import NAME as MODEL
+
+    return read_evaluations(root / RECORDS / f"{MODEL}.jsonl")
 
 
 def figure_frames(root: Path, groups: dict[str, list[RunRecord]]) -> dict[str, pd.DataFrame]:
     """Name → data of every figure; empty where its records are absent."""
     from experiments.reporting.figures import Sources, make_frames
 
-    return make_frames(Sources.read(root, groups))
+    return make_frames(Sources.read(root, groups, read_model_evaluations(root)))
 
 
 def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[str, pd.DataFrame]) -> dict[Path, str]:
     """Path → the text that follows from the records, CSV files first."""
     from experiments.reporting.figures import FOLDER, figures_page, frame_csv
     from experiments.reporting.pages import PAGES, Material, fill
-    from experiments.reporting.records_csv import records_csv
+    from experiments.reporting.records_csv import evaluations_csv, records_csv
 
+    evaluations = read_model_evaluations(root)
     drawn = {name: frame for name, frame in frames.items() if len(frame)}
     files = {root / "results" / f"{name}.csv": records_csv(records) for name, records in groups.items()}
+    if evaluations:
+        files[root / "results" / "model.csv"] = evaluations_csv(evaluations)
     files |= {root / FOLDER / f"{name}.csv": frame_csv(frame) for name, frame in drawn.items()}
     if drawn:
         files[root / FOLDER / FIGURES_PAGE] = figures_page(frames)
-    material = Material(root, groups, frames)
+    material = Material(root, groups, frames, evaluations)
     for page in PAGES:
         if (root / page).exists():
             files[root / page] = fill(read(root / page), str(page), material)
@@ -275,6 +322,8 @@ def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dic
 
     header = ",".join(takewhile(lambda name: name not in SPARSE_FIELDS, FIELDS)).encode()
     tables = [path for path in sorted((root / "results").glob("*.csv")) if path.read_bytes().startswith(header)]
+    evaluations = root / "results" / "model.csv"
+    tables += [evaluations] if evaluations.exists() and not read_model_evaluations(root) else []
     figures = [
         root / FOLDER / f"{name}.{kind}" for name in frames if not len(frames[name]) for kind in ("csv", *PICTURES)
     ]

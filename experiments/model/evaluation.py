@@ -56,7 +56,7 @@ class ResolvedEvaluation:
 
     @property
     def label(self) -> str:
-        return label_of(self.config, self.model)
+        return name_of(self.model)
 
     def check_unchanged(self) -> None:
         """Raises SourceError if a checkpoint has changed since it was hashed."""
@@ -78,7 +78,7 @@ def resolve_evaluation(config: EvaluationConfig) -> ResolvedEvaluation:
     text = load_text(config.data, cache)
     settings = result_settings(config, device)
     sources = [identity.key for identity in identities] + [text.sha256, config.paired]
-    label = label_of(config, model)
+    label = config.evaluate.label or name_of(model)
     return ResolvedEvaluation(
         config=config,
         device=device,
@@ -94,9 +94,9 @@ def resolve_evaluation(config: EvaluationConfig) -> ResolvedEvaluation:
     )
 
 
-def label_of(config: EvaluationConfig, model: ModelConfig) -> str:
-    """evaluate.label, else the run that made quantkit's own folder, else the folder's name."""
-    return config.evaluate.label or str(about_of(model).get("run_id", model.label))
+def name_of(model: ModelConfig) -> str:
+    """The run that made quantkit's own folder, else the folder's name."""
+    return str(about_of(model).get("run_id", model.label))
 
 
 def about_of(model: ModelConfig) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
         "run_id": resolved.run_id,
         "sweep": config.sweep,
         "model": resolved.label,
+        "label": config.evaluate.label,
         "model_revision": resolved.model_identity.revision,
         "reference": resolved.reference_identity.name,
         "reference_revision": resolved.reference_identity.revision,

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.evaluation_record import EvaluationRecord
 from experiments.files import write_atomically
-from experiments.record import RunRecord, read_records
+from experiments.record import RunRecord, read_records, read_records_of
 from experiments.reporting import ReportError
+from experiments.reporting.evaluations import Evaluated, label_of
 from experiments.reporting.labels import FORMATS
 from experiments.reporting.rows import method_label, record_order
 
 RECORDS = Path("results/records")
-RESERVED = ("published", "summary")  # names of other generated blocks
+RESERVED = ("published", "summary", "model_summary")  # names of other generated blocks
 ALL = "all"
 
 
@@ -35,7 +37,7 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> 
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) or name in RESERVED:
         raise ReportError(
-            f"--collect {name}: use small letters, digits, - and _, and not the words {' and '.join(RESERVED)}"
+            f"--collect {name}: use small letters, digits, - and _, and not the words {', '.join(RESERVED)}"
         )
     damaged: list[str] = []
     found = read_records(source, damaged)
@@ -74,6 +76,39 @@ def collect(name: str, source: Path, root: Path, models: Sequence[str] = ()) -> 
         if count:
             lines.append(f"  {count} run{'s' * (count > 1)} {what}")
     return Collected(path, [*lines, *(f"  left out: {line}" for line in damaged)])
+
+
+def collect_evaluations(name: str, source: Path, root: Path) -> Collected:
+    """Merge the evaluations of whole models in `source` into the committed records `name`."""
+    damaged: list[str] = []
+    found = read_records_of(EvaluationRecord, source, damaged)
+    if not found:
+        why = f": {damaged[0]}" if damaged else "; run `python experiments/evaluate.py model.path=FOLDER` first"
+        raise ReportError(f"{source} has no evaluation that can be read{why}")
+    path = root / RECORDS / f"{name}.jsonl"
+    known = {(record.run_id, record.device_name): record for record in read_evaluations(path)}
+    before = dict(known)
+    known |= {(record.run_id, record.device_name): record for record in found if record.status == "ok"}
+    records = sorted(known.values(), key=_evaluation_order)
+    write_atomically(path, "".join(f"{record.to_json()}\n" for record in records))
+    replaced = sum(known[key] is not record for key, record in before.items())
+    lines = [f"{path.relative_to(root)}: {len(records)} records, {len(known) - len(before)} new, {replaced} replaced"]
+    if failed := sum(record.status != "ok" for record in found):
+        lines.append(f"  {failed} without a result, left out")
+    if dirty := sum(bool(record.dirty) for record in found):
+        lines.append(f"  {dirty} from uncommitted code")
+    return Collected(path, [*lines, *(f"  left out: {line}" for line in damaged)])
+
+
+def read_evaluations(path: Path) -> list[EvaluationRecord]:
+    """The evaluations of a .jsonl file; a missing file has none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [EvaluationRecord.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _evaluation_order(record: EvaluationRecord) -> tuple[str, ...]:
+    subject = vars(Evaluated.of(record)).values()
+    return (*map(str, subject), str(record.format), label_of(record), record.run_id, str(record.device_name))
 
 
 def described(records: Iterable[RunRecord]) -> list[str]:

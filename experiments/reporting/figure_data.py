@@ -15,7 +15,9 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.evaluation_record import EvaluationRecord
 from experiments.record import RunRecord
+from experiments.reporting import evaluations
 from experiments.reporting.labels import BACKENDS, DEFAULT_RULES, FORMATS, GLOBAL_SCALES, METHODS
 from experiments.reporting.scaling import us_per_further_mb
 from experiments.reporting.speed import MATRIX
@@ -50,15 +52,18 @@ class Sources:
     records: dict[str, list[RunRecord]]  # by the name of their file in results/records
     one_block: dict[str, Any] | None = None
     bench: pd.DataFrame | None = None
+    evaluations: Sequence[EvaluationRecord] = ()  # of whole models
 
     @classmethod
-    def read(cls, root: Path, records: dict[str, list[RunRecord]]) -> Sources:
+    def read(
+        cls, root: Path, records: dict[str, list[RunRecord]], evaluations: Sequence[EvaluationRecord] = ()
+    ) -> Sources:
         path = root / ONE_BLOCK
         one_block = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         frames = [
             pd.read_csv(path, keep_default_na=False, na_values=[""]) for path in sorted((root / BENCH).glob("*.csv"))
         ]
-        return cls(records, one_block, pd.concat(frames, ignore_index=True) if frames else None)
+        return cls(records, one_block, pd.concat(frames, ignore_index=True) if frames else None, evaluations)
 
     def runs(
         self, name: str, by: Sequence[str], values: Sequence[str], also: Sequence[str] = (), free: Sequence[str] = ()
@@ -292,6 +297,22 @@ def scaling(sources: Sources) -> pd.DataFrame:
         [us_per_further_mb(part, "us_median") for _, part in found.groupby(["operation", "format"], dropna=False)]
     )
     return in_order(found, ["format", "operation", "rows"])[columns].reset_index(drop=True)
+
+
+def kl_bits(sources: Sources) -> pd.DataFrame:
+    return evaluations.kl_points(sources.evaluations, "bits_per_weight")
+
+
+def kl_time(sources: Sources) -> pd.DataFrame:
+    return evaluations.kl_points(sources.evaluations, "quantize_s")
+
+
+def kl_position(sources: Sources) -> pd.DataFrame:
+    return evaluations.kl_positions(sources.evaluations)
+
+
+def kl_layers(sources: Sources) -> pd.DataFrame:
+    return evaluations.kl_layers(sources.evaluations)
 
 
 def _record_timings(sources: Sources) -> pd.DataFrame:

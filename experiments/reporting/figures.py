@@ -56,10 +56,15 @@ class _Styles(dict[str, str]):
 
 
 COLOR = _Styles(
-    {"naive": "#E69F00", "sse": "#0072B2", "hessian": "#009E73", "nvfp4": "#0072B2", "mxfp4": "#D55E00"},
+    {"naive": "#E69F00", "sse": "#0072B2", "hessian": "#009E73", "nvfp4": "#0072B2", "mxfp4": "#D55E00"}
+    | {"joint": "#56B4E9", "gptq": "#CC79A7", "descent": "#D55E00", "other": "#666666"},
     ("#56B4E9", "#000000", "#F0E442"),
 )
-MARKER = _Styles({"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4": "s"}, "DPX*")
+MARKER = _Styles(
+    {"naive": "o", "sse": "s", "hessian": "^", "nvfp4": "o", "mxfp4": "s"}
+    | {"joint": "v", "gptq": "D", "descent": "P", "other": "X"},
+    "DPX*",
+)
 HATCH = _Styles({"naive": "", "sse": "//////", "hessian": "xxxxxx"}, ("......", "++++++", "oooooo"))
 LINE = _Styles({"naive": ":", "sse": "--", "hessian": "-", "nvfp4": "-", "mxfp4": "--"}, ("-.", ":"))
 GREY = "#666666"
@@ -396,6 +401,50 @@ def draw_scaling(figure: Figure, frame: pd.DataFrame) -> None:
 GROUP, GAP = 0.87, 0.03  # widths of a format's group of bars and of the gap between bars; formats are 1 apart
 
 
+def draw_kl_bits(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = _kl_points(figure, frame, "bits_per_weight")
+    axes.set(xlabel="bits per quantized weight, scales included", ylabel="KL, nats a token")
+
+
+def draw_kl_time(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = _kl_points(figure, frame, "quantize_s")
+    axes.set(xscale="log", xlabel="time to quantize, s", ylabel="KL, nats a token")
+
+
+def _kl_points(figure: Figure, frame: pd.DataFrame, x: str) -> Axes:
+    """KL with its interval over `x`; colour and marker by method, filled for block size 16."""
+    axes = figure.subplots()
+    for line in frame.to_dict("records"):
+        color, fill = COLOR[line["method"]], line["block_size"] == frame["block_size"].min()
+        spread = [[line["kl_mean"] - line["kl_low"]], [line["kl_high"] - line["kl_mean"]]]
+        style: dict[str, Any] = {"marker": MARKER[line["method"]], "color": color, "mfc": color if fill else "white"}
+        bars = None if pd.isna(spread[0][0]) else spread
+        axes.errorbar(line[x], line["kl_mean"], yerr=bars, ls="", elinewidth=0.8, capsize=1.5, **style)
+    axes.set_yscale("log")
+    _legend(figure, _method_markers(frame), _size_markers(frame))
+    return axes
+
+
+def draw_kl_position(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    handles = []
+    for label, part in frame.groupby("name", sort=False):
+        method = part["method"].iloc[0]
+        (line,) = axes.plot(part["position"] + 1, part["kl_mean"], marker=MARKER[method], ms=3, lw=0.9)
+        handles.append(Line2D([], [], color=line.get_color(), marker=MARKER[method], ms=3, label=str(label)))
+    axes.set(xscale="log", yscale="log", xlabel="tokens before the prediction", ylabel="KL, nats a token")
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+
+
+def draw_kl_layers(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    lines = []
+    for name, part in frame.groupby("layer_module", sort=False):
+        lines += axes.plot(part["layer_index"], part["kl_mean"], marker=".", lw=0.9, label=name or "whole layer")
+    axes.set(yscale="log", xlabel="decoder layer", ylabel="KL of this layer alone, nats a token")
+    figure.legend(handles=lines, loc="outside right upper", fontsize=7)
+
+
 def _plain_ticks(axis: Axis, at: Locator, form: str = "g") -> None:
     """Ticks of a logarithmic axis only at these places, labelled with numbers instead of powers."""
     axis.set_major_locator(at)
@@ -518,6 +567,11 @@ def _experiment(name: str) -> str:
     )
 
 
+EVALUATIONS_MISSING = (
+    "results/records/model.jsonl has no such evaluations; run "
+    "`python experiments/evaluate.py model.path=FOLDER{extra}` and "
+    "`python experiments/report.py --collect model --from results/runs/model`"
+)
 TIMES_MISSING = (
     "no device has timed all compared settings; run `python experiments/run.py -m experiment=timing` on a GPU and "
     "`python experiments/report.py --collect timing --from results/runs/timing`, or put a benchmark in results/bench"
@@ -657,6 +711,48 @@ FIGURES = (
         "--out results/bench/NAME.csv` on a GPU",
         figure_data.scaling,
         draw_scaling,
+        WIDE,
+        2.4,
+    ),
+    Plot(
+        "kl_bits",
+        "KL against bits",
+        "KL of the model with all linear layers quantized to the model itself, over the bits of a quantized weight. "
+        "Bars: 95 % interval over sequences; over several calibration seeds, the least and the largest.",
+        EVALUATIONS_MISSING.format(extra=""),
+        figure_data.kl_bits,
+        draw_kl_bits,
+        NARROW,
+        2.5,
+    ),
+    Plot(
+        "kl_time",
+        "KL against time",
+        "KL over the time that quantizing the whole model took, calibration included. Bars as in the figure of bits.",
+        EVALUATIONS_MISSING.format(extra=""),
+        figure_data.kl_time,
+        draw_kl_time,
+        NARROW,
+        2.5,
+    ),
+    Plot(
+        "kl_position",
+        "KL by position",
+        "Mean KL by the number of tokens before the predicted one, in groups that double, of the eight models with the "
+        "least KL.",
+        EVALUATIONS_MISSING.format(extra=""),
+        figure_data.kl_position,
+        draw_kl_position,
+        WIDE,
+        2.6,
+    ),
+    Plot(
+        "kl_layers",
+        "Which layers cost most",
+        "KL with one layer quantized at a time, the rest in the model's own precision.",
+        EVALUATIONS_MISSING.format(extra=" evaluate.layers=true"),
+        figure_data.kl_layers,
+        draw_kl_layers,
         WIDE,
         2.4,
     ),

@@ -3,6 +3,8 @@
 A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED: name -->`. Its name is one of
 
     NAME               every table of results/records/NAME.jsonl
+    model              the evaluations of whole models, results/records/model.jsonl
+    model_summary      one of their tables, in five columns
     summary            one figure and one table of output errors, at the smallest block size
     published          the tables of results/published
     figure:NAME        a picture of results/figures with its caption
@@ -23,8 +25,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.evaluation_record import EvaluationRecord
 from experiments.record import RunRecord
 from experiments.reporting import ReportError
+from experiments.reporting.evaluations import NAME as MODEL
+from experiments.reporting.evaluations import evaluation_summary, evaluation_tables
 from experiments.reporting.figure_data import SETTINGS, Sources
 from experiments.reporting.figures import FIGURES, FOLDER
 from experiments.reporting.published import published_tables, read_published
@@ -38,6 +43,7 @@ PAGES = (Path("README.md"), Path("docs/results.md"))
 TABLES_PAGE = PAGES[1]  # where a new table belongs
 PUBLISHED = "published"
 SUMMARY = "summary"
+MODEL_SUMMARY = "model_summary"
 SUMMARY_FIGURE = "output_error"
 SUMMARY_WIDTH = 400  # of the picture, in pixels, so that picture, table and text fit on one screen
 OPTIMALITY = "optimality"  # its table has the results of verify
@@ -49,6 +55,10 @@ BENCHMARKS: dict[str, Callable[[pd.DataFrame], list[Table]]] = {
 }
 HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling"
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
+HOW_TO_EVALUATE = (
+    "run `python experiments/evaluate.py model.path=FOLDER`, then `python experiments/report.py --collect model --from "
+    "results/runs/model`"
+)
 MARKER = re.compile(r"^<!-- (BEGIN|END) GENERATED: (\S+) -->$", re.MULTILINE)
 
 
@@ -59,6 +69,7 @@ class Material:
     root: Path
     groups: dict[str, list[RunRecord]]  # by the name of their file in results/records
     frames: dict[str, pd.DataFrame]  # data of the figures; empty where their records are absent
+    evaluations: Sequence[EvaluationRecord] = ()  # of whole models
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,8 @@ def _content(name: str, page: str, material: Material) -> str:
         return _summary(page, material)
     if name.startswith(FIGURE):
         return _figure(name, page, material)
+    if name in (MODEL, MODEL_SUMMARY):
+        return _evaluations(name, page, material)
     if which and kind in BENCHMARKS:
         return _benchmark(name, page, material)
     if name not in material.groups:
@@ -132,6 +145,15 @@ def _summary(page: str, material: Material) -> str:
     errors = ["weight_error", "output_error", "output_error_heldout"]
     runs = Sources(material.groups).runs("main", SETTINGS, errors[:2], also=errors[2:])
     return f"{picture}\n\n{summary_table(runs).markdown()}\n{plot.text(frame)}\n"
+
+
+def _evaluations(name: str, page: str, material: Material) -> str:
+    summary = evaluation_summary(material.evaluations)
+    if summary is None:
+        raise ReportError(
+            f"{page} shows {name}, but results/records/{MODEL}.jsonl has no evaluations; {HOW_TO_EVALUATE}"
+        )
+    return summary.markdown() if name == MODEL_SUMMARY else as_markdown(evaluation_tables(material.evaluations))
 
 
 def _figure(name: str, page: str, material: Material) -> str:

@@ -18,6 +18,8 @@ from experiments import report
 from experiments.record import RunRecord
 from experiments.reporting import figure_data, figures
 from experiments.reporting.figure_data import Sources
+from tests.experiments.reporting.test_evaluations import LAYERS
+from tests.experiments.reporting.test_evaluations import make as evaluated
 
 ROOT = Path(__file__).resolve().parents[3]
 PLOTS = {plot.name: plot for plot in figures.FIGURES}
@@ -72,6 +74,11 @@ ONE_BLOCK = {
     "chosen": {"naive": 2, "sse": 2, "hessian": 4}, "windows": {"sse": [1, 3], "hessian": [2, 4]},
     "code": [1, 2, 3, 4, 5], "squared_error": [4.0, 1.0, 2.0, 3.0, 5.0], "hessian_error": [9.0, 3.0, 4.0, 1.5, 6.0],
 }  # fmt: skip
+EVALUATIONS = [
+    evaluated(method, kl, format=format, kl_by_layer=LAYERS)
+    for format in ("nvfp4", "mxfp4")
+    for method, kl in (("naive", 0.2), ("sse", 0.18), ("hessian", 0.09), ("gptq", 0.04), ("descent", 0.03))
+]
 HISTOGRAMS = {"scale_shifts": {"1": 30, "-1": 10, "0": 60}, "candidate_counts": {"9": 75, "10": 25}}
 
 
@@ -119,7 +126,7 @@ def full() -> Sources:
         "main": every(), "scale_distance": every(**HISTOGRAMS), "layers": layers, "calibration_size": sizes,
         "global_scale": scales, "block_size": modules,
     }  # fmt: skip
-    return Sources(records, ONE_BLOCK, pd.DataFrame(times))
+    return Sources(records, ONE_BLOCK, pd.DataFrame(times), EVALUATIONS)
 
 
 def test_errors_stand_in_the_order_of_the_tables(full: Sources):
