@@ -19,7 +19,18 @@ from typing import IO, Any
 TRIAL_BYTES = 1 << 16
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # the folders of `replacing`
 LOCK_NAME = ".lock"
+CHECKSUM = "checksum"  # the key of a JSON object's own sha256
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that takes no more
+
+CLOSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ESTALE,
+)  # of an unreadable one
 
 
 class SourceError(ValueError):
@@ -38,9 +49,59 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with their checksum, so that a damaged digit or word is found on reading."""
+    return values | {CHECKSUM: sha256_json(values)}
+
+
+def unsealed(values: Any) -> Any:
+    """The values without their checksum. Raises ValueError if it is not theirs. Files of older versions have none."""
+    if not isinstance(values, dict) or CHECKSUM not in values:
+        return values
+    rest = {key: value for key, value in values.items() if key != CHECKSUM}
+    if values[CHECKSUM] != sha256_json(rest):
+        raise ValueError(f"its {CHECKSUM} is not that of its values")
+    return rest
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for whatever is not JSON, or nested too deeply for Python's reader."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write the values with their checksum, as JSON, atomically."""
+    write_atomically(path, json.dumps(sealed(values), indent=1) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises ValueError for a damaged file, and OSError for one that cannot be read."""
+    values = unsealed(parse_json(path.read_bytes()))
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
+    return values
+
+
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether this names a file in a folder itself: neither another folder's file nor the folder."""
+    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+
+
+def leaves(path: Path, folder: Path) -> bool:
+    """Whether `path` in `folder` is a link to a file elsewhere, other than to the hub's own cache of files."""
+    if not path.is_symlink():
+        return False
+    real, own = path.resolve(), folder.resolve()
+    kept = own.parent.parent / "blobs" if own.parent.name == "snapshots" else own
+    return not (real.is_relative_to(own) or real.is_relative_to(kept))
 
 
 def listing(folder: Path) -> str:
@@ -86,6 +147,7 @@ def _temporary_folder(path: Path) -> tuple[Path, IO[bytes]]:
         except FileNotFoundError:  # another process took it for an orphan, here or below
             continue
         _try_lock(held)
+        os.set_inheritable(held.fileno(), True)  # a child that writes here and outlives this process holds it, too
         if os.fstat(held.fileno()).st_nlink:
             return folder, held
         held.close()
@@ -135,3 +197,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(cache: Path) -> Iterator[None]:
+    """Raises SourceError in the place of the system's error of a full disk, or of a cache that belongs to others."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise SourceError(
+                f"cache.dir={cache}: it cannot be written ({error.strerror}). Free some space, or set cache.dir to "
+                "another folder."
+            ) from None
+        if error.errno in CLOSED:
+            raise SourceError(
+                f"cache.dir={cache}: {error.filename or 'a file'} cannot be read or written ({error.strerror}). "
+                "Allow it, or set cache.dir to another folder."
+            ) from None
+        raise

@@ -72,6 +72,9 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
         return None if group is None else f"{argument}: a choice of {group}; type {group}={argument}"
     if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
         return None
+    own = key in (*_settings(schema), "experiment", *_keys(schema)) and key
+    if own and argument.startswith("+") and not argument.startswith("++"):
+        return f"{argument}: {key} is there without a +; type {key}={value}"
     if key in (*_settings(schema), "experiment") and key:
         return None if own_choices else _no_choice(key, value, schema)
     if key in _keys(schema):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from experiments.files import write_atomically
+from experiments.files import parse_json, sealed, unsealed, write_atomically
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,15 +95,19 @@ class Record:
         return cls(**values)
 
     def to_json(self, indent: int | None = None) -> str:
-        """One line by default, as in a `.jsonl` file."""
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+        """One line by default, as in a `.jsonl` file. Its last key is a checksum, by which damage is found."""
+        return json.dumps(sealed(self.to_dict()), indent=indent, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> Self:
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise RecordError(f"{where}: not JSON ({error}).") from None
+        try:
+            values = unsealed(values)
+        except ValueError as error:
+            raise RecordError(f"{where}: damaged, {error}; delete it or run it again.") from None
         return cls.from_dict(values, where)
 
     def write(self, run_dir: Path | str) -> Path:

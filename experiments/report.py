@@ -156,9 +156,9 @@ def check(root: Path) -> int:
                 read(path).splitlines(), text.splitlines(), name, f"{name}, from the records", lineterm="", n=1
             )
         )
-        if diff:
+        if diff or not path.exists() or path.read_bytes() != text.encode():
             differing += 1
-            print("\n".join(diff[:DIFF_LINES]))
+            print("\n".join(diff[:DIFF_LINES] or [f"{name} differs in its line ends"]))
             if len(diff) > DIFF_LINES:
                 print(f"… and {len(diff) - DIFF_LINES} more lines")
     if differing:
@@ -332,7 +332,10 @@ def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dic
 
 def read(path: Path) -> str:
     """The file's text; a missing file has none."""
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError:
+        raise ReportError(f"{path}: not UTF-8 text; take it from the repository again") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from experiments.capture.inputs import LayerInputs, SourceInfo
 from experiments.capture.store import GRAM_NAME, WEIGHT_NAME, is_intact, load_tensors
-from experiments.files import SourceError
+from experiments.files import SourceError, one_line, read_sealed
 from experiments.sources.bundles import CAPTURE_VERSION, MANIFEST_FIELDS, MANIFEST_NAME
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,10 @@ def complete_manifest(folder: Path, activations: bool) -> Manifest | None:
     """The manifest of a complete cached layer, else None."""
     try:
         manifest = _read_manifest(folder)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("%s is damaged (%s); capturing it again", folder / MANIFEST_NAME, one_line(error))
         return None
     try:
         problem = _problem(folder, manifest, shards=activations)
@@ -55,7 +57,7 @@ def complete_manifest(folder: Path, activations: bool) -> Manifest | None:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    return dict(json.loads((folder / MANIFEST_NAME).read_text()))
+    return read_sealed(folder / MANIFEST_NAME)
 
 
 def _problem(folder: Path, manifest: Manifest, shards: bool) -> str | None:

@@ -5,8 +5,8 @@ Layers that are captured together share a forward pass. Of two processes that ne
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,11 @@ from experiments.capture.progress import BAR, Progress, ticking, waiting
 from experiments.capture.shards import Layout, ShardWriter
 from experiments.capture.store import JOURNAL_NAME, PARTIAL_NAME, WEIGHT_NAME, Entry, save_tensors
 from experiments.capture.tokens import token_sequences
-from experiments.capture.writing import lock, writing
+from experiments.capture.writing import lock
 from experiments.config import LayerConfig
-from experiments.files import SourceError, write_atomically
+from experiments.files import SourceError, write_sealed, writing
 from experiments.sources.bundles import CAPTURE_VERSION, MANIFEST_NAME
-from experiments.sources.models import model_name
+from experiments.sources.models import EMBEDDING_NAME, LAYER_NAME, model_name
 from experiments.sources.resolved import Resolved
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,11 @@ class _Capture:
     def _check_finite(self, layer: LayerConfig, x: Tensor) -> None:
         if bool(x.isfinite().all()):
             return
+        if (stored := self._stored_not_finite()) is not None:
+            raise SourceError(
+                f"{self.checkpoint.name}: {stored} holds NaN or Inf as it is stored, so no model.dtype helps. "
+                "Download the checkpoint again, or give another one."
+            )
         dtype = self.config.model.dtype
         wider = {"float16": "model.dtype=bfloat16 or float32", "bfloat16": "model.dtype=float32"}.get(dtype)
         remedy = f"Use {wider}" if wider else "Check the checkpoint's weights: there is no wider type"
@@ -222,6 +227,17 @@ class _Capture:
             f"the model in {dtype}. {remedy}."
         )
 
+    def _stored_not_finite(self) -> str | None:
+        """The name of a stored tensor with NaN or Inf among those that were loaded, if there is one."""
+        for name in self.checkpoint.names:
+            layer = LAYER_NAME.search(name)
+            if not (EMBEDDING_NAME.search(name) or (layer and int(layer[1]) <= self.decoder.last)):
+                continue
+            values = self.checkpoint.read([name])[name]
+            if values.is_floating_point() and not bool(values.isfinite().all()):
+                return name
+        return None
+
     def _finish(self, group: list[LayerConfig], writer: ShardWriter) -> None:
         files = writer.finish()
         self.resolved.check_unchanged()
@@ -229,9 +245,9 @@ class _Capture:
             folder = self.resolved.layer_folder(layer)
             weight = save_tensors(folder / WEIGHT_NAME, {"weight": self.decoder.weight(layer)})
             manifest = self._manifest(layer, writer, {WEIGHT_NAME: weight, **files})
-            write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
-            for name in (JOURNAL_NAME, PARTIAL_NAME):
-                (folder / name).unlink(missing_ok=True)
+            (folder / PARTIAL_NAME).unlink(missing_ok=True)
+            write_sealed(folder / JOURNAL_NAME, manifest)
+            os.replace(folder / JOURNAL_NAME, folder / MANIFEST_NAME)  # so that none of the two is left over
 
     def _manifest(self, layer: LayerConfig, writer: ShardWriter, files: dict[str, Entry]) -> dict[str, Any]:
         data = self.config.data

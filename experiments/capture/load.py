@@ -15,7 +15,7 @@ from experiments.capture.forward import capture_layers
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.synthetic import synthetic_layer
 from experiments.config import LayerConfig, ModelSource
-from experiments.files import SourceError, remove_orphans
+from experiments.files import SourceError, remove_orphans, writing
 from experiments.sources.resolved import Resolved
 
 MEMO_BYTES = 2 << 30  # layers that stay in memory between runs of a sweep
@@ -32,7 +32,8 @@ def load_layer_inputs(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> 
     if key in _memo:
         inputs = replace(_memo[key], provenance=replace(_memo[key].provenance, from_cache=True))
     else:
-        inputs = _load(resolved, ahead)
+        with writing(resolved.config.cache.folder):
+            inputs = _load(resolved, ahead)
     _remember(key, inputs)
     return replace(inputs, provenance=replace(inputs.provenance, substituted=resolved.substituted))
 

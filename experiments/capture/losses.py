@@ -12,8 +12,8 @@ piece.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,9 @@ from experiments.capture.gradients import layer_name, loss_weights
 from experiments.capture.progress import BAR, ticking, waiting
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
-from experiments.capture.writing import lock, writing
+from experiments.capture.writing import lock
 from experiments.config import LayerConfig
-from experiments.files import SourceError, remove_orphans, write_atomically
+from experiments.files import SourceError, read_sealed, remove_orphans, write_sealed, writing
 from experiments.sources.bundles import MANIFEST_NAME
 from experiments.sources.identity import losses_folder
 from experiments.sources.resolved import Resolved
@@ -75,7 +75,7 @@ class LossPieces:
 def _complete(folder: Path) -> dict[str, Entry] | None:
     """The pieces of a complete pass, from its manifest; else None."""
     try:
-        pieces: dict[str, Entry] = json.loads((folder / MANIFEST_NAME).read_text())["pieces"]
+        pieces: dict[str, Entry] = read_sealed(folder / MANIFEST_NAME)["pieces"]
         damaged = next((name for name, entry in pieces.items() if not is_intact(folder / name, entry)), None)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -149,7 +149,7 @@ class _Pass:
         tensors = {name: torch.cat([batch[name] for batch in batches]) for name in names}
         entry = about | save_tensors(self.folder / file, tensors)
         self.finished[file] = entry
-        write_atomically(self.folder / JOURNAL_NAME, json.dumps({"pieces": self.finished}, indent=1))
+        write_sealed(self.folder / JOURNAL_NAME, {"pieces": self.finished})
         return entry
 
     def _weights(self, first: int, bar: Any) -> dict[str, Tensor]:
@@ -182,14 +182,14 @@ class _Pass:
             "tokens": self.ids.numel(),
             "pieces": pieces,
         }
-        write_atomically(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
-        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
+        write_sealed(self.folder / JOURNAL_NAME, manifest)
+        os.replace(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)  # so that none of the two is left over
 
 
 def _finished_before(folder: Path) -> dict[str, Entry]:
     for name in (JOURNAL_NAME, MANIFEST_NAME):
         try:
-            return dict(json.loads((folder / name).read_text())["pieces"])
+            return dict(read_sealed(folder / name)["pieces"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
     return {}

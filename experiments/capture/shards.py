@@ -7,7 +7,6 @@ and up) share one Gram matrix and one set of shards, hard-linked into each folde
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from experiments.capture.store import (
     load_tensors,
     save_tensors,
 )
-from experiments.files import link, write_atomically
+from experiments.files import link, read_sealed, write_sealed
 from experiments.sources.bundles import MANIFEST_NAME
 from quantkit.calibration import GramAccumulator
 
@@ -98,7 +97,7 @@ class ShardWriter:
     def _finished_before(self) -> dict[str, Entry]:
         for name in (JOURNAL_NAME, MANIFEST_NAME):
             try:
-                return dict(json.loads((self.folder / name).read_text())["shards"])
+                return dict(read_sealed(self.folder / name)["shards"])
             except (FileNotFoundError, ValueError, KeyError, TypeError):
                 continue
         return {}
@@ -170,7 +169,7 @@ class ShardWriter:
 
     def _write_journal(self) -> None:
         journal = {"shards": self.finished | self.shards, "partial": self.partial}
-        write_atomically(self.folder / JOURNAL_NAME, json.dumps(journal, indent=1))
+        write_sealed(self.folder / JOURNAL_NAME, journal)
 
     def keep(self) -> None:
         """Keep the capture as far as it is. Nothing, where it stopped in the middle of a batch or has not begun."""
@@ -183,9 +182,9 @@ class ShardWriter:
         entry = save_tensors(self.folder / PARTIAL_NAME, tensors)
         self.partial = entry | {
             "layout": self._layout_as_text(),
-            "done": self.done,
-            "rows": self.rows,
-            "shards": self.shards,
+            "done": dict(self.done),  # as they are now, and not as they will be at the journal's next writing
+            "rows": dict(self.rows),
+            "shards": dict(self.shards),
             "parts": [len(part) for part in self.parts],
             "numbers": {split: _numbers(gram) for split, gram in self.grams.items()},
         }
@@ -197,7 +196,7 @@ class ShardWriter:
     def _resume(self) -> None:
         """Take up what `keep` wrote, if it is whole and of this very layout, and its shards are."""
         try:
-            partial = dict(json.loads((self.folder / JOURNAL_NAME).read_text())["partial"])
+            partial = dict(read_sealed(self.folder / JOURNAL_NAME)["partial"])
             listed = {PARTIAL_NAME: partial, **partial["shards"]}
             fits = partial["layout"] == self._layout_as_text()
             if not fits or not all(is_intact(self.folder / name, entry) for name, entry in listed.items()):
@@ -209,7 +208,7 @@ class ShardWriter:
             for name, x in _tensors(gram).items():
                 setattr(gram, name, tensors[f"{split}.{name}"].to(x.device, copy=True))
             vars(gram).update(partial["numbers"][split])
-        self.done, self.rows, self.shards = partial["done"], partial["rows"], partial["shards"]
+        self.done, self.rows, self.shards = (dict(partial[name]) for name in ("done", "rows", "shards"))
         self.partial = partial
         if partial["parts"]:
             self.parts = list(tensors["inputs"].split(partial["parts"]))

@@ -10,7 +10,6 @@ because the output error weighs all tokens equally.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from torch import Tensor
 from experiments.capture.inputs import LayerInputs, LossWeights
 from experiments.capture.losses import load_loss_weights
 from experiments.capture.store import is_intact, load_tensors, save_tensors
-from experiments.capture.writing import lock, writing
+from experiments.capture.writing import lock
 from experiments.config import ModelSource
-from experiments.files import SourceError, write_atomically
+from experiments.files import SourceError, read_sealed, write_sealed, writing
 from experiments.sources.identity import loss_file
 from experiments.sources.resolved import Resolved
 from quantkit.calibration import GramAccumulator
@@ -40,7 +39,8 @@ def weigh_by_loss(resolved: Resolved, inputs: LayerInputs) -> LayerInputs:
     folder = Path(str(config.model.path)).expanduser() if is_bundle else resolved.layer_folder()
     path = folder / loss_file(config)
     if path not in _last:
-        loss = _of_bundle(path) if is_bundle else _of_cache(path, resolved, inputs)
+        with writing(config.cache.folder):
+            loss = _of_bundle(path) if is_bundle else _of_cache(path, resolved, inputs)
         _last.clear()
         _last[path] = loss
     return replace(inputs, loss=_last[path])
@@ -63,6 +63,9 @@ def _of_cache(path: Path, resolved: Resolved, inputs: LayerInputs) -> LossWeight
             f"layer.module={resolved.config.layer.module}: experts have no loss weights, since a router chooses their "
             "tokens. Use hessian=output."
         )
+    loss = _open(path)  # without a lock, which a cache that cannot be written does not have
+    if loss is not None:
+        return loss
     with lock(path):
         loss = _open(path)
         if loss is None:
@@ -70,18 +73,20 @@ def _of_cache(path: Path, resolved: Resolved, inputs: LayerInputs) -> LossWeight
             loss = LossWeights(weights, weighted_gram(inputs, weights, resolved.device))
             with writing(resolved.config.cache.folder):
                 entry = save_tensors(path, {"weights": loss.weights, "gram": loss.gram})
-                write_atomically(path.with_suffix(".json"), json.dumps(entry, indent=1) + "\n")
+                write_sealed(path.with_suffix(".json"), entry)
     return loss
 
 
 def _open(path: Path) -> LossWeights | None:
     """The file's contents; None if it is missing or damaged."""
     try:
-        entry = json.loads(path.with_suffix(".json").read_text())
+        entry = read_sealed(path.with_suffix(".json"))
         if is_intact(path, entry):
             return LossWeights(**load_tensors(path))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError):
+        pass
     log.warning("%s is missing or damaged", path)
     return None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.files import FULL, SourceError
+from experiments.files import writing
+
+__all__ = ["lock", "writing"]
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +24,3 @@ def lock(path: Path) -> Any:
     except Timeout:
         log.warning("waiting for another process that captures %s", path.name)
         return lock.acquire()
-
-
-@contextmanager
-def writing(cache: Path) -> Iterator[None]:
-    """Raises SourceError in the place of the system's error of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise SourceError(
-            f"cache.dir={cache}: it cannot be written ({error.strerror}). Free some space, or set cache.dir to another "
-            "folder."
-        ) from None

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Config, DataConfig, DataSource, LayerConfig, ModelConfig
-from experiments.files import SourceError, listing, one_line
+from experiments.files import SourceError, is_plain_name, listing, one_line, read_sealed
 from experiments.sources.hashes import file_hashes
 
 CAPTURE_VERSION = 1  # part of every cache key: raise it when the same configuration captures different values
@@ -34,7 +33,7 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
             "<cache>/layers."
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_sealed(path)
         found = manifest["capture_version"]
         if found == CAPTURE_VERSION and (missing := MANIFEST_FIELDS - manifest.keys()):
             raise KeyError(min(missing))
@@ -44,7 +43,12 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
         raise SourceError(
             f"{path}: capture version {found}, this code reads {CAPTURE_VERSION}. Capture the layer again."
         )
-    return dict(manifest)
+    for name in {**manifest["files"], **manifest["shards"]}:
+        if not is_plain_name(name):
+            raise SourceError(
+                f"{path} names the file {name!r:.80}, which is outside of its folder. Copy the bundle again."
+            )
+    return manifest
 
 
 def bundle_identity(model: ModelConfig, cache: Path | None = None) -> dict[str, Any]:

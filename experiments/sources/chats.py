@@ -45,5 +45,5 @@ def _tokenizer(model: ModelConfig, cache: Path) -> Any:
             path = fetch_gguf(model, cache)
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         return AutoTokenizer.from_pretrained(tokenizer_folder(model), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of tokenizers, in Rust
         raise SourceError(f"{model_name(model)}: its tokenizer cannot be loaded: {one_line(error)}") from None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, one_line, replacing, write_atomically
+from experiments.files import SourceError, is_plain_name, one_line, parse_json, replacing, sha256_file, write_atomically
 from experiments.sources.models import (
     TOKENIZER_FILES,
     checkpoint_files,
@@ -119,20 +119,13 @@ class SafetensorsCheckpoint(Checkpoint):
         _refuse_unknown(self.name, self.written)
         try:
             return AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # a configuration's constructor may raise any error
             raise SourceError(f"{path} cannot be read: {one_line(error)}. Download the checkpoint again.") from None
 
     def _weight_map(self) -> dict[str, str]:
         index = self.fetch("model.safetensors.index.json")
         if index is not None:
-            try:
-                shard_of = {str(name): str(shard) for name, shard in _read_json(index)["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise SourceError(f"{index} is damaged. Download the checkpoint again.") from None
-            for shard in sorted(set(shard_of.values())):
-                if Path(shard).name != shard or shard in ("", ".."):
-                    raise SourceError(f"{index}: {shard} leads out of the folder. Download the checkpoint again.")
-            return shard_of
+            return _shards_of(index)
         single = self.fetch("model.safetensors")
         if single is None:
             raise SourceError(
@@ -173,7 +166,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise SourceError(f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in {folder}.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of tokenizers, in Rust
             raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
         return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -298,6 +291,21 @@ def _is_read(layout: str, entry: dict[str, Any]) -> bool:
     return layout != "modelopt" or entry.get("quant_algo") in ALGORITHMS
 
 
+def _shards_of(index: Path) -> dict[str, str]:
+    """Tensor → shard, from an index. Raises SourceError for one that is damaged, or names files elsewhere."""
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise SourceError(
+            f"{index} is damaged: it has no weight_map of tensors to shards. Download the checkpoint again."
+        )
+    for shard in shards.values():
+        if not is_plain_name(shard):
+            raise SourceError(f"{index}: {shard!r:.80} leads out of the folder. Download the checkpoint again.")
+        if not shard.endswith(".safetensors"):
+            raise SourceError(f"{index}: {shard!r:.80} is no .safetensors file. Download the checkpoint again.")
+    return shards
+
+
 def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
     """Raises SourceError for a parameter whose stored values are codes."""
     if tensor.dtype not in WEIGHT_DTYPES:
@@ -339,7 +347,7 @@ def _refuse_unknown(name: str, config: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
 
@@ -439,10 +447,13 @@ class GgufCheckpoint(Checkpoint):
 
         # transformers takes seconds to build the tokenizer from the header, so the result is cached.
         kept = self.kept / f"tokenizer-transformers-{transformers.__version__}.json"
-        if not kept.is_file():
+        seal = kept.with_suffix(".sha256")
+        if not (kept.is_file() and seal.is_file() and seal.read_bytes().decode(errors="replace") == sha256_file(kept)):
             loaded = self._built_tokenizer()
             with replacing(kept) as temporary:
                 loaded.backend_tokenizer.save(str(temporary))
+                digest = sha256_file(temporary)
+            write_atomically(seal, digest)
         tokenizer = Tokenizer.from_file(str(kept))
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 

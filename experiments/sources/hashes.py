@@ -8,14 +8,13 @@ change could fall into the same tick of the file system's clock. Imports neither
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.files import SourceError, one_line, write_atomically
+from experiments.files import SourceError, one_line, read_sealed, write_sealed
 
 SETTLED_NS = 2_000_000_000  # a hash is cached if the last change is at least this old
 BAR_BYTES = 1 << 30  # a progress bar is shown for at least this much to read
@@ -58,7 +57,7 @@ def _recall(path: Path, cache: Path | None) -> str | None:
     entry = _known.get(str(path.resolve()))
     if entry is None and cache is not None:
         try:
-            entry = json.loads(_note(path, cache).read_text())
+            entry = read_sealed(_note(path, cache))
         except (OSError, ValueError):
             return None
     if not isinstance(entry, dict) or entry.get("stamp") != _stamp(path) or not isinstance(entry.get("sha256"), str):
@@ -73,7 +72,7 @@ def _remember(path: Path, cache: Path | None, stamp: list[int], sha256: str) -> 
     _known[str(path.resolve())] = entry
     if cache is not None:
         try:
-            write_atomically(_note(path, cache), json.dumps(entry))
+            write_sealed(_note(path, cache), entry)
         except OSError:  # the hash is valid even if it is not cached
             return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.config import DataConfig, ModelConfig
-from experiments.files import SourceError, one_line
+from experiments.files import SourceError, one_line, parse_json
 from experiments.sources.models import in_hub_cache, shards_below
 from experiments.sources.revisions import is_commit, note_commit
 
@@ -32,7 +31,10 @@ def model_is_cached(model: ModelConfig, index: int) -> bool:
     table = in_hub_cache(model, "model.safetensors.index.json")
     if table is None:
         return False
-    needed = shards_below(json.loads(table.read_text())["weight_map"], index + 1)
+    try:
+        needed = shards_below(parse_json(table.read_bytes())["weight_map"], index + 1)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # it is damaged: the hub has another copy
     return bool(needed) and all(in_hub_cache(model, shard) for shard in needed)
 
 

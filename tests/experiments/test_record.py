@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.files import CHECKSUM
 from experiments.record import FIELDS, LATER_FIELDS, SPARSE_FIELDS, RecordError, RunRecord, read_record, read_records
 
 RECORD = RunRecord(
@@ -40,9 +41,10 @@ def test_the_order_of_the_fields_is_kept() -> None:
     settings, objective = {"scale": "joint"}, [2.0, 1.5]
     weighted = dataclasses.replace(RECORD, hessian_weighting="loss", hessian_groups=1, hessian_samples=2)
     full = dataclasses.replace(weighted, method_settings=settings, objective=objective)
-    assert tuple(json.loads(full.to_json())) == FIELDS
+    assert tuple(json.loads(full.to_json())) == (*FIELDS, CHECKSUM)
     assert RunRecord.from_json(full.to_json()) == full
-    assert tuple(json.loads(RECORD.to_json())) == tuple(name for name in FIELDS if name not in SPARSE_FIELDS)
+    plain = tuple(name for name in FIELDS if name not in SPARSE_FIELDS)
+    assert tuple(json.loads(RECORD.to_json())) == (*plain, CHECKSUM)
     assert FIELDS[:4] == ("run_id", "sweep", "status", "reason") and FIELDS[-1] == "schema_version"
 
 
@@ -115,3 +117,14 @@ def test_a_record_from_before_a_field_has_none(tmp_path: Path) -> None:
     for name in LATER_FIELDS:
         del values[name]
     assert RunRecord.from_dict(values) == RECORD
+
+
+def test_a_changed_digit_or_word_is_found() -> None:
+    text = RECORD.to_json()
+    for old, new in (("0.0789", "0.0798"), ("a 4-bit release", "a 8-bit release"), ('"ok"', '"failed"')):
+        with pytest.raises(RecordError, match="checksum is not that of its values; delete it or run it again"):
+            RunRecord.from_json(text.replace(old, new))
+
+
+def test_a_record_from_before_the_checksum_is_read() -> None:
+    assert RunRecord.from_json(json.dumps(RECORD.to_dict())) == RECORD

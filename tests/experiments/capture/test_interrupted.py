@@ -24,7 +24,7 @@ from experiments.capture import forward, load, progress, tap
 from experiments.capture.inputs import LayerInputs
 from experiments.capture.store import JOURNAL_NAME, PARTIAL_NAME, save_tensors
 from experiments.config import Config, LayerConfig
-from experiments.files import SourceError
+from experiments.files import SourceError, read_sealed
 from experiments.sources import decoder
 from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import SEVEN, configuration, qwen3, shard_of, write_text
@@ -134,6 +134,27 @@ def test_a_capture_that_is_killed_goes_on_where_it_was_kept_last(
     assert passes.count == 5  # the fourth batch was lost
 
 
+@pytest.mark.parametrize("stop", range(2, 9))
+def test_a_capture_that_is_killed_after_a_shard_counts_no_token_twice(
+    tiny: SimpleNamespace, tmp_path: Path, passes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """The journal that a shard's end writes has the numbers of the Gram matrices that were kept before."""
+    whole = configuration(tiny.folder, tiny.texts, cache__dir=str(tmp_path / "whole"))
+    captured(whole)
+    monkeypatch.setattr(forward, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(forward._Keeper, "__exit__", lambda *_: None)  # nothing is done on the way out
+    monkeypatch.setattr(forward.time, "monotonic", lambda: 0.0)  # each batch is kept
+    config = configuration(tiny.folder, tiny.texts)
+    passes.count, passes.stop = 0, stop
+    with pytest.raises(KeyboardInterrupt):
+        captured(config)
+    passes.count, passes.stop = 0, None
+    captured(config)
+    one, two = (read_sealed(folder_of(c) / "manifest.json") for c in (whole, config))
+    assert one == two
+    assert not (folder_of(config) / JOURNAL_NAME).exists() and not (folder_of(config) / PARTIAL_NAME).exists()
+
+
 @pytest.mark.parametrize("damage", ["cut short", "another layout", "a missing shard"])
 def test_what_was_kept_is_not_trusted_where_it_is_damaged(
     tiny: SimpleNamespace, tmp_path: Path, passes: SimpleNamespace, damage: str
@@ -206,7 +227,7 @@ def test_inputs_that_are_not_finite_name_layer_type_and_remedy(tmp_path: Path, d
     name = "model.layers.0.mlp.up_proj.weight"
     file = tmp_path / "tiny" / shard_of(name)
     tensors = load_file(file)
-    tensors[name][3, 5] = 3e38 if dtype == "float16" else float("inf")
+    tensors[name][3, :] = 3e38  # finite as stored
     save_file(tensors, file, {"format": "pt"})
     config = configuration(tmp_path / "tiny", tmp_path / "texts", model__dtype=dtype)
     with pytest.raises(SourceError) as caught:
@@ -215,6 +236,22 @@ def test_inputs_that_are_not_finite_name_layer_type_and_remedy(tmp_path: Path, d
     assert message.startswith("layer 0 mlp.down_proj of tiny (local): its inputs hold ") and dtype in message
     assert "NaN or Inf" in message and remedy in message and "\n" not in message
     assert not (folder_of(config) / PARTIAL_NAME).exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_values_that_are_not_finite_as_stored_name_their_tensor(tmp_path: Path, dtype: str, value: float) -> None:
+    """Another model.dtype would not help, so none is named."""
+    qwen3(tmp_path / "tiny")
+    write_text(tmp_path / "texts")
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = tmp_path / "tiny" / shard_of(name)
+    tensors = load_file(file)
+    tensors[name][3, 5] = value
+    save_file(tensors, file, {"format": "pt"})
+    message = f"{name} holds NaN or Inf as it is stored, so no model.dtype helps. Download the checkpoint again"
+    with pytest.raises(SourceError, match=message):
+        captured(configuration(tmp_path / "tiny", tmp_path / "texts", model__dtype=dtype))
 
 
 def test_a_width_that_the_block_size_does_not_divide_is_refused_before_the_capture(

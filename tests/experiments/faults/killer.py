@@ -1,6 +1,6 @@
 """Kills a real sweep with SIGKILL at random moments, starts it again, and compares the ends.
 
-    python -m tests.faults.killer FOLDER MOMENTS SEED
+    python -m tests.experiments.faults.killer FOLDER MOMENTS SEED
 
 FOLDER has a tiny checkpoint in model/ and texts in text/. Prints one JSON object: {"runs": number of runs of the sweep,
 "killed": {phase: kills in it}, "again": kills of a second start, "wrong": [what differs from an undisturbed sweep]}.
@@ -91,6 +91,7 @@ def sweep(root: Path, work: Path, pipe: int) -> int:
     losses.PIECE_TOKENS = 128
     forward.KEEP_SECONDS = 0.0
     forward.time.monotonic = lambda: 0.0  # type: ignore[attr-defined]  # each batch is late: it is kept
+    os.environ["QUANTKIT_COMMIT"] = "killed"  # whatever is edited meanwhile
     os.environ["QUANTKIT_CACHE"] = str(work / "cache")
     runs = work / "runs"
     sys.argv = ["run.py", *SWEEP, f"model.path={root / 'model'}", f"data.path={root / 'text'}", f"output_dir={runs}"]
@@ -185,7 +186,7 @@ def outcome(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(path for path in work.rglob("*") if path.is_file()):
         name = str(path.relative_to(work))
-        if path.name in ("log", "run.log", "multirun.yaml") or path.suffix == ".lock":
+        if path.name in ("log", "run.log", "multirun.yaml") or path.name.endswith(".lock"):
             continue
         if path.name == "record.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in TIMES}

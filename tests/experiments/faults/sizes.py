@@ -1,6 +1,6 @@
 """Sizes of the tests of faults, load and bad input: small in CI, whole with QUANTKIT_FULL=1.
 
-    QUANTKIT_FULL=1 python -m pytest -n 0 tests/faults/test_killed.py
+    QUANTKIT_FULL=1 python -m pytest -n 0 tests/experiments/faults/test_killed.py
 
 At full size each test writes its counts into results/reliability.json, from which docs/reliability.md follows.
 """

@@ -17,7 +17,7 @@ import pytest
 
 from experiments.config import REPO_ROOT
 from tests.experiments import tiny_models
-from tests.faults.sizes import note, size
+from tests.experiments.faults.sizes import note, size
 
 MOMENTS = size(3, 50)
 
@@ -29,7 +29,7 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     tiny_models.qwen3(tmp_path / "model")
     tiny_models.write_text(tmp_path / "text")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.faults.killer", str(tmp_path), str(MOMENTS), "1"],
+        [sys.executable, "-W", "ignore", "-m", "tests.experiments.faults.killer", str(tmp_path), str(MOMENTS), "1"],
         cwd=REPO_ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
@@ -68,6 +68,14 @@ def make_wheel(folder: Path) -> str:
         )
         wheel.writestr(f"{info}/RECORD", "")
     return hashlib.sha256(content).hexdigest()
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow
@@ -109,6 +117,9 @@ def test_a_killed_download_is_done_again(tmp_path: Path) -> None:
         else:
             process.kill()
         killed += process.wait() == -signal.SIGKILL
+        assert download(cache).wait() == 0
+        while group_is_alive(process.pid):  # a pip that goes on alone
+            time.sleep(0.02)
         assert download(cache).wait() == 0 and whole(cache), number
     assert killed > 0
     note("killed download", moments=moments, killed=killed)
