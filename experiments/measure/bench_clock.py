@@ -26,6 +26,7 @@ SETTLING = 5  # untimed calls at the beginning of a round
 WARM_CALLS = 3  # before a timed call that has a graph and therefore takes less than SLOW_S
 SLOW_S = 0.2  # a call that takes longer is timed SLOW_ROUNDS times
 SLOW_ROUNDS = 3
+SLOWEST_S = 2.0  # a call that takes longer is timed once, without another call before it
 
 
 class Clock:
@@ -35,18 +36,20 @@ class Clock:
         self.cuda = device.startswith("cuda")
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
 
-    def prepare(self, case: Case) -> None:
-        """Compile, warm up, and capture the call in a CUDA graph if that is possible."""
+    def prepare(self, case: Case) -> object:
+        """Compile, warm up, and capture the call in a CUDA graph if that is possible. Returns the call's result."""
         case.call()
         if case.warm_up is not None:
             case.warm_up()
         start = time.perf_counter()
-        case.call()
+        found = case.call()
         self.wait()
-        if time.perf_counter() - start > SLOW_S:
-            case.limit = SLOW_ROUNDS
+        seconds = time.perf_counter() - start
+        if seconds > SLOW_S:
+            case.limit = 1 if seconds > SLOWEST_S else SLOW_ROUNDS
         elif self.cuda and case.in_graph:
             case.graph = self.capture(case.call)
+        return found
 
     def capture(self, call: Callable[[], object]) -> Any:
         graph = torch.cuda.CUDAGraph()
@@ -80,7 +83,7 @@ class Clock:
     def time_call(self, case: Case) -> None:
         if len(case.call_us) >= case.limit:
             return
-        if self.cuda:
+        if self.cuda and case.limit > 1:
             for _ in range(1 if case.graph is None else WARM_CALLS):
                 (case.warm_up or case.call)()
             self.flush.zero_()

@@ -118,9 +118,9 @@ def _prepare(case: Case, clock: Clock) -> None:
     if case.note:
         return
     try:
-        clock.prepare(case)
+        found = clock.prepare(case)
         if case.judge is not None:
-            case.output_error = case.judge(case.call())
+            case.output_error = case.judge(found)
     except Exception as error:
         if case.kind != "peer":
             raise
