@@ -53,6 +53,7 @@ def quantize_each(
     gram: Tensor | None,
     hessian: Tensor | None,
     global_scale: str | float | Tensor | None,
+    init: QuantizedTensor | None = None,
 ) -> QuantizedTensor:
     """``quantize`` of each expert, put together. Raises its error with the expert's number before it."""
     number = len(weight)
@@ -68,6 +69,7 @@ def quantize_each(
         "gram": _of_each(gram, "gram", number, 3),
         "hessian": _of_each(hessian, "hessian", number, 4),
         "global_scale": scales,
+        "init": [None if init is None else init[expert] for expert in range(number)],
     }
     found = []
     for expert in range(number):

@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     gram: ``[K, K]`` for a method that needs "gram", else None.
     backend: "reference" or "triton".
     name: the name of hessians or gram in errors.
+    start: codes and scales to begin with, as in :class:`quantkit.layer.common.LayerTask`.
 
     All tensors are on one device.
     """
@@ -51,6 +52,7 @@ class Problem(NamedTuple):
     check_finite: bool
     name: str
     options: LayerOptions
+    start: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Method:
     is_optimal: no representable scale is better, as verify judges it (docs/theory.md).
     nearest_codes: every code is round-to-nearest at the scale of its block.
     options: settings of LayerOptions that it takes.
+    takes_init: it can begin with given codes and scales.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Method:
     is_optimal: bool = False
     nearest_codes: bool = True
     options: tuple[str, ...] = ()
+    takes_init: bool = False
 
     def __post_init__(self) -> None:
         if self.needs not in NEEDS:
@@ -108,7 +112,13 @@ class Method:
         return cls(objective.name, solve, objective, needs, objective.is_optimal, objective.nearest_codes)
 
     @classmethod
-    def of_layer(cls, name: str, solve_layer: Callable[[LayerTask], LayerResult], options: tuple[str, ...]) -> Method:
+    def of_layer(
+        cls,
+        name: str,
+        solve_layer: Callable[[LayerTask], LayerResult],
+        options: tuple[str, ...],
+        takes_init: bool = False,
+    ) -> Method:
         """A method of quantkit/layer, which needs the Gram matrix."""
 
         def solve(problem: Problem) -> Found:
@@ -124,19 +134,22 @@ class Method:
                 problem.rule,
                 problem.backend,
                 problem.options,
+                problem.start,
             )
             found = solve_layer(task)
             candidates = found.candidates if problem.count_candidates else None
             return Found(found.codes, found.scales, problem.global_scale, candidates, None, found.objective)
 
-        return cls(name, solve, OBJECTIVES["joint"], "gram", nearest_codes=False, options=options)
+        return cls(
+            name, solve, OBJECTIVES["joint"], "gram", nearest_codes=False, options=options, takes_init=takes_init
+        )
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {name: Method.of_objective(OBJECTIVES[name]) for name in ("naive", "sse", "hessian", "joint")}
     | {
         "gptq": Method.of_layer("gptq", gptq.solve, ("scale", "order", "damping")),
-        "descent": Method.of_layer("descent", descent.solve, ("scale", "order", "damping", "sweeps")),
+        "descent": Method.of_layer("descent", descent.solve, ("scale", "order", "damping", "sweeps"), takes_init=True),
     }
 )
 

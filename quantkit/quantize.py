@@ -37,6 +37,7 @@ def quantize(
     scale_rule: str | None = None,
     check_finite: bool = True,
     count_candidates: bool = False,
+    init: QuantizedTensor | None = None,
     **options: Any,
 ) -> QuantizedTensor:
     """Quantizes ``weight [..., K]``, float16, bfloat16, float32 or float64, along its last dimension.
@@ -57,6 +58,8 @@ def quantize(
         methods ignore it.
     check_finite: raise for NaN and Inf in weight. Without the check, such input gives undefined codes.
     count_candidates: also return, for each block, how many scales were evaluated.
+    init: for "descent", a quantized weight of the same shape, format and block size, such as another tool's, whose
+        codes, scales and global scale the sweeps begin with. The error is nowhere above its.
     options: of "gptq" and "descent": scale="joint" (or "naive", "sse", "hessian": how a block's scale is chosen),
         order="descending" (block columns by the mean diagonal of their Hessian, or "natural"), damping=0.01 (share of
         the mean diagonal that is added to the Gram matrix), and sweeps=4 of "descent".
@@ -72,6 +75,8 @@ def quantize(
     fmt, chosen = get_format(format), get_method(method)
     rule = _check_options(weight, fmt, block_size, scale_rule)
     settings = _layer_options(chosen, options)
+    if init is not None:
+        global_scale = _check_init(init, weight, fmt, block_size, chosen, global_scale)
     use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     calibration.check_given(method, chosen.needs, activations=activations, gram=gram, hessian=hessian)
     if weight.ndim == 3 and experts.has_own(weight, activations, gram, hessian, global_scale):
@@ -87,7 +92,7 @@ def quantize(
             count_candidates=count_candidates,
             **options,
         )
-        return experts.quantize_each(each, weight, activations, gram, hessian, global_scale)
+        return experts.quantize_each(each, weight, activations, gram, hessian, global_scale, init)
     hessians = whole = None
     if chosen.needs == "hessian":
         hessians = _hessians(weight, block_size, chosen, activations, gram, hessian, use_triton)
@@ -117,6 +122,7 @@ def quantize(
         check_finite=check_finite,
         name=source,
         options=settings,
+        start=None if init is None else (init.codes.reshape(len(matrix), -1), init.scales.reshape(len(matrix), -1)),
     )
     found = solve_jointly(chosen, problem) if jointly else chosen.solve(problem)
     if check_finite and found.flags is not None and any(found.flags.tolist()):
@@ -201,6 +207,33 @@ def _layer_options(method: Method, given: dict[str, Any]) -> LayerOptions:
             takers = [other.name for other in METHODS.values() if name in other.options]
             raise ValueError(f"method {method.name!r} takes no {name}; {' and '.join(takers)} do")
     return LayerOptions(**given)
+
+
+def _check_init(
+    init: QuantizedTensor, weight: Tensor, fmt: BlockFormat, block_size: int, method: Method, global_scale: object
+) -> Tensor | None:
+    """The global scale to use: that of ``init``; None for a single-level format. Raises ValueError, or TypeError, for
+    an ``init`` that is none of this weight."""
+    if not isinstance(init, QuantizedTensor):
+        raise TypeError(f"init must be a QuantizedTensor, got {type(init).__name__}; quantize() returns one")
+    if not method.takes_init:
+        takers = [other.name for other in METHODS.values() if other.takes_init]
+        raise ValueError(f"method {method.name!r} takes no init; {' and '.join(takers)} does")
+    if (init.format, init.block_size) != (fmt, block_size):
+        raise ValueError(
+            f"init is {init.format.name} with block size {init.block_size}, not {fmt.name} with {block_size}; ask for "
+            "its format and block size"
+        )
+    if init.shape != weight.shape or init.device != weight.device:
+        raise ValueError(
+            f"init is {list(init.shape)} on {init.device}, the weight {list(weight.shape)} on {weight.device}; give "
+            "the same weight's"
+        )
+    own = init.global_scale
+    same = isinstance(global_scale, Tensor) and global_scale.shape.numel() == 1 and bool((global_scale == own).all())
+    if global_scale is not None and not same:
+        raise ValueError(f"init has a global scale of its own, so global_scale={global_scale!r} cannot be used")
+    return own if fmt.two_level else None
 
 
 def _check_finite(weight: Tensor, matrix: Tensor) -> None:

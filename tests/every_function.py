@@ -183,6 +183,8 @@ def library(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         return accumulator.gram, accumulator.hessians(16), tiny, calibration.hessians_from_activations(tokens, 16)
 
     yield "accumulated", accumulated
+    first = quantkit.quantize(weight, method="naive")
+    yield "from given codes", partial(quantkit.quantize, weight, method="descent", gram=gram, init=first)
     yield "factors", lambda: (calibration.factorize(hessians), search.factorize(hessians, "reference").tensors)
     scale = torch.ones((), dtype=torch.float32, device="cpu")
     e4m3, e2m1 = formats.E4M3, formats.E2M1

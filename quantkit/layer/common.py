@@ -128,7 +128,8 @@ class LayerTask:
     """A checked task, all tensors on one device.
 
     weight: float16, bfloat16 or float32 ``[rows, K]``; gram: float32 or float64 ``[K, K]``; global_scale: float32
-    scalar; rule: of the naive scale; backend: "reference" or "triton".
+    scalar; rule: of the naive scale; backend: "reference" or "triton". start: for descent, packed codes ``[rows, K/2]``
+    and scale bytes ``[rows, K/block_size]`` at that global scale, to begin with; None: those of GPTQ.
     """
 
     weight: Tensor
@@ -139,11 +140,12 @@ class LayerTask:
     rule: str
     backend: str
     options: LayerOptions
+    start: tuple[Tensor, Tensor] | None = None
 
 
 class LayerResult(NamedTuple):
     """codes, scales, candidates: as in :class:`quantkit.search.Found`; objective: for descent, tr(D H Dᵀ) with the
-    damped Hessian, after GPTQ and after each sweep."""
+    damped Hessian, at the start and after each sweep."""
 
     codes: Tensor
     scales: Tensor
@@ -178,6 +180,14 @@ class Pass:
         self.scales = torch.zeros(rows, columns // task.block_size, dtype=torch.uint8, device=device)
         self.candidates = torch.zeros_like(self.scales)
         self.error = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+
+    @classmethod
+    def begin_with(cls, task: LayerTask, codes: Tensor, scales: Tensor) -> Pass:
+        """The state in which the weight has these codes and scales, in its own order of blocks."""
+        state = cls(task)
+        state.replace(codes.clone(), scales.clone(), state.candidates)
+        state.error.copy_(state.weight.float() - block_values(state.codes, state.scales, task))
+        return state
 
     def in_order_of_weight(self) -> tuple[Tensor, Tensor, Tensor]:
         """(codes, scales, candidates) in the weight's own order of blocks."""

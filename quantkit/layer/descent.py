@@ -1,4 +1,4 @@
-"""Block descent on the layer's own objective tr(D H Dᵀ), D = W − W_q, starting from GPTQ's result.
+"""Block descent on the layer's own objective tr(D H Dᵀ), D = W − W_q, starting from GPTQ's result or given codes.
 
 With all other blocks fixed, the objective as a function of block b is, up to a constant, the error of quantizing
 
@@ -16,6 +16,7 @@ from quantkit.layer import gptq
 from quantkit.layer.common import (
     LayerResult,
     LayerTask,
+    Pass,
     columns_over_blocks,
     damped,
     diagonal_blocks,
@@ -29,12 +30,12 @@ RISE = 1e-5  # relative; more than the objective's rounding error in float32
 
 
 def solve(task: LayerTask) -> LayerResult:
-    """Codes and scales by GPTQ and ``task.options.sweeps`` sweeps.
+    """Codes and scales by GPTQ, or ``task.start``, and ``task.options.sweeps`` sweeps.
 
     Raises RuntimeError if the objective rises, which only a defect can cause.
     """
     determined = gptq.determined_channels(task.gram)
-    state = gptq.run(task)
+    state = gptq.run(task) if task.start is None else Pass.begin_with(task, *task.start)
     hessian = damped(task.gram, task.options.damping, state.columns)
     blocks = diagonal_blocks(hessian, task.block_size).double()
     inverses = torch.linalg.inv(blocks)

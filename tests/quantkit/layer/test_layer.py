@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 
 import pytest
@@ -277,3 +278,77 @@ def test_the_kernel_agrees_with_the_reference(method: str, device: str, backend:
     got = quantize(weight.to(device), method=method, gram=gram.to(device), backend="triton", **options).to("cpu")
     assert error(got, weight, gram) == pytest.approx(error(want, weight, gram), rel=1e-3)
     assert (got.scales == want.scales).float().mean() >= 0.9
+
+
+# --- descent from given codes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("order", common.ORDERS)
+@pytest.mark.parametrize("first", ["naive", "gptq"])
+def test_descent_begins_with_given_codes(format: str, order: str, first: str) -> None:
+    weight, x = layer(16, 96, seed=5)
+    gram = gram_matrix(x)
+    init = quantize(weight, format, method=first, **({} if first == "naive" else {"gram": gram}))
+    before = init.codes.clone(), init.scales.clone()
+    q = quantize(weight, format, method="descent", gram=gram, init=init, order=order, sweeps=3)
+    history = q.objective
+    assert history is not None and len(history) == 4
+    assert history[0] == pytest.approx(error(init, weight, common.damped(gram, 0.01)), rel=1e-5)
+    assert history[-1] < history[0] and torch.equal(q.global_scale, init.global_scale)
+    assert history[-1] == pytest.approx(error(q, weight, common.damped(gram, 0.01)), rel=1e-5)
+    assert torch.equal(init.codes, before[0]) and torch.equal(init.scales, before[1])
+
+
+def test_descent_from_gptqs_result_is_descent() -> None:
+    weight, x = layer(16, 96, seed=6)
+    gram = gram_matrix(x)
+    want = quantize(weight, method="descent", gram=gram)
+    got = quantize(weight, method="descent", gram=gram, init=quantize(weight, method="gptq", gram=gram))
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+
+
+def test_the_given_codes_keep_their_global_scale() -> None:
+    weight, x = layer(16, 96, seed=7)
+    gram = gram_matrix(x)
+    init = quantize(weight, method="naive", global_scale=3e-5)
+    q = quantize(weight, method="descent", gram=gram, init=init)
+    assert float(q.global_scale) == float(init.global_scale)
+    assert error(q, weight, gram) < error(init, weight, gram)
+
+
+@pytest.mark.parametrize("scale", ["amax", "amax_per_expert"])
+@pytest.mark.parametrize("own", [False, True])
+def test_experts_begin_with_their_own_codes(scale: str, own: bool) -> None:
+    weight, x = layer(16, 96, seed=8)
+    gram = gram_matrix(x)
+    experts = weight.view(2, 8, 96) * torch.tensor([1.0, 3.0], dtype=torch.float32, device="cpu").view(2, 1, 1)
+    grams = torch.stack([gram, gram]) if own else gram
+    init = quantize(experts, method="naive", global_scale=scale)
+    q = quantize(experts, method="descent", gram=grams, init=init)
+    assert torch.equal(q.global_scale, init.global_scale)
+    for expert in range(2):
+        alone = quantize(experts[expert], method="descent", gram=gram, init=init[expert])
+        assert torch.equal(q[expert].codes, alone.codes) and torch.equal(q[expert].scales, alone.scales)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "gptq"}, "method 'gptq' takes no init; descent does"),
+        ({"method": "sse", "gram": None}, "method 'sse' takes no init"),
+        ({"format": "mxfp4"}, "init is nvfp4 with block size 16, not mxfp4 with 16"),
+        ({"block_size": 32}, "init is nvfp4 with block size 16, not nvfp4 with 32"),
+        ({"global_scale": "amax"}, "init has a global scale of its own, so global_scale='amax' cannot be used"),
+        ({"global_scale": 0.5}, "init has a global scale of its own"),
+    ],
+)
+def test_codes_of_something_else_are_refused(changes: dict[str, object], message: str) -> None:
+    weight, x = layer(16, 96)
+    given = {"method": "descent", "gram": gram_matrix(x), "init": quantize(weight, method="naive")}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quantize(weight, **{name: value for name, value in (given | changes).items() if value is not None})
+    with pytest.raises(ValueError, match=re.escape("init is [16, 96] on cpu, the weight [8, 96] on cpu")):
+        quantize(weight[:8], **given)
+    with pytest.raises(TypeError, match="init must be a QuantizedTensor, got Tensor"):
+        quantize(weight, **given | {"init": weight})
