@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from experiments.config import LayerConfig
 from experiments.files import SourceError
 from experiments.sources.decoder import Decoder, ordinary_defaults
-from experiments.sources.modules import linear_modules
+from experiments.sources.modules import is_fused, linear_modules
 
 DRAW_ROWS = 128  # rows of logits that are converted to float64 at a time
 
@@ -32,7 +32,8 @@ def layer_name(layer: LayerConfig) -> str:
 
 @ordinary_defaults()
 def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> dict[str, Tensor]:
-    """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once.
+    """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once, and of
+    the module of all experts, whose output is that of a layer's MLP.
 
     decoder: the whole model, float32. ids: [sequences, seq_len]. draws: float64 [sequences, samples, seq_len] from
     [0, 1), which choose the tokens' labels. The weights are the mean over the samples. Raises SourceError for gradients
@@ -95,9 +96,10 @@ class _Outputs:
         embedding = self.decoder.model.get_input_embeddings()
         self.handles.append(embedding.register_forward_hook(self._begin))
         for index, layer in enumerate(self.decoder.stack):
-            for path, target in linear_modules(layer):
+            experts = [(path, module) for path, module in layer.named_modules() if is_fused(module)]
+            for path, module in [*((path, target.module) for path, target in linear_modules(layer)), *experts]:
                 hook = self._after(layer_name(LayerConfig(index, path)))
-                self.handles.append(target.module.register_forward_hook(hook))
+                self.handles.append(module.register_forward_hook(hook))
 
     def __exit__(self, *_: Any) -> None:
         for handle in self.handles:
@@ -107,7 +109,9 @@ class _Outputs:
         self.root = output.requires_grad_()
 
     def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
             self.calls[name] = self.calls.get(name, 0) + 1
             if output.shape[-1] < self.groups:
                 raise SourceError(f"hessian.groups={self.groups}: {name} has {output.shape[-1]} outputs. Use fewer.")

@@ -34,6 +34,14 @@ class Call:
     def input(self) -> Tensor:
         return first_tensor(self.args, self.kwargs)
 
+    def with_input(self, x: Tensor) -> Call:
+        """The same call with another first tensor."""
+        old = self.input
+        return Call(
+            tuple(x if value is old else value for value in self.args),
+            {name: x if value is old else value for name, value in self.kwargs.items()},
+        )
+
 
 @dataclass
 class Taps:

@@ -69,7 +69,21 @@ def _of_layer(
             chosen.append(matrix)
         else:
             left_out[matrix.full_name] = reason
+    left_out |= _other_weights(decoder, index)
     return tuple(chosen)
+
+
+def _other_weights(decoder: Decoder, index: int) -> dict[str, str]:
+    """Modules of a layer with weights of two or more dimensions that are no linear module, such as some routers."""
+    known = {(id(m.target.module), m.target.parameter) for m in _matrices(decoder, index)}
+    found: dict[str, str] = {}
+    for path, module in decoder.stack[index].named_modules():
+        for name, parameter in module._parameters.items():
+            is_weight = parameter is not None and parameter.dim() > 1 and not name.endswith("bias")
+            if is_weight and (id(module), name) not in known:
+                full = f"{decoder.path}.{index}.{path}"
+                found[full] = "a router" if _matches(full, ROUTERS) else "no linear module"
+    return found
 
 
 def _matrices(decoder: Decoder, index: int) -> list[Matrix]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.model.experts import ExpertSums
 from experiments.model.fused import fused_groups, shared_global_scale
 from experiments.model.select import Matrix
 from experiments.model.settings import QuantizeConfig
@@ -29,12 +30,31 @@ DAMPING = 0.01  # of the targets, for methods without a damping of their own
 
 @dataclass(frozen=True)
 class Work:
-    """A matrix before quantization. weight: [out_features, in_features]. sums: of its inputs; None for a method
-    without."""
+    """A matrix before quantization.
+
+    weight: [out_features, in_features], or [experts, out_features, in_features]. sums: of its inputs; None for a method
+    without. A part of the matrix is a group of rows or an expert, with sums of its own.
+    """
 
     matrix: Matrix
     weight: Tensor
-    sums: Sums | None
+    sums: Sums | ExpertSums | None
+
+    @property
+    def num_parts(self) -> int:
+        if self.matrix.experts:
+            return len(self.weight)
+        return 1 if self.sums is None else self.sums.num_groups
+
+    def parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.unbind(0) if self.matrix.experts else tensor.tensor_split(self.num_parts)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts)) if self.matrix.experts else torch.cat(list(parts))
+
+    def hessians(self) -> list[Tensor]:
+        """[in_features, in_features] of each part; none without sums."""
+        return [] if self.sums is None else [self.sums.of_group(number)[0] for number in range(self.num_parts)]
 
 
 @dataclass(frozen=True)
@@ -70,14 +90,13 @@ class Solver:
         if work.sums is None:
             return work.weight.float()
         calibrate, damping = self.config.calibrate, self.config.method.damping or DAMPING
-        parts = work.weight.tensor_split(work.sums.num_groups)
-        firsts = [sum(len(part) for part in parts[:number]) for number in range(len(parts))]
-        targets = []
-        for number, (rows, first) in enumerate(zip(parts, firsts, strict=True)):
+        targets, first = [], 0
+        for number, rows in enumerate(work.parts(work.weight)):
             hessian, shift, residual = work.sums.of_group(number)
             own = None if residual is None else residual[first : first + len(rows)]
             targets.append(corrected(rows, hessian, shift, own, calibrate.alpha, calibrate.residual_alpha, damping))
-        return torch.cat(targets)
+            first += len(rows)
+        return work.joined(targets)
 
     def _global_scale(self, targets: Sequence[Tensor]) -> str | float | Tensor | None:
         wanted = self.config.format.global_scale
@@ -86,72 +105,83 @@ class Solver:
         return wanted
 
     def _one(self, work: Work, target: Tensor, scale: str | float | Tensor | None) -> Solved:
-        config = self.config
-        rule = config.format.rule
-        own: dict[str, Any] = {
-            "format": self.format,
-            "block_size": config.block_size,
-            "global_scale": scale,
-            "scale_rule": rule,
-        }
-        naive = quantize(target, method="naive", backend=self.backend, **own)
-        hessians = [] if work.sums is None else [work.sums.of_group(i)[0] for i in range(work.sums.num_groups)]
-        if self.method.name == "naive":
-            quantized = naive
-        else:
-            settings = {"method": self.method.name, "backend": self.backend, **own, **config.method.settings}
-            quantized = self._quantize(target, hessians, settings)
+        parts, hessians = work.parts(target), work.hessians()
+        # Each expert has a global scale of its own, as engines store it.
+        scales = [self._global_scale([part]) for part in parts] if work.matrix.experts else [scale] * len(parts)
+        naive = self._join(work, [self._quantize("naive", part, own) for part, own in zip(parts, scales, strict=True)])
+        quantized = naive
+        if self.method.name != "naive":
+            given = [self._given(hessian) for hessian in hessians] or [{}] * len(parts)
+            each = zip(parts, scales, given, strict=True)
+            quantized = self._join(
+                work, [self._quantize(self.method.name, part, own, **extra) for part, own, extra in each]
+            )
         values = quantized.dequantize()
-        before = _errors(work.weight, target, naive.dequantize(), hessians, "naive_")
         record = {
             "name": work.matrix.full_name,
             "shape": list(work.weight.shape),
             "global_scale": float(quantized.global_scale.max()),
-            **before,
-            **_errors(work.weight, target, values, hessians, ""),
+            **_errors(work, target, naive.dequantize(), "naive_"),
+            **_errors(work, target, values, ""),
             "correction": weight_error(work.weight.float(), target),
         }
         if quantized.objective is not None:
             record["objective"] = list(quantized.objective)
-        # A copy, because a checkpoint's tensors share no memory.
-        return Solved(work.matrix, replace(quantized, global_scale=quantized.global_scale.clone()), values, record)
+        return Solved(work.matrix, quantized, values, record)
 
-    def _quantize(self, target: Tensor, hessians: Sequence[Tensor], settings: dict[str, Any]) -> QuantizedTensor:
+    def _quantize(
+        self, method: str, part: Tensor, scale: str | float | Tensor | None, **given: Tensor
+    ) -> QuantizedTensor:
+        settings: dict[str, Any] = self.config.method.settings if method == self.method.name else {}
+        return quantize(
+            part,
+            self.format,
+            self.config.block_size,
+            method,
+            backend=self.backend,
+            global_scale=scale,
+            scale_rule=self.config.format.rule,
+            **settings | given,
+        )
+
+    def _given(self, hessian: Tensor) -> dict[str, Tensor]:
         if self.method.needs is None:
-            return quantize(target, **settings)
-        parts = [
-            quantize(rows, **self._given(hessian), **settings)
-            for rows, hessian in zip(target.tensor_split(len(hessians)), hessians, strict=True)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-        return replace(parts[0], codes=codes, scales=scales, objective=None)
-
-    def _given(self, hessian: Tensor) -> dict[str, Any]:
+            return {}
         if self.method.needs == "gram":
             return {"gram": hessian}
         return {"hessian": block_hessians(hessian, self.config.block_size)}
 
+    def _join(self, work: Work, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """The parts as one tensor. The global scale is a copy, because tensors of a checkpoint share no memory."""
+        first = parts[0]
+        scale = first.global_scale.clone()
+        if work.matrix.experts and self.format.two_level:
+            scale = torch.stack([part.global_scale for part in parts]).view(-1, 1, 1)
+        return replace(
+            first,
+            codes=work.joined([part.codes for part in parts]),
+            scales=work.joined([part.scales for part in parts]),
+            global_scale=scale,
+            objective=first.objective if len(parts) == 1 else None,
+        )
 
-def _errors(
-    weight: Tensor, target: Tensor, values: Tensor, hessians: Sequence[Tensor], prefix: str
-) -> dict[str, float]:
+
+def _errors(work: Work, target: Tensor, values: Tensor, prefix: str) -> dict[str, float]:
     """The weight's relative error, and the output's against the target."""
-    errors = {f"{prefix}weight_error": weight_error(weight.float(), values)}
+    errors = {f"{prefix}weight_error": weight_error(work.weight.float(), values)}
+    hessians = work.hessians()
     if hessians:
-        errors[f"{prefix}output_error"] = output_error(target, values, hessians)
+        errors[f"{prefix}output_error"] = output_error(work.parts(target), work.parts(values), hessians)
     return errors
 
 
-def output_error(target: Tensor, values: Tensor, hessians: Sequence[Tensor]) -> float:
-    """√( Σ tr(Δ H Δᵀ) / Σ tr(T H Tᵀ) ) over groups of rows with a Hessian [in_features, in_features] each."""
-    energies = []
-    for matrix in (values - target, target):
-        groups = zip(matrix.tensor_split(len(hessians)), hessians, strict=True)
-        energies.append(sum(objective_of(rows, hessian.float()) for rows, hessian in groups))
-    error, norm = energies
-    return (max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0
+def output_error(targets: Sequence[Tensor], values: Sequence[Tensor], hessians: Sequence[Tensor]) -> float:
+    """√( Σ tr(Δ H Δᵀ) / Σ tr(T H Tᵀ) ) over the parts of a matrix [rows, in_features], each with its Hessian."""
+    error = norm = 0.0
+    for target, own, hessian in zip(targets, values, hessians, strict=True):
+        error += max(0.0, objective_of(own - target, hessian.float()))
+        norm += objective_of(target, hessian.float())
+    return (error / norm) ** 0.5 if norm > 0 else 0.0
 
 
 def mean_error(records: Sequence[Mapping[str, Any]], name: str) -> float | None:

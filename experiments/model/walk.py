@@ -24,6 +24,7 @@ from experiments.capture.losses import LossPieces
 from experiments.config import LayerConfig
 from experiments.files import SourceError
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors
+from experiments.model.experts import ExpertSums, check_rows, expert_rows, routed_weights
 from experiments.model.layer import LayerRunner, Taps, swapped
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import Calibration, QuantizeConfig
@@ -38,6 +39,7 @@ STORE_SHARE = 0.5  # of a GPU's free memory that stored hidden states may take; 
 
 Changed = dict[tuple[nn.Module, str], Tensor]
 Stored = dict[str, Tensor]  # module → its input in a batch
+AllSums = dict[str, Sums | ExpertSums]  # matrix → its sums
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Walk:
         self.corrects = self.sequential and bool(calibrate.alpha or calibrate.residual_alpha)
         per_batch = max(1, BATCH_TOKENS[self.device.type] // job.ids.shape[1])
         self.batches = list(job.ids.split(per_batch)) if self.has_data else []
+        self.few_tokens: dict[str, int] = {}  # expert's matrix → its tokens, in this layer
         self.share = 1.0  # of a layer's passes that one batch is
         self.original: list[Tensor] = []
         self.quantized: list[Tensor] = []
@@ -137,6 +140,7 @@ class Walk:
     def _layer(self, index: int) -> None:
         started = time.perf_counter()
         self.clock.seconds = {}
+        self.few_tokens = {}
         with self.clock.of("read"):
             self.decoder.load_layer(index)
         matrices = self.job.selection.layers[index]
@@ -163,7 +167,7 @@ class Walk:
             after = self._run(index, number, self.original, taps)
             with self.clock.of("sums"):
                 for step in steps:
-                    self._add(sums, step, taps, None, weights, number)
+                    self._add(sums, step, taps, None, weights, number, {})
             assert after is not None
             self.original[number] = after.to(self.original[number].device)
         return self._solve(index, [matrix for step in steps for matrix in step.matrices], sums)
@@ -180,7 +184,7 @@ class Walk:
                 with swapped(changed):
                     self._run(index, number, self.quantized, taps)
                 with self.clock.of("sums"):
-                    self._add(sums, step, taps, None if kept is None else kept[number], weights, number)
+                    self._add(sums, step, taps, None if kept is None else kept[number], weights, number, changed)
             found = self._solve(index, step.matrices, sums)
             changed |= self._changed(found)
             solved += found
@@ -227,13 +231,16 @@ class Walk:
 
     # --- sums and solutions -------------------------------------------------------------------------------------------
 
-    def _new_sums(self, steps: Sequence[Step]) -> dict[str, Sums]:
-        """Matrix → its sums. Without weights, the matrices of a step share one."""
-        sums: dict[str, Sums] = {}
+    def _new_sums(self, steps: Sequence[Step]) -> AllSums:
+        """Without weights, the matrices of a step share one."""
+        sums: AllSums = {}
         calibrate = self.config.calibrate
         for step in steps:
             first = step.matrices[0]
             for matrix in step.matrices:
+                if matrix.experts:
+                    sums[matrix.name] = self._new_expert_sums(matrix)
+                    continue
                 if self.job.loss is None and matrix is not first:
                     sums[matrix.name] = sums[first.name]
                     continue
@@ -249,26 +256,42 @@ class Walk:
                 )
         return sums
 
+    def _new_expert_sums(self, matrix: Matrix) -> ExpertSums:
+        calibrate, target = self.config.calibrate, matrix.target
+        return ExpertSums(
+            len(getattr(target.module, target.parameter)),
+            target.in_features,
+            self.device,
+            calibrate.min_tokens,
+            weighted=self.job.loss is not None,
+            with_shift=self.corrects and bool(calibrate.alpha),
+        )
+
     def _weights(self, index: int, steps: Sequence[Step]) -> dict[str, Tensor]:
         """Matrix → token weights [tokens, groups] on the device, of mean 1: their scale changes nothing."""
         if self.job.loss is None:
             return {}
         weights = {}
         for matrix in (matrix for step in steps for matrix in step.matrices):
-            own = self.job.loss.of(LayerConfig(index, matrix.name)).to(self.device)
+            name = matrix.target.path if matrix.experts else matrix.name
+            own = self.job.loss.of(LayerConfig(index, name)).to(self.device)
             weights[matrix.name] = own / own.mean().clamp(min=torch.finfo(torch.float32).tiny)
         return weights
 
     def _add(
         self,
-        sums: Mapping[str, Sums],
+        sums: AllSums,
         step: Step,
         taps: Taps,
         original: Stored | None,
         weights: Mapping[str, Tensor],
         number: int,
+        changed: Changed,
     ) -> None:
         """One batch to the sums of a step's matrices."""
+        if step.matrices[0].experts:
+            self._add_experts(sums, step, taps, original, weights, number, changed)
+            return
         per_batch = self.batches[0].numel()
         tokens = self.batches[number].numel()
 
@@ -290,9 +313,43 @@ class Walk:
         )
         for total, name in {id(sums[m.name]): (sums[m.name], m.name) for m in step.matrices}.values():
             own = weights[name][number * per_batch :][:tokens] if weights else None
+            assert isinstance(total, Sums)
             total.update(inputs, own)
 
-    def _solve(self, index: int, matrices: Sequence[Matrix], sums: Mapping[str, Sums]) -> list[Solved]:
+    def _add_experts(
+        self,
+        sums: AllSums,
+        step: Step,
+        taps: Taps,
+        original: Stored | None,
+        weights: Mapping[str, Tensor],
+        number: int,
+        changed: Changed,
+    ) -> None:
+        """One batch to the sums of the experts, by the routing of the stream that is quantized."""
+        (matrix,) = step.matrices
+        call, total = taps.calls[step.tap], sums[matrix.name]
+        assert isinstance(total, ExpertSums)
+        with swapped(changed):
+            rows = expert_rows(matrix.target, call)
+        before = None
+        if original is not None:
+            before = expert_rows(matrix.target, call.with_input(original[step.tap].to(self.device)))
+        own = None
+        if weights:
+            per_batch, tokens = self.batches[0].numel(), self.batches[number].numel()
+            of_tokens = weights[matrix.name][number * per_batch :][:tokens].mean(1)
+            own = routed_weights(call, len(rows), of_tokens)
+            check_rows(call, rows, own)
+        for expert, x in enumerate(rows):
+            inputs = Inputs(x, None if before is None else before[expert])
+            total.update(expert, inputs, None if own is None else own[expert])
+
+    def _solve(self, index: int, matrices: Sequence[Matrix], sums: AllSums) -> list[Solved]:
+        for matrix in matrices:
+            own = sums.get(matrix.name)
+            if isinstance(own, ExpertSums):
+                self.few_tokens |= {f"{matrix.full_name}.{e}": tokens for e, tokens in own.few().items()}
         with self.clock.of("solve"):
             return self.solver.solve([Work(m, self._weight(m), sums.get(m.name)) for m in matrices])
 
@@ -320,6 +377,8 @@ class Walk:
         record: dict[str, Any] = {"index": index} | {name: value for name, value in means.items() if value is not None}
         if self.corrects:
             record["hidden_error"] = self._hidden_error()
+        if self.few_tokens:
+            record["few_tokens"] = self.few_tokens
         seconds = {phase: round(value, 3) for phase, value in self.clock.seconds.items()}
         record |= {"matrices": matrices, "seconds": seconds, "duration_s": round(time.perf_counter() - started, 3)}
         return record
