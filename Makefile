@@ -50,7 +50,7 @@ run: $(READY)  ## quantize a layer: 2 formats x 3 methods, then print the tables
 
 # Quick experiments come first. An interrupted sweep continues where it stopped.
 EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers optimality timing \
-	layer_methods single_level damping sweeps layer_calibration layer_time scale_grids
+	layer_methods layer_global_scale damping sweeps layer_calibration layer_time scale_grids
 
 paper: $(READY)  ## run every experiment, collect its records, rebuild the report; can be resumed
 	@status=0; \

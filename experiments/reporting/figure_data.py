@@ -18,7 +18,7 @@ import pandas as pd
 from experiments.evaluation_record import EvaluationRecord
 from experiments.record import RunRecord
 from experiments.reporting import evaluations
-from experiments.reporting.labels import BACKENDS, DEFAULT_RULES, FORMATS, GLOBAL_SCALES, METHODS
+from experiments.reporting.labels import BACKENDS, DEFAULT_RULES, FORMATS, GLOBAL_SCALES, GRIDS, METHODS
 from experiments.reporting.scaling import us_per_further_mb
 from experiments.reporting.speed import MATRIX
 
@@ -26,7 +26,10 @@ ONE_BLOCK = Path("results/records/one_block.json")  # experiments/one_block.py w
 BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file per device
 
 # The files of results/records from which figures are made.
-FIGURE_RECORDS = ("main", "block_size", "scale_distance", "layers", "calibration_size", "global_scale", "timing")
+FIGURE_RECORDS = (
+    *("main", "block_size", "scale_distance", "layers", "calibration_size", "global_scale", "timing"),
+    *("layer_time", "layer_calibration", "scale_grids"),
+)
 SETTINGS = ("format", "block_size", "method")
 # The common properties of a figure's lines, except for those that the figure compares.
 SUBJECT = (
@@ -201,6 +204,29 @@ def global_scale(sources: Sources) -> pd.DataFrame:
     # The data hash of a synthetic source depends on its standard deviation.
     by = ["format", "global_scale", "method", "weight_std"]
     return sources.runs("global_scale", by, ["weight_error"], free=["data_hash"])
+
+
+def layer_time(sources: Sources) -> pd.DataFrame:
+    """Held-out error and time of a call of every method on one device. Times, `ms_…`, are milliseconds."""
+    times = {"time_ms_median": "ms_median", "time_ms_p20": "ms_20", "time_ms_p80": "ms_80"}
+    matrix = {"out_features": "rows", "in_features": "columns", "weight_dtype": "dtype", "time_device": "device"}
+    runs = sources.runs("layer_time", SETTINGS, [*times, "output_error_heldout"], also=list(matrix))
+    return runs.rename(columns=times | matrix)
+
+
+def layer_calibration(sources: Sources) -> pd.DataFrame:
+    by = ["layer_index", "format", "method", "tokens_calibration", "seed"]
+    return sources.runs("layer_calibration", by, ["output_error", "output_error_heldout"], also=["in_features"])
+
+
+def scale_grids(sources: Sources) -> pd.DataFrame:
+    """Columns `elements` and `scales` are those of the format."""
+    runs = sources.runs("scale_grids", ["format", "method"], ["output_error", "output_error_heldout"])
+    runs = runs[runs["format"].isin(list(GRIDS))]
+    grids = [GRIDS[name] for name in runs["format"]]
+    runs = runs.assign(elements=[elements for elements, _ in grids], scales=[scales for _, scales in grids])
+    rank = {name: number for number, name in enumerate(GRIDS)}
+    return runs.sort_values("format", key=lambda names: names.map(rank), kind="stable").reset_index(drop=True)
 
 
 TIMES = ("us_median", "us_20", "us_80")

@@ -332,6 +332,49 @@ def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
     _legend(figure, _method_markers(frame))
 
 
+def draw_layer_time(figure: Figure, frame: pd.DataFrame) -> None:
+    axes = figure.subplots()
+    for (fmt, size), part in frame.groupby(["format", "block_size"], sort=False):
+        axes.plot(part["ms_median"], 100 * part["output_error_heldout"], LINE[str(fmt)], color=GREY, lw=0.7, zorder=1)
+        for line in part.to_dict("records"):
+            median, method = line["ms_median"], line["method"]
+            spread = [[median - line["ms_20"]], [line["ms_80"] - median]]
+            fill = COLOR[method] if size == frame["block_size"].min() else "white"
+            axes.errorbar(median, 100 * line["output_error_heldout"], xerr=spread, marker=MARKER[method],
+                          color=COLOR[method], mfc=fill, ms=4.5, mew=0.9, elinewidth=0.7)  # fmt: skip
+    axes.set(xscale="log", xlabel="time of a call, ms", ylabel="output error, held out, %")
+    _legend(figure, _method_markers(frame), [*_size_markers(frame), *_format_lines(frame)])
+
+
+def draw_layer_calibration(figure: Figure, frame: pd.DataFrame) -> None:
+    for axes, (layer, part) in _panels(figure, frame, "layer_index"):
+        for (fmt, name), rows in part.groupby(["format", "method"], sort=False):
+            spread = 100 * rows.groupby("tokens_calibration")["output_error_heldout"].agg(["mean", "min", "max"])
+            style: dict[str, Any] = {"color": COLOR[str(name)], "ls": LINE[str(fmt)]}
+            axes.fill_between(spread.index, spread["min"], spread["max"], color=style["color"], alpha=0.2, lw=0)
+            axes.plot(spread.index, spread["mean"], marker=MARKER[str(name)], ms=3, **style)
+        axes.axvline(part["in_features"].iloc[0], color=GREY, ls=":")
+        axes.set(xscale="log", xlabel="calibration tokens", title=f"layer {layer}")
+    figure.axes[0].set_ylabel("output error, held out, %")
+    bound = Line2D([], [], color=GREY, ls=":", label="as many as channels")
+    _legend(figure, [*_method_markers(frame), bound])
+
+
+def draw_scale_grids(figure: Figure, frame: pd.DataFrame) -> None:
+    grids = list(dict.fromkeys(frame["scales"]))
+    for axes, (elements, part) in _panels(figure, frame, "elements", sharey=True):
+        for method, rows in _by(part, "method"):
+            place = [grids.index(name) for name in rows["scales"]]
+            axes.plot(
+                place, 100 * rows["output_error_heldout"], ls="", marker=MARKER[method], color=COLOR[method], ms=4
+            )
+        axes.set_xticks(range(len(grids)), grids)
+        axes.set(title=elements, xlim=(-0.5, len(grids) - 0.5))
+    figure.axes[0].set_ylabel("output error, held out, %")
+    figure.axes[0].set_ylim(bottom=0)
+    _legend(figure, _method_markers(frame))
+
+
 def draw_speed_up(figure: Figure, frame: pd.DataFrame) -> None:
     for axes, (size, part) in _panels(figure, frame, "block_size", sharey=True):
         for method, place, rows in _bars(axes, part):
@@ -688,6 +731,40 @@ FIGURES = (
         draw_time_error,
         NARROW,
         2.5,
+    ),
+    Plot(
+        "layer_time",
+        "Output error and time of all methods on a CPU",
+        "Output error on held-out tokens over the median time of a call of the PyTorch reference, with bars from the "
+        "20 % to the 80 % point. Filled: block size 16, open: 32. Thin lines: solid NVFP4, dashed MXFP4. The cores "
+        "were shared with other work.",
+        _experiment("layer_time"),
+        figure_data.layer_time,
+        draw_layer_time,
+        NARROW,
+        2.6,
+    ),
+    Plot(
+        "layer_calibration",
+        "Held-out error of whole-layer methods against calibration tokens",
+        "Output error on held-out tokens by the number of calibration tokens: mean over the seeds, band from the least "
+        "to the largest. Dotted: as many tokens as the layer has input channels.",
+        _experiment("layer_calibration"),
+        figure_data.layer_calibration,
+        draw_layer_calibration,
+        WIDE,
+        2.1,
+    ),
+    Plot(
+        "scale_grids",
+        "Scale grids, elements and methods",
+        "Output error on held-out tokens by the grid of the block scales, for E2M1 and for INT4 elements. E4M3 has a "
+        "global scale.",
+        _experiment("scale_grids"),
+        figure_data.scale_grids,
+        draw_scale_grids,
+        WIDE,
+        2.1,
     ),
     Plot(
         "speed_up",

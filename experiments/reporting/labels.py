@@ -25,6 +25,17 @@ def read_formats(folder: Path = CONF_DIR) -> tuple[dict[str, str], dict[str, str
 
 # The main tables use the default global scales. Figures that compare global scales show the others, too.
 FORMATS, GLOBAL_SCALES = read_formats()
+# Format → (elements, block scales).
+GRIDS = {
+    "nvfp4": ("E2M1", "E4M3"),
+    "fp4_ue5m3": ("E2M1", "UE5M3"),
+    "fp4_ue4m4": ("E2M1", "UE4M4"),
+    "mxfp4": ("E2M1", "UE8M0"),
+    "nvint4": ("INT4", "E4M3"),
+    "int4_ue5m3": ("INT4", "UE5M3"),
+    "int4_ue4m4": ("INT4", "UE4M4"),
+    "mxint4": ("INT4", "UE8M0"),
+}
 DEFAULT_RULES = ("nearest", "floor")  # the default naive rules of fractional scales and of powers of two
 METHODS = {
     "naive": "Naive",

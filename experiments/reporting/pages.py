@@ -7,6 +7,8 @@ A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED:
     model_summary      one of their tables, in five columns
     summary            one figure and one table of output errors, at the smallest block size
     published          the tables of results/published
+    layers:NAME        its held-out errors, with a column for each layer
+    methods:NAME       its held-out errors, with a line for each format and a column for each method
     figure:NAME        a picture of results/figures with its caption
     bench:NAME         every kernel of results/bench/NAME.csv
     speed:NAME         eight of these rows: every method and dequantize, at the smallest block size
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from experiments.reporting.evaluations import NAME as MODEL
 from experiments.reporting.evaluations import evaluation_summary, evaluation_tables
 from experiments.reporting.figure_data import SETTINGS, Sources
 from experiments.reporting.figures import FIGURES, FOLDER
+from experiments.reporting.pivots import by_layer, by_method
 from experiments.reporting.published import published_tables, read_published
 from experiments.reporting.scaling import scaling_tables
 from experiments.reporting.speed import brief_speed_tables, speed_tables
@@ -53,6 +56,7 @@ BENCHMARKS: dict[str, Callable[[pd.DataFrame], list[Table]]] = {
     "speed": brief_speed_tables,
     "scaling": scaling_tables,
 }
+PIVOTS: dict[str, Callable[[Iterable[RunRecord]], list[Table]]] = {"layers": by_layer, "methods": by_method}
 HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling"
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
 HOW_TO_EVALUATE = (
@@ -104,7 +108,7 @@ def shown_on(name: str, root: Path) -> list[Path]:
     found = []
     for page in PAGES:
         text = (root / page).read_text(encoding="utf-8") if (root / page).exists() else ""
-        if any(block.name == name for block in blocks(text, str(page))):
+        if any(block.name.rpartition(":")[2] == name for block in blocks(text, str(page))):
             found.append(page)
     return found
 
@@ -126,9 +130,13 @@ def _content(name: str, page: str, material: Material) -> str:
         return _evaluations(name, page, material)
     if which and kind in BENCHMARKS:
         return _benchmark(name, page, material)
-    if name not in material.groups:
-        raise ReportError(f"{page} shows results/records/{name}.jsonl, which does not exist; {HOW_TO_RECORD}")
-    records = material.groups[name]
+    pivot = PIVOTS.get(kind) if which else None
+    group = which if pivot else name
+    if group not in material.groups:
+        raise ReportError(f"{page} shows results/records/{group}.jsonl, which does not exist; {HOW_TO_RECORD}")
+    records = material.groups[group]
+    if pivot:
+        return as_markdown(pivot(records), unfinished(records))
     if name == OPTIMALITY:
         return as_markdown(verification_tables(records), unfinished(records))
     published = read_published(material.root / "results" / PUBLISHED)

@@ -20,6 +20,7 @@ from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, rank
 BACKEND_TOLERANCE = 1e-3
 
 Hessian = tuple[str | None, int | None, int | None]
+Settings = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Row:
     global_scale: str | float | None
     scale_rule: str | None
     method: str
+    settings: Settings  # of the method, as (name, value)
     hessian: Hessian  # weighting, groups, samples; None if all tokens have the same weight
     runs: tuple[RunRecord, ...]  # the newest of each backend, the reference first
 
@@ -95,12 +97,12 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
 
     A run that was not timed (timing=none) gets the time of an earlier run of the same code with the same errors.
     """
-    newest: dict[tuple[Subject, str, str | float | None, str | None, str, Hessian], dict[str, RunRecord]] = {}
+    newest: dict[tuple[Subject, str, str | float | None, str | None, str, Settings, Hessian], dict[str, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at or ""):
         if record.status != "ok":
             continue
-        setting = (record.format, record.global_scale, record.scale_rule, record.method, _hessian(record))
-        key = (Subject.of(record), *setting)
+        setting = (record.format, record.global_scale, record.scale_rule, record.method)
+        key = (Subject.of(record), *setting, _settings(record), _hessian(record))
         runs = newest.setdefault(key, {})
         runs[record.backend] = _timed_as(record, runs.get(record.backend))
     rows = [
@@ -112,6 +114,10 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
 
 def _hessian(record: RunRecord) -> Hessian:
     return record.hessian_weighting, record.hessian_groups, record.hessian_samples
+
+
+def _settings(record: RunRecord) -> Settings:
+    return tuple((record.method_settings or {}).items())
 
 
 def method_label(record: RunRecord) -> str:
@@ -160,6 +166,7 @@ def record_order(record: RunRecord) -> tuple[Any, ...]:
         rank(FORMATS, record.format),
         *_sortable((record.global_scale, record.scale_rule)),
         rank(METHODS, record.method),
+        _sortable(value for _, value in _settings(record)),
         *_sortable(_hessian(record)),
         rank(BACKENDS, record.backend),
         record.run_id,

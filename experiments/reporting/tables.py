@@ -61,8 +61,8 @@ def unfinished(records: Sequence[RunRecord]) -> list[str]:
 
 def _subject_table(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> Table:
     columns: dict[str, list[str]] = {
-        "Format": [_format_label(row, rows) for row in rows],
-        "Method": [method_label(row.runs[0]) for row in rows],
+        "Format": [format_in(row, rows) for row in rows],
+        "Method": [method_in(row, rows) for row in rows],
         "Weight error": [as_percent(row.weight_error) for row in rows],
         "Output error": [as_percent(row.output_error) for row in rows],
         "Output error, held out": [as_percent(row.output_error_heldout) for row in rows],
@@ -108,7 +108,8 @@ def _range(counts: dict[str, int] | None) -> str:
     return " to ".join(f"{number:+d}".replace("-", "−") if number else "0" for number in (min(found), max(found)))
 
 
-def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> list[str]:
+def source_notes(subject: Subject, rows: Sequence[Row]) -> list[str]:
+    """Model, text, device and commits, and the formats' settings."""
     runs = [run for row in rows for run in row.runs]
     notes = list(dict.fromkeys(run.model_origin for run in runs if run.model_origin))
     split = f", split {subject.data_split}" if subject.data_split else ""
@@ -126,16 +127,31 @@ def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str
         for row in rows
     )
     notes.append("; ".join(settings))
+    return notes
+
+
+def _notes(subject: Subject, rows: Sequence[Row], published: dict[tuple[str, str], Published]) -> list[str]:
+    notes = source_notes(subject, rows)
     if all(row.speedup is None for row in rows):
         notes.append("No speed-up: this device did not time both Triton and the reference.")
     notes += [f"Published figures: {source}" for source in dict.fromkeys(p.source for p in published.values())]
-    disagree = [f"{_format_label(row, rows)} {method_label(row.runs[0])}" for row in rows if not row.backends_agree]
+    disagree = [f"{format_in(row, rows)} {method_label(row.runs[0])}" for row in rows if not row.backends_agree]
     if disagree:
         notes.append(f"The backends disagree on {', '.join(disagree)}; the reference's errors are shown.")
     return notes
 
 
-def _format_label(row: Row, rows: Sequence[Row]) -> str:
+def method_in(row: Row, rows: Sequence[Row]) -> str:
+    """The method's name, with those of its settings that differ within the table."""
+    label = method_label(row.runs[0])
+    others = [dict(other.settings) for other in rows if other.method == row.method]
+    for name, value in row.settings:
+        if len({other.get(name) for other in others}) > 1:
+            label += f", {name} {value}"
+    return label
+
+
+def format_in(row: Row, rows: Sequence[Row]) -> str:
     """The format's name, with its settings if the table has it with several settings."""
     label = FORMATS.get(row.format, row.format)
     others = [other for other in rows if other.format == row.format]

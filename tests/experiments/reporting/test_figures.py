@@ -125,6 +125,13 @@ def full() -> Sources:
     records = {
         "main": every(), "scale_distance": every(**HISTOGRAMS), "layers": layers, "calibration_size": sizes,
         "global_scale": scales, "block_size": modules,
+        "layer_time": every(time_ms_median=2.0, time_ms_p20=1.0, time_ms_p80=4.0, time_device="Some CPU, 2 threads"),
+        "layer_calibration": [replace(record, layer_index=index) for record in sizes for index in (0, 10)],
+        "scale_grids": [
+            make(method, format, scale_rule="floor" if format.startswith("mx") else "nearest", global_scale=scale)
+            for format, scale in (("nvfp4", "amax"), ("int4_ue5m3", "none"), ("mxfp4", "none"), ("mxint4", "none"))
+            for method in ERRORS
+        ],
     }  # fmt: skip
     return Sources(records, ONE_BLOCK, pd.DataFrame(times), EVALUATIONS)
 
@@ -230,6 +237,26 @@ def test_global_scale_compares_what_other_figures_leave_out(full: Sources):
     frame = figure_data.global_scale(full)
     assert len(frame) == 3 * 2 * 2
     assert set(frame["weight_std"]) == {0.1, 1.0}
+
+
+def test_times_and_errors_of_all_methods_are_of_one_matrix(full: Sources):
+    frame = figure_data.layer_time(full)
+    assert len(frame) == 12 and frame["method"].tolist()[:3] == ["naive", "sse", "hessian"]
+    assert frame[["ms_20", "ms_median", "ms_80"]].eq([1.0, 2.0, 4.0]).all(axis=None)
+    assert "Timed on a 8 × 64 float32 matrix, Some CPU, 2 threads." in figures.stands_on(frame)
+
+
+def test_the_curve_over_tokens_has_each_layer_and_seed(full: Sources):
+    frame = figure_data.layer_calibration(full)
+    assert len(frame) == 2 * 2 * 2 * 2  # layers, formats, numbers of tokens, seeds
+    assert frame["layer_index"].tolist() == [0] * 8 + [10] * 8 and frame["in_features"].eq(64).all()
+
+
+def test_scale_grids_stand_by_elements_and_grid(full: Sources):
+    frame = figure_data.scale_grids(full)
+    grids = list(dict.fromkeys(frame[["elements", "scales"]].itertuples(index=False, name=None)))
+    assert grids == [("E2M1", "E4M3"), ("E2M1", "UE8M0"), ("INT4", "UE5M3"), ("INT4", "UE8M0")]
+    assert frame["method"].tolist()[:3] == ["naive", "sse", "hessian"]
 
 
 def test_speed_up_from_the_benchmark(full: Sources):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
-from experiments.reporting.labels import DEFAULT_RULES, FORMATS, GLOBAL_SCALES, METHODS, OPTIMAL
+from experiments.reporting.labels import DEFAULT_RULES, FORMATS, GLOBAL_SCALES, GRIDS, METHODS, OPTIMAL
+from experiments.reporting.pivots import by_layer, by_method
 from experiments.reporting.published import published_tables, read_published
 from experiments.reporting.records_csv import records_csv
 from experiments.reporting.rows import make_rows, row_frame
@@ -184,6 +185,50 @@ def test_settings_of_a_format_are_told_apart():
     ]
 
 
+def with_damping(damping: float, **changes: object) -> RunRecord:
+    return make(method="gptq", method_settings={"scale": "joint", "damping": damping}, **changes)
+
+
+def test_settings_of_a_method_are_told_apart_where_they_differ():
+    frame = only_table([make(), with_damping(0.1), with_damping(0.01, output_error=0.03)]).frame
+    assert frame["Method"].tolist() == ["SSE", "GPTQ, damping 0.01", "GPTQ, damping 0.1"]
+    assert frame["Output error"].tolist() == ["4.96 %", "3.00 %", "4.96 %"]
+    assert only_table([make(), with_damping(0.1)]).frame["Method"].tolist() == ["SSE", "GPTQ"]
+
+
+def test_held_out_errors_by_layer_and_their_mean_over_the_least():
+    (table,) = by_layer(
+        with_damping(damping, layer_index=layer, output_error_heldout=error)
+        for damping, errors in ((0.01, (0.02, 0.04)), (0.1, (0.03, 0.03)))
+        for layer, error in zip((10, 0), errors, strict=True)
+    )
+    assert table.frame.columns.tolist() == ["Format", "Method", "Layer 0", "Layer 10", "Over the least"]
+    assert table.frame.values.tolist() == [
+        ["NVFP4", "GPTQ, damping 0.01", "4.00 %", "2.00 %", "1.167"],
+        ["NVFP4", "GPTQ, damping 0.1", "3.00 %", "3.00 %", "1.250"],
+    ]
+    assert "held-out tokens" in table.title and any("512 held out" in note for note in table.notes)
+
+
+def test_a_setting_without_a_layer_has_no_mean():
+    (table,) = by_layer([with_damping(0.01), with_damping(0.1), with_damping(0.1, layer_index=10)])
+    assert table.frame["Over the least"].tolist() == ["–", "1.000"]
+    assert table.frame["Layer 10"].tolist() == ["–", "5.12 %"]
+
+
+def test_held_out_errors_of_formats_by_method():
+    (table,) = by_method(
+        [make(method="gptq", output_error_heldout=0.03), make(), make(format="mxint4", global_scale="none")]
+    )
+    assert table.frame.to_dict("list") == {
+        "Elements": ["E2M1", "INT4"],
+        "Scales": ["E4M3", "UE8M0"],
+        "Format": ["NVFP4", "MXINT4"],
+        "SSE": ["5.12 %", "5.12 %"],
+        "GPTQ": ["3.00 %", "–"],
+    }
+
+
 @pytest.mark.parametrize("model", ["Qwen/Qwen3-4B", "Qwen3-4B (local)", "qwen3_4b"])
 @pytest.mark.parametrize("data", ["Salesforce/wikitext/wikitext-2-raw-v1", "wikitext2 (some-folder, local)"])
 def test_published_figures_stand_beside_their_model_only(model: str, data: str):
@@ -280,6 +325,8 @@ def test_every_format_and_method_of_the_library_has_its_label_and_defaults():
     assert list(FORMATS).index("nvfp4") < list(FORMATS).index("mxfp4")
     assert list(METHODS) == list(quantkit.METHODS)
     assert {name: f.default_global_scale for name, f in quantkit.FORMATS.items()} == GLOBAL_SCALES
+    grids = {name: (f.element.name.upper(), f.scale.name.upper()) for name, f in quantkit.FORMATS.items()}
+    assert grids == GRIDS
     assert {f.scale_rules[0] for f in quantkit.FORMATS.values()} == set(DEFAULT_RULES)
     assert not {rule for f in quantkit.FORMATS.values() for rule in f.scale_rules[1:]} & set(DEFAULT_RULES)
     assert tuple(name for name, method in quantkit.METHODS.items() if method.is_optimal) == OPTIMAL
