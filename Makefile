@@ -18,7 +18,7 @@ given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS) $(subst ',,$(SETTINGS))))
 unless_given = $(if $(call given,$(1)),,$(1)=$(2))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run paper test lint report figures bench notebooks docs clean clean-runs
+.PHONY: help setup run model paper test lint report figures bench notebooks docs clean clean-runs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,14 @@ run: $(READY)  ## quantize a layer: 2 formats x 3 methods, then print the tables
 	    $(call unless_given,method,naive$(comma)sse$(comma)hessian) $(SETTINGS) $(ARGS) || status=$$?; \
 	$(BIN)/python experiments/report.py --runs $(call given,output_dir) || status=$$?; \
 	exit $$status
+
+# Calibration and evaluation take different sequences of the text: the first and the last ones of a seeded shuffle.
+model: $(READY)  ## quantize a whole model (the offline twin), then its KL to the original; settings may follow, as in make model method=descent
+	@$(BIN)/python experiments/quantize_model.py $(call unless_given,model,smollm2_135m) $(call unless_given,data,python_docs) \
+	    $(call unless_given,data.samples,64) $(SETTINGS) $(ARGS)
+	@$(BIN)/python experiments/evaluate.py model.path=$(or $(call given,output_dir),results/models)/latest/model \
+	    reference=$(or $(call given,model),smollm2_135m) data=$(or $(call given,data),python_docs) data.split=train \
+	    data.samples=64 tracking=none
 
 # Quick experiments come first. An interrupted sweep continues where it stopped.
 EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers optimality timing \

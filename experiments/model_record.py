@@ -53,6 +53,7 @@ class ModelRecord(Record):
     bits_per_weight: float | None = None
     left_out: dict[str, str] = field(default_factory=dict)  # linear layer → why it is not quantized
     few_tokens: dict[str, int] = field(default_factory=dict)  # expert → its tokens, fewer than calibrate.min_tokens
+    warned: int | None = None  # matrices with warnings in their record, of a text too short
     naive_weight_error: float | None = None  # these four: root mean square over the matrices
     weight_error: float | None = None
     naive_output_error: float | None = None

@@ -2,7 +2,8 @@
 
     python experiments/quantize_model.py model=qwen3_4b format=nvfp4 method=descent
 
-The model's folder is OUTPUT_DIR/RUN/model (model/checkpoint.py), beside it record.json and run.log. A finished model is
+The model's folder is OUTPUT_DIR/RUN/model (model/checkpoint.py), beside it record.json and run.log. OUTPUT_DIR/latest
+leads to the last finished RUN. A finished model is
 skipped unless `force=true`. An interrupted one continues at the first unfinished layer. A failed run leaves its
 traceback in run.log. A sweep goes on, and the exit status is then 1.
 """
@@ -10,6 +11,7 @@ traceback in run.log. A sweep goes on, and the exit status is then 1.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import traceback
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LATEST = "latest"
+
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}]"
 
 
@@ -62,6 +66,7 @@ def run(composed: DictConfig, console: ModelConsole) -> None:
         previous = finished_record(resolved)
         if previous is not None and not config.force:
             console.skipped(resolved, previous)
+            point_to(resolved)
             return
         quantize_and_record(resolved, console)
     except Exception as error:
@@ -99,8 +104,19 @@ def quantize_and_record(run: ModelRun, console: ModelConsole) -> ModelRecord:
                 traceback.print_exc()
         record = ModelRecord(**fields, duration_s=round(time.perf_counter() - started, 3))
         record.write(run.run_dir)
+        if record.status == "ok":
+            point_to(run)
     console.ran(run, record, log_file)
     return record
+
+
+def point_to(run: ModelRun) -> None:
+    """Make OUTPUT_DIR/latest a link to the run's folder."""
+    link = run.run_dir.with_name(LATEST)
+    temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run.run_id)
+    temporary.replace(link)
 
 
 def base_fields(run: ModelRun) -> dict[str, Any]:
@@ -165,6 +181,10 @@ class ModelConsole:
             return
         phases = ", ".join(f"{name} {value:.0f} s" for name, value in record.seconds.items())
         print(f"  {record.matrices} matrices{_errors(record.to_dict())}   {record.duration_s:.0f} s ({phases})")
+        if record.warned:
+            print(
+                f"  for {record.warned} matrices the text is short: see warnings in layers.jsonl, or more data.samples"
+            )
         for name, tokens in record.few_tokens.items():
             print(f"  {name}: {tokens} tokens; the experts' shared Hessian is mixed in")
         print(f"  {run.folder}", flush=True)

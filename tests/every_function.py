@@ -284,6 +284,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "run by the loss", partial(run, dataclasses.replace(tiny, hessian=loss))
     yield "run of seeded numbers", partial(run, seeded)
     yield "whole model", partial(quantize_whole, folder, tiny)
+    yield "experts of a whole model", sum_experts
     yield "fewer tokens", lambda: limit_calibration(load_layer_inputs(resolve(tiny)), 40, 32, 0).gram_calibration
 
     def one() -> object:
@@ -403,6 +404,34 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     fields = job.quantize_model(run, job.Listener())
     shards = [path.read_bytes() for path in sorted(run.folder.glob("*.safetensors"))]
     return {name: value for name, value in fields.items() if name != "seconds"}, shards
+
+
+def sum_experts() -> object:
+    """The inputs of each of four experts in a call of their module, and their sums."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    from experiments.model import experts
+    from experiments.model.layer import Call
+    from experiments.model.sums import Inputs
+    from experiments.sources.modules import fused_experts
+
+    config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=32, num_experts=4)
+    config._experts_implementation = "eager"
+    module = Qwen3MoeExperts(config)
+    for name, shape in (("gate_up_proj", (4, 64, 16)), ("down_proj", (4, 16, 32))):
+        setattr(module, name, torch.nn.Parameter(normal(*shape), requires_grad=False))
+    index = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int64, device="cpu")
+    factors, weights = normal(3, 2).abs(), normal(3).square()
+    call = Call((normal(3, 16), index, factors), {}).with_input(normal(3, 16, seed=1))
+    _, target = next(fused_experts(module))
+    target = dataclasses.replace(target, module=module)
+    rows, own = experts.expert_rows(target, call), experts.routed_weights(call, 4, weights)
+    experts.check_rows(call, rows, own)
+    sums = experts.ExpertSums(4, 16, torch.device("cpu"), 2, weighted=True)
+    for expert in range(sums.num_groups):
+        sums.update(expert, Inputs(rows[expert]), own[expert])
+    return rows, own, sums.few(), [sums.of_group(expert)[0] for expert in range(4)]
 
 
 # ---- one process for each default ------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ def describe(run: ModelRun, sequences: Sequences, selection: Selection, records:
         "weights": sum(torch.Size(matrix["shape"]).numel() for matrix in matrices),
         "bits_per_weight": size,
         "few_tokens": few,
+        "warned": sum("warnings" in matrix for matrix in matrices),
         "hidden_error": records[-1].get("hidden_error") if records else None,
         **{name: mean_error(matrices, name) for name in names},
     }

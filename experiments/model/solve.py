@@ -6,6 +6,7 @@ matrix is that of its output on the inputs it will see, against its target:  √
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,13 +110,12 @@ class Solver:
         # Each expert has a global scale of its own, as engines store it.
         scales = [self._global_scale([part]) for part in parts] if work.matrix.experts else [scale] * len(parts)
         naive = self._join(work, [self._quantize("naive", part, own) for part, own in zip(parts, scales, strict=True)])
-        quantized = naive
-        if self.method.name != "naive":
-            given = [self._given(hessian) for hessian in hessians] or [{}] * len(parts)
+        given = [self._given(hessian) for hessian in hessians] or [{}] * len(parts)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             each = zip(parts, scales, given, strict=True)
-            quantized = self._join(
-                work, [self._quantize(self.method.name, part, own, **extra) for part, own, extra in each]
-            )
+            found = [self._quantize(self.method.name, part, own, **extra) for part, own, extra in each]
+        quantized = self._join(work, found)
         values = quantized.dequantize()
         record = {
             "name": work.matrix.full_name,
@@ -125,6 +125,8 @@ class Solver:
             **_errors(work, target, values, ""),
             "correction": weight_error(work.weight.float(), target),
         }
+        if caught:  # of a text that does not determine every channel
+            record["warnings"] = sorted({str(warning.message) for warning in caught})
         if quantized.objective is not None:
             record["objective"] = list(quantized.objective)
         return Solved(work.matrix, quantized, values, record)

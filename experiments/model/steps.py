@@ -26,11 +26,25 @@ SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Ten
 @dataclass(frozen=True)
 class Step:
     """matrices: quantized together. tap: module whose input they share. residual: module whose input is the residual
-    stream that their output is added to; None if there is no such module."""
+    stream that their output is added to; None if there is no such module. child: part of the layer whose output is that
+    of the one matrix, such as self_attn of o_proj. With the matrix's input at hand, it need not run again."""
 
     matrices: tuple[Matrix, ...]
     tap: str
     residual: str | None = None
+    child: Child | None = None
+
+
+@dataclass(frozen=True)
+class Child:
+    """A part of a decoder layer. outputs: None for an output that is one tensor; else the length of a tuple of one
+    tensor and Nones."""
+
+    path: str
+    outputs: int | None = None
+
+    def output(self, x: Tensor) -> Any:
+        return x if self.outputs is None else (x, *[None] * (self.outputs - 1))
 
 
 def find_steps(runner: LayerRunner, index: int, matrices: Sequence[Matrix]) -> list[Step]:
@@ -56,6 +70,7 @@ class _Trial(TorchFunctionMode):
         self.outputs: dict[int, str] = {}  # id of the output of a matrix's module → path
         self.alive: list[Any] = []  # keeps ids unique
         self.residuals: dict[str, str] = {}
+        self.children: dict[str, Child] = {}  # path of a matrix's module → child with its output
         self.handles: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -64,6 +79,8 @@ class _Trial(TorchFunctionMode):
                 self.handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
         for path in self.paths:
             self.handles.append(self.layer.get_submodule(path).register_forward_hook(self._after(path)))
+        for path, child in self.layer.named_children():
+            self.handles.append(child.register_forward_hook(self._after_child(path)))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -83,6 +100,15 @@ class _Trial(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.outputs[id(output)] = path
             self.alive.append(output)
+
+        return hook
+
+    def _after_child(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            own = self.outputs.get(id(parts[0]))
+            if own is not None and own.startswith(f"{path}.") and all(part is None for part in parts[1:]):
+                self.children[own] = Child(path, len(parts) if isinstance(output, tuple) else None)
 
         return hook
 
@@ -127,5 +153,6 @@ class _Trial(TorchFunctionMode):
 
     def _step(self, group: list[Matrix]) -> Step:
         path = group[0].target.path
-        residual = self.residuals.get(path) if len(group) == 1 and not group[0].experts else None
-        return Step(tuple(group), path, residual)
+        if len(group) > 1 or group[0].experts:
+            return Step(tuple(group), path)
+        return Step(tuple(group), path, self.residuals.get(path), self.children.get(path))

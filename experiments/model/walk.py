@@ -4,7 +4,8 @@ calibrate=sequential. In each decoder layer, first the original layer runs once:
 advances the original stream. Then each step (steps.py) runs the layer on the quantized stream, with the matrices of the
 steps before it quantized, sums over the inputs, and quantizes its own matrices. At last the quantized layer advances
 the quantized stream. calibrate=parallel has the original stream alone, and one pass for all steps. A method without
-Hessians needs no stream.
+Hessians needs no stream. In a step, parts of the layer whose output is final are not computed again: self_attn, say, is
+the product of o_proj with its kept input.
 
 A layer that was finished before is read back, and advances both streams. So a continued walk gives the same bytes.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from experiments.config import LayerConfig
 from experiments.files import SourceError
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors
 from experiments.model.experts import ExpertSums, check_rows, expert_rows, routed_weights
-from experiments.model.layer import LayerRunner, Taps, swapped
+from experiments.model.layer import LayerRunner, Taps, replaced, swapped
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import Calibration, QuantizeConfig
 from experiments.model.solve import Solved, Solver, Work, mean_error
@@ -176,19 +178,22 @@ class Walk:
         kept = self._keep_original(index, steps) if self.corrects else None
         changed: Changed = {}
         solved: list[Solved] = []
+        done = _Done(self.decoder.stack[index])
         for step in steps:
             sums = self._new_sums([step])
             weights = self._weights(index, [step])
             for number in range(len(self.batches)):
                 taps = Taps(_taps([step]), step.tap)
-                with swapped(changed):
+                with swapped(changed), done.skipped(number):
                     self._run(index, number, self.quantized, taps)
+                done.keep(number, step, taps, self.quantized[number].device)
                 with self.clock.of("sums"):
                     self._add(sums, step, taps, None if kept is None else kept[number], weights, number, changed)
             found = self._solve(index, step.matrices, sums)
             changed |= self._changed(found)
             solved += found
-        self._advance(index, self.quantized, changed)
+            done.finish(step)
+        self._advance(index, self.quantized, changed, done)
         return solved
 
     def _keep_original(self, index: int, steps: Sequence[Step]) -> list[Stored]:
@@ -203,9 +208,9 @@ class Walk:
             self.original[number] = after.to(store)
         return kept
 
-    def _advance(self, index: int, stream: list[Tensor], changed: Changed) -> None:
-        with swapped(changed):
-            for number in range(len(self.batches)):
+    def _advance(self, index: int, stream: list[Tensor], changed: Changed, done: _Done | None = None) -> None:
+        for number in range(len(self.batches)):
+            with swapped(changed), done.skipped(number) if done else nullcontext():
                 after = self._run(index, number, stream, None)
                 assert after is not None
                 stream[number] = after.to(stream[number].device)
@@ -396,6 +401,38 @@ class Walk:
         kept = kept_tensors(self.decoder, index, self.job.selection.names)
         transposed = [s.matrix.full_name for s in solved if s.matrix.target.transposed]
         self.writer.write_layer(index, quantized, kept, record, transposed)
+
+
+class _Done:
+    """The parts of a decoder layer whose output is final: that of one quantized matrix, from its kept input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.steps: list[Step] = []
+        self.kept: dict[tuple[int, str], Tensor] = {}  # batch, tap → input
+
+    def keep(self, number: int, step: Step, taps: Taps, store: torch.device) -> None:
+        if step.child is not None:
+            self.kept[number, step.tap] = taps.calls[step.tap].input.to(store)
+
+    def finish(self, step: Step) -> None:
+        if step.child is not None:
+            self.steps.append(step)
+
+    def skipped(self, number: int) -> AbstractContextManager[None]:
+        """A context in which these parts compute the product with their matrix alone, for one batch."""
+        forwards = {}
+        for step in self.steps:
+            assert step.child is not None
+            module = self.layer.get_submodule(step.child.path)
+            forwards[module] = partial(self._forward, step, self.kept[number, step.tap])
+        return replaced(forwards)
+
+    def _forward(self, step: Step, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module = self.layer.get_submodule(step.tap)
+        assert step.child is not None
+        weight = getattr(module, step.matrices[0].target.parameter)
+        return step.child.output(module(x.to(weight.device)))
 
 
 def _taps(steps: Sequence[Step]) -> list[str]:

@@ -296,7 +296,7 @@ def test_a_run_leaves_a_record_and_is_skipped_when_finished(
     assert "left out: model.embed_tokens, lm_head (outside the decoder layers)" in said
     for index in range(NUM_LAYERS):
         assert f"layer {index:>3} of {NUM_LAYERS}   output error" in said
-    (path,) = tmp_path.glob("*/record.json")
+    (path,) = tmp_path.glob("nvfp4-*/record.json")
     record = read_record_of(ModelRecord, path)
     assert record.status == "ok" and record.tokens == TOKENS and record.matrices == 7 * NUM_LAYERS
     assert record.output_error is not None and record.naive_output_error is not None and record.hidden_error
@@ -307,8 +307,11 @@ def test_a_run_leaves_a_record_and_is_skipped_when_finished(
     assert [layer["index"] for layer in layers] == list(range(NUM_LAYERS))
     assert {matrix["name"] for matrix in layers[1]["matrices"]} == {f"model.layers.1.{name}" for name in SEVEN}
 
+    assert (tmp_path / "latest").resolve() == path.parent
+    (tmp_path / "latest").unlink()
     before = path.read_bytes()
     entry.run(values, console)
+    assert (tmp_path / "latest" / "model" / "quantkit.json").is_file()
     assert path.read_bytes() == before and "finished before" in capsys.readouterr().out
     assert console.counts == {"done": 1, "skipped": 1, "unsupported": 0, "failed": 0} and console.close() == 0
 
@@ -323,7 +326,7 @@ def test_a_failure_is_recorded_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(walk.Walk, "_solve", fail)
         entry.run(values, console)
-    (path,) = tmp_path.glob("*/record.json")
+    (path,) = tmp_path.glob("nvfp4-*/record.json")
     record = read_record_of(ModelRecord, path)
     assert record.status == "failed" and record.reason == "no memory left; take fewer tokens"
     assert "failed: no memory left" in capsys.readouterr().err and console.close() == 1
