@@ -118,6 +118,12 @@ class Console:
             flush=True,
         )
 
+    def add(self, counts: dict[str, int], output_dir: str) -> None:
+        """Counts runs that other processes executed."""
+        self.output_dir = output_dir
+        for name, count in counts.items():
+            self.counts[name] += count
+
     def close(self) -> int:
         """Print the closing lines. Returns the exit status."""
         total = sum(self.counts.values())

@@ -7,6 +7,7 @@ the schema and the file names of conf/. It composes nothing and imports no torch
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from experiments.config import CONF_DIR, Config
+from experiments.launchers import PRESETS
 
 # Options with which choices may also come from other folders than conf/.
 OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
@@ -70,6 +72,8 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
     if not equals:
         group = next((group for group in _settings(schema) if group and argument in _choices(group)), None)
         return None if group is None else f"{argument}: a choice of {group}; type {group}={argument}"
+    if key == "hydra/launcher" and value in PRESETS:
+        return _missing_launcher(argument, PRESETS[value])
     if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
         return None
     own = key in (*_settings(schema), "experiment", *_keys(schema)) and key
@@ -85,6 +89,17 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
     meant = [f"{known}={value}" for known in _close(key, schema)]
     remedy = f"did you mean {' or '.join(meant)}?" if meant else f"python experiments/{script} --help lists them"
     return f"{key}={value}: no such setting; {remedy}"
+
+
+def _missing_launcher(argument: str, package: str) -> str | None:
+    plugin = f"hydra_plugins.hydra_{package}_launcher"
+    try:
+        found = importlib.util.find_spec(plugin) and importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found:
+        return None
+    return f"{argument}: needs hydra-{package}-launcher, which is not installed; pip install -e '.[launchers]'"
 
 
 def _no_choice(group: str, value: str, schema: type) -> str | None:

@@ -12,10 +12,13 @@ Only the stages import torch, so `--help` and a sweep of finished runs are quick
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +33,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import provenance, tracking
-from experiments.config import Config, to_config
+from experiments import launchers, provenance, sweep, tracking
+from experiments.config import REPO_ROOT, Config, to_config
 from experiments.console import Console, full_errors, reason
 from experiments.files import remove_orphans
 from experiments.overrides import mistake
@@ -50,6 +53,11 @@ CONSOLE = Console()
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(composed: DictConfig) -> None:
+    if launchers.is_elsewhere():
+        console = Console()
+        run(composed, console)
+        launchers.tell_outcome(console.counts)
+        return
     if HydraConfig.get().mode == RunMode.RUN and (swept := HydraConfig.get().sweeper.params):
         print(f"Without -m this is one run only: the experiment's values of {', '.join(swept)} are not swept.")
     run(composed, CONSOLE)
@@ -70,10 +78,20 @@ def run(composed: DictConfig, console: Console) -> None:
 
 
 def _run(composed: DictConfig, console: Console) -> None:
+    try:
+        config = to_config(composed)
+    except Exception as error:
+        console.refused(error)
+        return
+    with launchers.own_device(config.device) as device:
+        _run_on(replace(config, device=device), console)
+
+
+def _run_on(config: Config, console: Console) -> None:
     from experiments.sources.resolved import resolve
 
     try:
-        resolved = resolve(to_config(composed))
+        resolved = resolve(config)
     except Exception as error:
         console.refused(error)
         return
@@ -88,7 +106,21 @@ def _run(composed: DictConfig, console: Console) -> None:
     if (invalid := invalid_options(config)) is not None:
         console.refused(invalid, config)
         return
-    measure_and_record(resolved, console, again=previous is not None)
+    with running(resolved.run_dir):
+        if previous is None and (previous := finished_record(resolved)) is not None:
+            console.skipped(previous)  # another process ran it meanwhile
+            return
+        measure_and_record(resolved, console, again=previous is not None)
+
+
+@contextmanager
+def running(run_dir: Path) -> Iterator[None]:
+    """A context in which no other process executes this run: of two that start it, one executes it and one waits."""
+    from filelock import FileLock
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(run_dir / ".lock"):
+        yield
 
 
 def measure_and_record(resolved: Resolved, console: Console, again: bool) -> None:
@@ -118,7 +150,8 @@ def measure(resolved: Resolved) -> tuple[RunRecord, Callable[[], Histograms] | N
             raise resolved.error
         from experiments.measure.stages import execute
 
-        outcome = execute(resolved, layers_ahead(resolved.config))
+        shared = launchers.shares_device(resolved.device)
+        outcome = execute(resolved, layers_ahead(resolved.config), shared)
         fields |= outcome.fields | {"status": "ok", "reason": None}
         histograms = outcome.histograms
     except Exception as error:
@@ -196,8 +229,12 @@ def cli() -> int:
     if (meant := mistake(sys.argv[1:])) is not None:
         print(f"error: {meant}", file=sys.stderr)
         return 1
+    # The processes of a launcher import this package, too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
     try:
         main()
+        if sweep.elsewhere is not None:
+            CONSOLE.add(launchers.read_outcomes(sweep.elsewhere), sweep.output_dir)
     except SystemExit:
         if not CONSOLE.is_lost:
             raise

@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from experiments import launchers
 from experiments.config import Config, LayerConfig, check_sweep, to_config
 from experiments.files import SourceError, check_writable
 
@@ -31,6 +32,8 @@ NOT_CAPTURED = (
     *("timing", "tracking", "verify", "data.calibration_tokens"),
 )
 
+elsewhere: Path | None = None  # the sweep's folder, where another process executes its runs
+output_dir = ""
 _plan: list[list[str]] = []  # the overrides of each run of this process's sweep, in order
 
 
@@ -45,6 +48,7 @@ class SweepPlan(Callback):
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
         _check_writable(Path(config.output_dir))
+        _note_launcher(config)
         sweeper = config.hydra.sweeper
         if not str(sweeper.get("_target_", "")).endswith(f".{BasicSweeper.__name__}"):
             return  # another sweeper may choose its runs one by one
@@ -52,6 +56,16 @@ class SweepPlan(Callback):
         loader = GlobalHydra.instance().config_loader()  # expands globs to choices
         parsed = OverridesParser.create(loader).parse_overrides([*overrides, *config.hydra.overrides.task])
         _plan.extend(BasicSweeper.split_arguments(parsed, None)[0])
+
+
+def _note_launcher(config: DictConfig) -> None:
+    """Whether the sweep's outcomes are in a file, because its runs are executed by other processes."""
+    global elsewhere, output_dir
+    launcher = config.hydra.get("launcher")
+    if launcher is None or str(launcher.get("_target_", "")).endswith(f".{launchers.SERIAL}"):
+        return
+    elsewhere, output_dir = Path(config.hydra.sweep.dir), str(config.output_dir)
+    (elsewhere / launchers.OUTCOMES_NAME).unlink(missing_ok=True)
 
 
 def _check_writable(folder: Path) -> None:

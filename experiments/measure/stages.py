@@ -64,10 +64,11 @@ class Outcome:
     histograms: Callable[[], Histograms]
 
 
-def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
+def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = (), shared: bool = False) -> Outcome:
     """Run all stages. A backend that cannot run on the device raises ValueError before anything is loaded.
 
-    ahead: layers of the same model and text that later runs of the sweep need.
+    ahead: layers of the same model and text that later runs of the sweep need. shared: other runs may use the device at
+    the same time, so no time is measured.
     """
     config = resolved.config
     resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
@@ -83,7 +84,7 @@ def execute(resolved: Resolved, ahead: Sequence[LayerConfig] = ()) -> Outcome:
     blocks = cache(partial(block_columns, work.weight, work.result, work.naive, inputs.gram_calibration))
     if config.verify:
         fields |= verify_scales(config, work)
-    fields |= measure_time(resolved, work)
+    fields |= measure_time(resolved, work, shared)
     if config.record.blocks:  # written last, like the record
         fields |= keep_blocks(blocks(), resolved.run_dir)
     if config.record.weights:
@@ -219,7 +220,7 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
     }
 
 
-def measure_time(resolved: Resolved, work: Quantized) -> Fields:
+def measure_time(resolved: Resolved, work: Quantized, shared: bool = False) -> Fields:
     config, device = resolved.config, resolved.device
     call = partial(
         quantize_groups,
@@ -232,7 +233,9 @@ def measure_time(resolved: Resolved, work: Quantized) -> Fields:
     )
     interpreted = resolved.backend == "triton" and device == "cpu"
     name = provenance.device_name(device)
-    measured = timing.measure(call, device, name, config.timing, interpreted=interpreted, expected_s=work.seconds)
+    measured = timing.measure(
+        call, device, name, config.timing, interpreted=interpreted, shared=shared, expected_s=work.seconds
+    )
     log.info("time: %s", measured)
     return {
         "time_ms_median": measured.ms_median,

@@ -5,7 +5,8 @@ factorization, but not their accumulation over the activations. On a GPU `triton
 clears the L2 cache before each call. On a CPU `torch.utils.benchmark` measures it with all of torch's threads. Times
 are milliseconds.
 
-The speed of Triton's interpreter means nothing: such a run has the timer `interpreter` and no time.
+The speed of Triton's interpreter means nothing: such a run has the timer `interpreter` and no time. So has a run beside
+others on one device, by a launcher: its timer is `not measured (shared device)`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from experiments.config import TimingConfig
 
 log = logging.getLogger(__name__)
 
+SHARED = "not measured (shared device)"
 QUANTILES = (0.5, 0.2, 0.8)
 
 
@@ -42,6 +44,7 @@ def measure(
     config: TimingConfig,
     *,
     interpreted: bool = False,
+    shared: bool = False,
     expected_s: float = 0.0,
 ) -> Timing:
     """Time `call`, which works on `device`.
@@ -53,6 +56,8 @@ def measure(
         return Timing()
     if interpreted:
         return Timing(timer="interpreter", device=device_name)
+    if shared:
+        return Timing(timer=SHARED, device=device_name)
     if device.startswith("cuda"):
         return _measure_gpu(call, device, device_name, config)
     return _measure_cpu(call, device_name, config, expected_s)

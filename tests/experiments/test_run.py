@@ -447,7 +447,7 @@ def test_an_experiment_without_m_says_that_it_is_one_run(tmp_path: Path) -> None
 def test_help_is_quick_and_names_the_choices() -> None:
     shown = command("experiments/run.py", "--help")
     assert shown.returncode == 0
-    assert "mxfp4, nvfp4" in shown.stdout and "python experiments/report.py" in shown.stdout
+    assert "mxfp4, mxint4, nvfp4" in shown.stdout and "python experiments/report.py" in shown.stdout
 
 
 def test_a_typo_is_hydras_own_message() -> None:
