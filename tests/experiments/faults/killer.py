@@ -63,6 +63,18 @@ PHASES: dict[str, tuple[Any, str]] = {
 
 
 @dataclass(frozen=True)
+class Victim:
+    """What is killed. work: (root, own folder) → exit status. outcome: folder → all that it leaves, without times.
+
+    phases: as PHASES.
+    """
+
+    phases: dict[str, tuple[Any, str]]
+    work: Callable[[Path, Path], int]
+    outcome: Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Moment:
     phase: str
     occurrence: int
@@ -82,10 +94,8 @@ def marked(phase: str, function: Callable[..., Any], pipe: int) -> Callable[...,
     return call
 
 
-def sweep(root: Path, work: Path, pipe: int) -> int:
+def sweep(root: Path, work: Path) -> int:
     """The whole of what a user runs: the sweep and its report."""
-    for phase, (owner, name) in PHASES.items():
-        setattr(owner, name, marked(phase, getattr(owner, name), pipe))
     forward.MIB = 1 << 15  # a shard is 4 sequences
     forward.BATCH_TOKENS = losses.BATCH_TOKENS = 64
     losses.PIECE_TOKENS = 128
@@ -103,7 +113,7 @@ def sweep(root: Path, work: Path, pipe: int) -> int:
     return status or report.main(["--collect", "main", "--from", str(runs)], work)
 
 
-def start(root: Path, work: Path) -> tuple[int, int]:
+def start(victim: Victim, root: Path, work: Path) -> tuple[int, int]:
     """(process id, pipe of its marks)"""
     work.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
@@ -117,15 +127,17 @@ def start(root: Path, work: Path) -> tuple[int, int]:
     os.dup2(log, 2)
     status = 99
     try:
-        status = sweep(root, work, writer)
+        for phase, (owner, name) in victim.phases.items():
+            setattr(owner, name, marked(phase, getattr(owner, name), writer))
+        status = victim.work(root, work)
     finally:
         sys.stdout.flush()
         os._exit(status)
 
 
-def finish(root: Path, work: Path) -> tuple[int, list[tuple[str, float]]]:
-    """A sweep without a kill: (exit status, its marks with their times). A status of -9 is a hang."""
-    child, pipe = start(root, work)
+def finish(victim: Victim, root: Path, work: Path) -> tuple[int, list[tuple[str, float]]]:
+    """A process without a kill: (exit status, its marks with their times). A status of -9 is a hang."""
+    child, pipe = start(victim, root, work)
     marks = []
     deadline = time.monotonic() + SECONDS
     with os.fdopen(pipe, "rb", buffering=0) as reader:
@@ -140,9 +152,9 @@ def finish(root: Path, work: Path) -> tuple[int, list[tuple[str, float]]]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), marks
 
 
-def kill_at(root: Path, work: Path, moment: Moment) -> str | None:
-    """Start a sweep and kill it. Returns the phase that it was in; None if it ended before."""
-    child, pipe = start(root, work)
+def kill_at(victim: Victim, root: Path, work: Path, moment: Moment) -> str | None:
+    """Start the process and kill it. Returns the phase that it was in; None if it ended before."""
+    child, pipe = start(victim, root, work)
     inside: list[str] = []
     seen = 0
     with os.fdopen(pipe, "rb", buffering=0) as reader:
@@ -200,8 +212,8 @@ def outcome(work: Path) -> dict[str, Any]:
     return found
 
 
-def differences(want: dict[str, Any], work: Path) -> list[str]:
-    got = outcome(work)
+def differences(victim: Victim, want: dict[str, Any], work: Path) -> list[str]:
+    got = victim.outcome(work)
     wrong = [f"{name} is missing" for name in want.keys() - got.keys()]
     wrong += [f"{name} was not there" for name in got.keys() - want.keys()]
     wrong += [f"{name} differs" for name in want.keys() & got.keys() if want[name] != got[name]]
@@ -209,31 +221,31 @@ def differences(want: dict[str, Any], work: Path) -> list[str]:
     return wrong + [f"{part} is left" for part in parts if TEMPORARY.fullmatch(part) or part.startswith(".tmp")]
 
 
-def survive(root: Path, moments: int, seed: int) -> dict[str, Any]:
+def survive(victim: Victim, root: Path, moments: int, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
-    status, marks = finish(root, root / "undisturbed")
-    want = outcome(root / "undisturbed")
+    status, marks = finish(victim, root, root / "undisturbed")
+    want = victim.outcome(root / "undisturbed")
     lasting = occurrences(marks)
-    wrong = [f"the undisturbed sweep ended with {status}"] * bool(status)
-    wrong += [f"the undisturbed sweep has no {phase}" for phase in PHASES.keys() - lasting.keys()]
+    wrong = [f"undisturbed it ended with {status}"] * bool(status)
+    wrong += [f"undisturbed it has no {phase}" for phase in victim.phases.keys() - lasting.keys()]
     killed: Counter[str] = Counter()
     again = 0
     for number in range(moments if not wrong else 0):
         work = root / f"killed-{number}"
-        phase = list(PHASES)[number % len(PHASES)]
+        phase = list(victim.phases)[number % len(victim.phases)]
         kills = 0
         while kills == 0 or (kills < 3 and chance.random() < 0.5):  # a start after a kill may be killed, too
             occurrence = chance.randrange(len(lasting[phase]))
             seconds = chance.random() * lasting[phase][occurrence]
-            hit = kill_at(root, work, Moment(phase, occurrence, seconds))
+            hit = kill_at(victim, root, work, Moment(phase, occurrence, seconds))
             if hit is None:
                 break
             killed[hit] += 1
             again += kills > 0
             kills += 1
-            phase = chance.choice(list(PHASES))
-        status, _ = finish(root, work)
-        found = [f"ended with {status}"] * bool(status) + differences(want, work)
+            phase = chance.choice(list(victim.phases))
+        status, _ = finish(victim, root, work)
+        found = [f"ended with {status}"] * bool(status) + differences(victim, want, work)
         wrong += [f"after kill {number} in {phase}: {line}" for line in found]
         if not found:
             shutil.rmtree(work)
@@ -244,4 +256,5 @@ def survive(root: Path, moments: int, seed: int) -> dict[str, Any]:
 if __name__ == "__main__":
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-    print(json.dumps(survive(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    victim = Victim(PHASES, sweep, outcome)
+    print(json.dumps(survive(victim, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

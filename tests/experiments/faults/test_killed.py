@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,17 @@ MOMENTS = size(3, 50)
 @pytest.mark.timeout(size(300, 1800))
 def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """Records, CSV, cache and blocks are equal, no file is lost, none is left over."""
-    tiny_models.qwen3(tmp_path / "model")
-    tiny_models.write_text(tmp_path / "text")
+    found = survivors("killer", tmp_path, MOMENTS)
+    assert found["runs"] == 8 and sum(found["killed"].values()) >= MOMENTS * 4 // 5
+    note("killed sweep", moments=MOMENTS, runs=found["runs"], kills=found["killed"], again=found["again"])
+
+
+def survivors(killer: str, folder: Path, moments: int) -> dict[str, Any]:
+    """What a killer tells, of a tiny model; after the check that nothing differs."""
+    tiny_models.qwen3(folder / "model")
+    tiny_models.write_text(folder / "text")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.experiments.faults.killer", str(tmp_path), str(MOMENTS), "1"],
+        [sys.executable, "-W", "ignore", "-m", f"tests.experiments.faults.{killer}", str(folder), str(moments), "1"],
         cwd=REPO_ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
@@ -37,10 +45,21 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     assert found["wrong"] == []
-    assert found["runs"] == 8 and sum(found["killed"].values()) >= MOMENTS * 4 // 5
-    note("killed sweep", moments=MOMENTS, runs=found["runs"], kills=found["killed"], again=found["again"])
+    return found
+
+
+MODEL_MOMENTS = size(3, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(size(300, 1800))
+def test_a_killed_model_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    """Of the whole folder of a quantized model, and its record. No half-written folder and no lock is left."""
+    found = survivors("model_killer", tmp_path, MODEL_MOMENTS)
+    assert found["runs"] == 1 and sum(found["killed"].values()) >= MODEL_MOMENTS * 4 // 5
+    note("killed model", moments=MODEL_MOMENTS, kills=found["killed"], again=found["again"])
 
 
 DOWNLOAD = """
