@@ -402,7 +402,10 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     job.refuse_layer_bundle(config)
     run = job.resolve_model(config)
     fields = job.quantize_model(run, job.Listener())
-    shards = [path.read_bytes() for path in sorted(run.folder.glob("*.safetensors"))]
+    better = job.resolve_model(dataclasses.replace(config, method=c.MethodConfig("descent"), init=str(run.folder)))
+    job.quantize_model(better, job.Listener())
+    folders = (run.folder, better.folder)
+    shards = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     return {name: value for name, value in fields.items() if name != "seconds"}, shards
 
 

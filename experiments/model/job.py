@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.capture.tokens import Sequences, token_sequences
 from experiments.config import Weighting, config_hash
 from experiments.files import SourceError
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors
+from experiments.model.given import GivenCodes, given_model
 from experiments.model.select import Selection, select
 from experiments.model.settings import (
     QuantizeConfig,
@@ -29,8 +31,10 @@ from experiments.model.walk import Clock, Job, Walk
 from experiments.model_record import ModelRecord
 from experiments.sources.checkpoints import Checkpoint, open_checkpoint
 from experiments.sources.decoder import Decoder, build_front
+from experiments.sources.models import model_identity
 from experiments.sources.resolved import Resolved, resolve
 from quantkit import get_method, quantize
+from quantkit.formats import get_format
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,8 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
     resolved = resolve(as_run(config))
     config = with_sources(config, resolved.config)
     settings = result_settings(config, resolved.device, resolved.backend)
+    if config.init is not None:
+        settings["init"] = model_identity(given_model(config.init), config.cache.folder).key  # its bytes, not its place
     sources = None if resolved.identity is None else {k: v for k, v in resolved.identity.items() if k != "layer"}
     return ModelRun(config, resolved, model_run_id(config, settings), config_hash([settings, sources]))
 
@@ -104,6 +110,9 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
     if resolved.error is not None:
         raise resolved.error
     checkpoint = open_checkpoint(config.model, config.cache.folder)
+    given = None
+    if config.init is not None:
+        given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)
     clock = Clock(torch.device(resolved.device))
     with clock.of("loss"):
         loss = _loss(run)
@@ -114,7 +123,7 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
     with CheckpointWriter(run.folder, run.identity, len(decoder.stack), force=config.force) as writer:
         before = dict(writer.finished)
         listener.began(len(decoder.stack), len(before), selection)
-        walk = Walk(_job(run, decoder, selection, sequences, loss), writer, listener.layer, listener.tick)
+        walk = Walk(_job(run, decoder, selection, sequences, loss, given), writer, listener.layer, listener.tick)
         if not writer.is_complete:
             walk.run()
             resolved.check_unchanged()
@@ -127,8 +136,16 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
     }
 
 
-def _job(run: ModelRun, decoder: Decoder, selection: Selection, sequences: Sequences, loss: LossPieces | None) -> Job:
-    return Job(run.config, run.resolved.backend, decoder, selection, sequences.ids["calibration"], loss)
+def _job(
+    run: ModelRun,
+    decoder: Decoder,
+    selection: Selection,
+    sequences: Sequences,
+    loss: LossPieces | None,
+    given: GivenCodes | None,
+) -> Job:
+    start = None if given is None else partial(given.matrix, decoder.model)
+    return Job(run.config, run.resolved.backend, decoder, selection, sequences.ids["calibration"], loss, start)
 
 
 def _loss(run: ModelRun) -> LossPieces | None:

@@ -75,6 +75,8 @@ class QuantizeConfig:
     cache: CacheConfig
     # Last parts of the names of layers that share a global scale; null: those that engines fuse.
     fused: list[list[str]] | None = None
+    # For method=descent: a folder with codes of this model, quantkit's or another tool's; its sweeps begin with them.
+    init: str | None = None
     block_size: int = 16
     seed: int = 0
     device: str = "auto"
@@ -87,6 +89,14 @@ class QuantizeConfig:
         require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
         require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
         check_sweep(self.sweep)
+        require(
+            self.init is None or self.method.name == "descent",
+            f"init={self.init}: method={self.method.name} takes no codes to begin with. Use method=descent.",
+        )
+        require(
+            self.init is None or self.format.global_scale in (None, "none", "amax"),  # the formats' own defaults
+            f"format.global_scale={self.format.global_scale}: the codes of init have their own. Leave it out.",
+        )
         require(
             self.format.global_scale != "search" or self.fused == [],
             "format.global_scale=search: layers that engines fuse share a global scale, which this script does not "
@@ -130,6 +140,8 @@ def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[s
     for name in ("origin", "num_layers"):  # descriptions that do not select the model
         del values["model"][name]
     values["method"] = {"name": config.method.name} | config.method.settings
+    if config.init is None:
+        del values["init"]
     values["device"] = device.partition(":")[0]
     values["backend"] = backend
     return values

@@ -7,7 +7,7 @@ matrix is that of its output on the inputs it will see, against its target:  √
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from quantkit.calibration import block_hessians
 from quantkit.formats import get_format
 from quantkit.layer.common import objective_of
 from quantkit.metrics import weight_error
+
+Start = Callable[[Matrix, torch.Size], QuantizedTensor]
 
 DAMPING = 0.01  # of the targets, for methods without a damping of their own
 
@@ -50,6 +52,12 @@ class Work:
     def parts(self, tensor: Tensor) -> Sequence[Tensor]:
         return tensor.unbind(0) if self.matrix.experts else tensor.tensor_split(self.num_parts)
 
+    def quantized_parts(self, quantized: QuantizedTensor) -> list[QuantizedTensor]:
+        if self.matrix.experts:
+            return [quantized[expert] for expert in range(self.num_parts)]
+        each = zip(self.parts(quantized.codes), self.parts(quantized.scales), strict=True)
+        return [replace(quantized, codes=codes, scales=scales) for codes, scales in each]
+
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts)) if self.matrix.experts else torch.cat(list(parts))
 
@@ -71,8 +79,9 @@ class Solved:
 class Solver:
     """Quantizes by the options of a configuration."""
 
-    def __init__(self, config: QuantizeConfig, backend: str) -> None:
-        self.config, self.backend = config, backend
+    def __init__(self, config: QuantizeConfig, backend: str, start: Start | None = None) -> None:
+        """start: the codes of a matrix of that shape, with which the method begins."""
+        self.config, self.backend, self.start = config, backend, start
         self.format = get_format(config.format.name)
         self.method = get_method(config.method.name)
 
@@ -111,6 +120,10 @@ class Solver:
         scales = [self._global_scale([part]) for part in parts] if work.matrix.experts else [scale] * len(parts)
         naive = self._join(work, [self._quantize("naive", part, own) for part, own in zip(parts, scales, strict=True)])
         given = [self._given(hessian) for hessian in hessians] or [{}] * len(parts)
+        if self.start is not None:
+            start = self.start(work.matrix, work.weight.shape).to(target.device)
+            given = [own | {"init": q} for own, q in zip(given, work.quantized_parts(start), strict=True)]
+            scales = [None] * len(parts)  # of the codes
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             each = zip(parts, scales, given, strict=True)
@@ -131,9 +144,7 @@ class Solver:
             record["objective"] = list(quantized.objective)
         return Solved(work.matrix, quantized, values, record)
 
-    def _quantize(
-        self, method: str, part: Tensor, scale: str | float | Tensor | None, **given: Tensor
-    ) -> QuantizedTensor:
+    def _quantize(self, method: str, part: Tensor, scale: str | float | Tensor | None, **given: Any) -> QuantizedTensor:
         settings: dict[str, Any] = self.config.method.settings if method == self.method.name else {}
         return quantize(
             part,
@@ -146,7 +157,7 @@ class Solver:
             **settings | given,
         )
 
-    def _given(self, hessian: Tensor) -> dict[str, Tensor]:
+    def _given(self, hessian: Tensor) -> dict[str, Any]:
         if self.method.needs is None:
             return {}
         if self.method.needs == "gram":

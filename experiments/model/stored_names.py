@@ -56,7 +56,7 @@ def stored_matrices(model: Any, name: str, quantized: QuantizedTensor) -> Iterat
 
     Raises SourceError for experts that the checkpoint does not keep apart as matrices [N, K].
     """
-    for stored, rows in _stored_rows(model, name, quantized.shape[:-1]).items():
+    for stored, rows in stored_rows(model, name, quantized.shape[:-1]).items():
         if len(quantized.shape) == 2:
             yield stored, _rows(quantized, rows)
             continue
@@ -64,8 +64,11 @@ def stored_matrices(model: Any, name: str, quantized: QuantizedTensor) -> Iterat
         yield stored, _rows(quantized[int(experts[0])], own)
 
 
-def _stored_rows(model: Any, name: str, shape: torch.Size) -> dict[str, Tensor]:
-    """Name in a checkpoint → numbers of the rows that are stored there, int64 ``[n]``."""
+def stored_rows(model: Any, name: str, shape: torch.Size) -> dict[str, Tensor]:
+    """Name in a checkpoint → numbers of the rows that are stored there, int64 ``[n]``.
+
+    shape: ``[N]`` of a matrix, ``[E, N]`` of experts. Raises SourceError for experts that are stored in one tensor.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     key = f"{name}.weight" if len(shape) == 1 else name

@@ -30,7 +30,7 @@ from experiments.model.experts import ExpertSums, check_rows, expert_rows, route
 from experiments.model.layer import LayerRunner, Taps, replaced, swapped
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import Calibration, QuantizeConfig
-from experiments.model.solve import Solved, Solver, Work, mean_error
+from experiments.model.solve import Solved, Solver, Start, Work, mean_error
 from experiments.model.steps import Step, find_steps
 from experiments.model.sums import Inputs, Sums
 from experiments.sources.decoder import Decoder
@@ -65,7 +65,7 @@ class Clock:
 @dataclass(frozen=True)
 class Job:
     """All that a walk needs. ids: calibration token ids [sequences, seq_len]; loss: weights of the tokens, or None for
-    1."""
+    1; start: the codes of a matrix of that shape to begin with, or None."""
 
     config: QuantizeConfig
     backend: str
@@ -73,6 +73,7 @@ class Job:
     selection: Selection
     ids: Tensor
     loss: LossPieces | None
+    start: Start | None = None
 
 
 class Walk:
@@ -89,7 +90,7 @@ class Walk:
         self.job, self.writer, self.tell, self.tick = job, writer, tell, tick
         self.config, self.decoder = job.config, job.decoder
         self.device = job.decoder.device
-        self.solver = Solver(job.config, job.backend)
+        self.solver = Solver(job.config, job.backend, job.start)
         self.runner = LayerRunner(job.decoder)
         self.clock = Clock(self.device)
         calibrate = self.config.calibrate
