@@ -73,7 +73,7 @@ class Console:
         if record.status == "ok":
             self.counts["done"] += 1
             self._line(record, f"{record.duration_s:.1f} s")
-            if record.verified_blocks is not None:
+            if record.verified_blocks is not None or record.verified_to_hessian is not None:
                 print(f"    {_verified(record)}", flush=True)
             return
         self.counts[record.status] += 1
@@ -162,6 +162,11 @@ def _is_used(override: str, config: Config) -> bool:
 
 def _verified(record: RunRecord) -> str:
     """The result of verify, in words."""
+    if record.verified_to_hessian is not None:
+        return (
+            "verified: no block by itself, since blocks make up for each other's errors; squared output error on the "
+            f"calibration tokens {record.verified_to_hessian:.3f} × that of hessian"
+        )
     excess = f"worst excess {record.verified_worst_excess:.1g}" if record.verified_worst_excess else "no excess"
     wrong = f", {record.verified_wrong_codes:,} wrong codes" if record.verified_wrong_codes else ""
     return (

@@ -28,7 +28,14 @@ WEIGHTS_NAME = "weights.safetensors"
 # Fields that older records lack.
 LATER_FIELDS = ("weight_std", "scale_shifts", "candidate_counts", "verified_wrong_codes")
 # Fields of few runs. A record without a value leaves them out, and so does a CSV without any.
-SPARSE_FIELDS = ("method_settings", "hessian_weighting", "hessian_groups", "hessian_samples", "objective")
+SPARSE_FIELDS = (
+    "method_settings",
+    "hessian_weighting",
+    "hessian_groups",
+    "hessian_samples",
+    "objective",
+    "verified_to_hessian",
+)
 STATUSES = ("ok", "unsupported", "failed")
 
 # Distributions over a run's blocks: name → (counts, edges), with one more edge than counts.
@@ -182,6 +189,9 @@ class RunRecord(Record):
     verified_violations: int | None = None
     verified_worst_excess: float | None = None
     verified_wrong_codes: int | None = None
+    # With verify=true, for a method of the whole layer, whose blocks cannot be judged one by one: its squared output
+    # error on the calibration tokens over that of method hessian.
+    verified_to_hessian: float | None = None
 
     commit: str | None = None
     dirty: bool | None = None

@@ -30,6 +30,7 @@ from experiments.measure.groups import Statistics, quantize_groups, statistics_o
 from experiments.record import BLOCKS_NAME, WEIGHTS_NAME, Histograms
 from experiments.sources.resolved import Resolved
 from quantkit import BACKENDS, QuantizedTensor, get_method, quantize, resolve_backend
+from quantkit.calibration import block_hessians
 from quantkit.metrics import output_error_from_gram, weight_error
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,9 @@ def keep_weights(result: QuantizedTensor, run_dir: Path) -> None:
 
 def verify_scales(config: Config, work: Quantized) -> Fields:
     """Compare every scale with all representable ones. For a method without a promised optimum, violations are the
-    blocks that have a better scale."""
+    blocks that have a better scale. A method of the whole layer is compared with method hessian instead."""
+    if get_method(config.method.name).needs == "gram":
+        return {"verified_to_hessian": error_to_hessian(config, work)}
     found = verify_groups(work.result, work.weight, work.given, gap=0 if work.result.nearest_codes else GAP_BLOCKS)
     log.info("verified: %s", found)
     if not found.ok and get_method(config.method.name).is_optimal:
@@ -218,6 +221,24 @@ def verify_scales(config: Config, work: Quantized) -> Fields:
         "verified_worst_excess": found.worst_excess,
         "verified_wrong_codes": found.wrong_codes,
     }
+
+
+def error_to_hessian(config: Config, work: Quantized) -> float:
+    """Squared output error on the calibration tokens over that of method hessian. More than 1 is a defect."""
+    grams = [one["gram"] for one in work.given]
+    blocks = [{"hessian": block_hessians(gram, config.block_size)} for gram in grams]
+    shared = {"global_scale": work.result.global_scale} if work.result.format.two_level else {}
+    other = quantize_groups(work.quantize, work.weight, blocks, method="hessian", **shared)
+
+    def energy(result: QuantizedTensor) -> float:
+        error = work.weight.double() - result.dequantize().double()
+        parts = zip(error.tensor_split(len(grams)), grams, strict=True)
+        return float(sum(((rows @ gram.double()) * rows).sum() for rows, gram in parts))
+
+    own, least = energy(work.result), energy(other)
+    if own > least:
+        log.warning("%s: error %g on the calibration tokens, above hessian's %g", config.method.name, own, least)
+    return own / least if least else 1.0
 
 
 def measure_time(resolved: Resolved, work: Quantized, shared: bool = False) -> Fields:

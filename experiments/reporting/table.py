@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+TEXTS = ("Format", "Method", "Operation", "Elements", "Scales")  # columns that are aligned to the left
+
 
 @dataclass(frozen=True)
 class Table:
@@ -22,6 +24,6 @@ class Table:
         return f"{self.title}\n{notes}\n{self._body('simple')}\n"
 
     def _body(self, style: str) -> str:
-        align = ["left" if name in ("Format", "Method", "Operation") else "right" for name in self.frame.columns]
+        align = ["left" if name in TEXTS else "right" for name in self.frame.columns]
         text = self.frame.to_markdown(index=False, tablefmt=style, disable_numparse=True, colalign=align)
         return "\n".join(line.rstrip() for line in text.splitlines())

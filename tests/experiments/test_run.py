@@ -165,6 +165,19 @@ def test_verify_counts_the_blocks_that_are_not_optimal(
     assert f"verified: {record.verified_violations} of 128 blocks have a better scale" in shown
 
 
+@pytest.mark.parametrize("method", ["gptq", "descent"])
+def test_verify_compares_a_whole_layer_method_with_hessian(
+    output: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(output, "method=hessian")
+    both = {r.method: r for r in run(output, f"method={method}", "verify=true")}
+    record, hessian = both[method], both["hessian"]
+    assert record.verified_blocks is None and record.output_error is not None and hessian.output_error is not None
+    assert record.verified_to_hessian == pytest.approx((record.output_error / hessian.output_error) ** 2, rel=1e-4)
+    assert record.verified_to_hessian < 1
+    assert f"calibration tokens {record.verified_to_hessian:.3f} × that of hessian" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_skipped_unless_forced(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = run(output)
     monkeypatch.setattr(stages, "load_layer_inputs", fail_with(AssertionError("loaded again")))
