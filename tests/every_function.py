@@ -39,6 +39,8 @@ DEFAULTS: dict[str, Callable[[], object]] = {
 # Not called here, and why.
 ELSEWHERE = {
     "experiments.bench": "writes timings of what is called here",
+    "experiments.peers": "runs other tools; its own tests call it",
+    "experiments.model.peers": "packages that need not be there",
     "experiments.run": "runs what is called here, under Hydra",
     "experiments.train_small": "makes a model from nothing; its own tests train one",
     "experiments.one_block.main": "writes what survey returns, of a model that is fetched",
