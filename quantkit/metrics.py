@@ -99,12 +99,12 @@ def _product_energy(x: Tensor, weight: Tensor) -> float:
 
 
 def _energy(rows: Tensor, gram: Tensor) -> float:
-    """Σ r G rᵀ over ``rows [n, K]``, at least 0; in float64 where float32 does not hold the products."""
+    """Σ r G rᵀ over ``rows [n, K]``, at least 0 or NaN; in float64 where float32 does not hold the products."""
     total = float(((rows @ gram) * rows).sum(dtype=torch.float64))
     if not IN_FLOAT32[0] * rows.numel() <= total < IN_FLOAT32[1]:
         rows = rows.double()
         total = float(((rows @ gram.double()) * rows).sum())
-    return max(0.0, total)
+    return 0.0 if total < 0 else total  # max(0.0, nan) would be 0
 
 
 def _ratio(error: float, norm: float) -> float:

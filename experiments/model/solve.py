@@ -6,6 +6,7 @@ matrix is that of its output on the inputs it will see, against its target:  √
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -192,9 +193,12 @@ def output_error(targets: Sequence[Tensor], values: Sequence[Tensor], hessians: 
     """√( Σ tr(Δ H Δᵀ) / Σ tr(T H Tᵀ) ) over the parts of a matrix [rows, in_features], each with its Hessian."""
     error = norm = 0.0
     for target, own, hessian in zip(targets, values, hessians, strict=True):
-        error += max(0.0, objective_of(own - target, hessian.float()))
+        energy = objective_of(own - target, hessian.float())
+        error += 0.0 if energy < 0 else energy  # max(0.0, nan) would be 0
         norm += objective_of(target, hessian.float())
-    return (error / norm) ** 0.5 if norm > 0 else 0.0
+    if norm > 0:
+        return (error / norm) ** 0.5
+    return 0.0 if error == 0 else math.nan
 
 
 def mean_error(records: Sequence[Mapping[str, Any]], name: str) -> float | None:

@@ -74,3 +74,13 @@ def test_errors() -> None:
         output_error(x[:, 1:], w, q)
     with pytest.raises(ValueError, match="gram of shape"):
         output_error_from_gram(w, q, torch.eye(16))
+
+
+def test_nan_is_no_perfect_score() -> None:
+    weight = torch.ones(2, 16)
+    quantized = weight.clone()
+    quantized[1, 3] = math.nan
+    gram = torch.eye(16)
+    assert math.isnan(weight_error(weight, quantized))
+    assert math.isnan(output_error(torch.ones(3, 16), weight, quantized))
+    assert math.isnan(output_error_from_gram(weight, quantized, gram))
