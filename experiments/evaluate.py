@@ -21,27 +21,35 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from experiments.config import plain_config
 from experiments.console import full_errors, reason
 from experiments.evaluation_record import EvaluationRecord
-from experiments.model.evaluate_settings import EvaluationConfig, to_evaluation
+from experiments.files import check_writable
+from experiments.model.evaluate_settings import EvaluationConfig
 from experiments.model.evaluation import (
+    ResolvedEvaluation,
     base_fields,
     execute,
     finished_evaluation,
     resolve_evaluation,
 )
+from experiments.overrides import mistake
+from experiments.run_log import LOG_NAME, run_log, status_of
+from experiments.tracking import track_evaluation
 
 log = logging.getLogger(__name__)
 
-FAILED: list[str] = []
+AGAIN_LOG_NAME = "again.log"  # of a forced evaluation, while an earlier record is kept
+FAILED: list[str] = []  # why evaluations of this process failed
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
+    """One evaluation. No error leaves this function, because Hydra would show only a sweep's first one."""
     try:
-        evaluate(to_evaluation(composed))
+        evaluate(plain_config(composed, EvaluationConfig))
     except Exception as error:
         FAILED.append(reason(error))
         print(f"error: {reason(error)}", file=sys.stderr, flush=True)
@@ -50,19 +58,46 @@ def main(composed: DictConfig) -> None:
 
 
 def evaluate(config: EvaluationConfig) -> EvaluationRecord:
-    """The record of an evaluation, which is also printed. Raises ValueError for whatever the user can mend."""
+    """The record of an evaluation, which is also printed. Raises ValueError for whatever the user can mend.
+
+    An evaluation that fails after its sources were found leaves a record that says so, and a log.
+    """
+    check_writable(Path(config.output_dir))
     resolved = resolve_evaluation(config)
-    record = None if config.force else finished_evaluation(resolved)
-    if record is not None:
-        print(f"{described(record)}\n  finished before; force=true evaluates again", flush=True)
-        return record
-    started = time.perf_counter()
-    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    fields = base_fields(resolved) | {"started_at": begun} | execute(resolved)
-    record = EvaluationRecord(**fields, status="ok", reason=None, duration_s=time.perf_counter() - started)
-    path = record.write(resolved.run_dir)
+    previous = finished_evaluation(resolved)
+    if previous is not None and not config.force:
+        print(f"{described(previous)}\n  finished before; force=true evaluates again", flush=True)
+        return previous
+    log_file = resolved.run_dir / (LOG_NAME if previous is None else AGAIN_LOG_NAME)
+    with run_log(log_file):
+        log.info("%s\n%s", resolved.run_id, OmegaConf.to_yaml(OmegaConf.structured(resolved.config)))
+        try:
+            record = _execute(resolved)
+        except Exception as error:
+            log.info("%s\n%s", reason(error), traceback.format_exc())
+            if previous is None:
+                _failed(resolved, error).write(resolved.run_dir)
+            raise
+        path = record.write(resolved.run_dir)
+        track_evaluation(record, resolved.settings, config.tracking, Path(config.output_dir))
+    log_file.replace(resolved.run_dir / LOG_NAME)
     print(f"{described(record)}\n  record: {path}", flush=True)
     return record
+
+
+def _execute(resolved: ResolvedEvaluation) -> EvaluationRecord:
+    started = time.perf_counter()
+    fields = base_fields(resolved) | {"started_at": _now()} | execute(resolved)
+    return EvaluationRecord(**fields, status="ok", reason=None, duration_s=round(time.perf_counter() - started, 3))
+
+
+def _failed(resolved: ResolvedEvaluation, error: Exception) -> EvaluationRecord:
+    fields = base_fields(resolved) | {"started_at": _now()}
+    return EvaluationRecord(**fields, status=status_of(error), reason=reason(error))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def described(record: EvaluationRecord) -> str:
@@ -104,6 +139,9 @@ def _short(value: float | None) -> str:
 
 def cli() -> int:
     """The exit status: 1 if an evaluation failed, 130 if interrupted."""
+    if (meant := mistake(sys.argv[1:], EvaluationConfig, "evaluate.py")) is not None:
+        print(f"error: {meant}", file=sys.stderr)
+        return 1
     try:
         main()
     except KeyboardInterrupt:

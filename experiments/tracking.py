@@ -13,12 +13,15 @@ import functools
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config import TrackingConfig
-from experiments.record import Histograms, RunRecord
+from experiments.evaluation_record import FIELDS as EVALUATION_FIELDS
+from experiments.evaluation_record import EvaluationRecord
+from experiments.record import Histograms, Record, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +32,16 @@ SERVER_SECONDS = 5.0  # time limit for the first answer of W&B's server
 INIT_SECONDS = 20.0  # time limit for wandb.init, for a server that then stops answering
 ID_LENGTH = 128  # W&B's limit
 
+RESULT = re.compile(r"(kl|same_top|reference_ppl|ppl|paired)(_(?!by_|with)\w+)?$")
 # The fields of a record in a run's summary. The others go to its configuration, by which W&B filters runs.
 MEASURED = (
     *("status", "reason", "weight_error", "output_error", "output_error_heldout", "bits_per_weight", "scales_moved"),
     *("candidates_mean", "candidates_max", "time_ms_median", "time_ms_p20", "time_ms_p80", "time_iterations"),
     *("verified_blocks", "verified_violations", "verified_worst_excess", "verified_wrong_codes", "duration_s"),
 )
-AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
+# The same of an evaluation's record.
+EVALUATED = ("status", "reason", "duration_s", *(name for name in EVALUATION_FIELDS if RESULT.match(name)))
+NOT_IN_CONFIG = ("scale_shifts", "candidate_counts", "kl_by_position", "kl_by_layer")  # histograms and lists
 HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # read as text, even if all digits are decimal
 
 
@@ -50,12 +56,26 @@ def track(
 
     histograms: computes the distributions over the run's blocks. It is not called if nothing is logged.
     """
+    tags = [record.format, record.method, record.backend, record.status]
+    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, tags, histograms))
+
+
+def track_evaluation(
+    record: EvaluationRecord, config: Mapping[str, Any], tracking: TrackingConfig, output_dir: Path
+) -> None:
+    """Log the record of a whole model's evaluation, as `track` does."""
+    tags = [tag for tag in ("evaluation", record.format, record.method, record.status) if tag]
+    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, tags, None))
+
+
+def _track(record: Record, tracking: TrackingConfig, log_run: Callable[[Mode], None]) -> None:
+    """A failure is a warning."""
     if tracking.name == "none":
         return
     try:
         mode = _usable(tracking_mode(tracking))
         if mode != "disabled":
-            _log_run(record, config, tracking, mode, output_dir, histograms)
+            log_run(mode)
     except Exception as error:
         log.debug("W&B failed", exc_info=True)
         log.warning(
@@ -151,30 +171,32 @@ def _server_problem() -> str | None:
 
 
 def _log_run(
-    record: RunRecord,
+    record: Record,
     config: Mapping[str, Any],
     tracking: TrackingConfig,
     mode: Mode,
     output_dir: Path,
+    tags: list[str],
     histograms: Callable[[], Histograms] | None,
 ) -> None:
     import wandb
 
     values = {name: value for name, value in record.to_dict().items() if value is not None}
-    used = {name: value for name, value in values.items() if name not in (*MEASURED, *AS_HISTOGRAMS)}
+    measured = MEASURED if isinstance(record, RunRecord) else EVALUATED
+    used = {name: value for name, value in values.items() if name not in (*measured, *NOT_IN_CONFIG)}
     with wandb.init(
         group=record.sweep,
         id=record.run_id,
         name=record.run_id,
-        job_type=record.method,
-        tags=[record.format, record.method, record.backend, record.status],
+        job_type=record.method if isinstance(record, RunRecord) else "evaluation",
+        tags=tags,
         config={**config, "record": used},
         **_common(tracking, mode, output_dir),
     ) as run:
         made = {} if histograms is None else histograms()
         if made:
             run.log({f"blocks/{name}": wandb.Histogram(np_histogram=counted) for name, counted in made.items()})
-        run.summary.update({name: values[name] for name in MEASURED if name in values})
+        run.summary.update({name: values[name] for name in measured if name in values})
         # Leaving the block would call an unsupported run finished, too; only a failed one is shown as crashed.
         run.finish(exit_code=1 if record.status == "failed" else 0)
 

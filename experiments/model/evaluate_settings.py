@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from experiments.config import (
     check_sweep,
     config_hash,
     new_sweep_id,
+    require,
 )
 from experiments.files import SourceError, one_line
 from experiments.sources.models import model_name
@@ -43,12 +44,8 @@ UNITS = ("linear", "decoder")
 BASE_MODEL = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # of a model card
 
 
+MODEL_FOLDER = "model"  # in the folder of a run of quantize_model.py
 MANIFEST_NAME = "quantkit.json"  # the same in sources/quantized.py, which imports torch
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -63,13 +60,13 @@ class EvaluateConfig:
     label: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, f"evaluate.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
-        _require(self.protocol in PROTOCOLS, f"evaluate.protocol={self.protocol}: use {' or '.join(PROTOCOLS)}.")
-        _require(self.layers_by in UNITS, f"evaluate.layers_by={self.layers_by}: use {' or '.join(UNITS)}.")
-        _require(self.resamples >= 100, f"evaluate.resamples={self.resamples}: use 100 or more, 2000 for a report.")
-        _require(self.layers_samples > 0, f"evaluate.layers_samples={self.layers_samples}: must be positive.")
+        require(self.dtype in DTYPES, f"evaluate.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+        require(self.protocol in PROTOCOLS, f"evaluate.protocol={self.protocol}: use {' or '.join(PROTOCOLS)}.")
+        require(self.layers_by in UNITS, f"evaluate.layers_by={self.layers_by}: use {' or '.join(UNITS)}.")
+        require(self.resamples >= 100, f"evaluate.resamples={self.resamples}: use 100 or more, 2000 for a report.")
+        require(self.layers_samples > 0, f"evaluate.layers_samples={self.layers_samples}: must be positive.")
         tokens = self.batch_tokens
-        _require(tokens is None or tokens > 0, f"evaluate.batch_tokens={tokens}: must be positive, or null.")
+        require(tokens is None or tokens > 0, f"evaluate.batch_tokens={tokens}: must be positive, or null.")
 
 
 @dataclass(kw_only=True)
@@ -91,27 +88,8 @@ class EvaluationConfig:
     sweep: str = field(default_factory=new_sweep_id)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
         check_sweep(self.sweep)
-
-
-def to_evaluation(composed: Any) -> EvaluationConfig:
-    """The plain dataclasses of a composed configuration. Raises ValueError for a value outside its range."""
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, EvaluationConfig)
-    for prefix, part in (("", config), *((f"{name}.", group) for name, group in vars(config).items())):
-        if is_dataclass(part):
-            unknown = vars(part).keys() - {f.name for f in fields(part)}
-            _require(not unknown, f"{prefix}{', '.join(sorted(unknown))}: no such setting.")
-    return config
-
-
-def compose_evaluation(*overrides: str) -> EvaluationConfig:
-    """The configuration of `evaluate.py OVERRIDES`, for tests and notebooks."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        return to_evaluation(compose("evaluate", overrides=list(overrides)))
 
 
 def as_run(config: EvaluationConfig, model: ModelConfig) -> Config:
@@ -133,7 +111,10 @@ def as_run(config: EvaluationConfig, model: ModelConfig) -> Config:
 
 
 def evaluated_model(config: EvaluationConfig) -> ModelConfig:
-    """The model to evaluate. A .gguf file is read as the pinned one. Raises SourceError where none is named."""
+    """The model to evaluate, or that of a run of quantize_model.py. A .gguf file is read as the pinned one.
+
+    Raises SourceError where none is named.
+    """
     model = config.model
     if model.path is None and model.source == ModelSource.hub:
         raise SourceError(
@@ -141,6 +122,8 @@ def evaluated_model(config: EvaluationConfig) -> ModelConfig:
         )
     if model.path is not None and model.source == ModelSource.hub and model.path.endswith(".gguf"):
         return _gguf(model.path)
+    if model.path is not None and (Path(model.path).expanduser() / MODEL_FOLDER / MANIFEST_NAME).is_file():
+        return replace(model, path=str(Path(model.path) / MODEL_FOLDER))
     if model.source not in (ModelSource.hub, ModelSource.pypi_gguf):
         raise SourceError(f"model={model.name} is no whole language model. Use model.path=FOLDER.")
     return model

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,14 @@ import pytest
 import torch
 
 from experiments import evaluate as door
+from experiments.config import REPO_ROOT, TrackingConfig, compose_as
 from experiments.evaluate import evaluate
 from experiments.evaluation_record import EvaluationRecord
 from experiments.model import comparing, reference
-from experiments.model.evaluate_settings import compose_evaluation
+from experiments.model.evaluate_settings import EvaluationConfig
+from experiments.model.job import resolve_model
+from experiments.model.settings import QuantizeConfig
+from experiments.quantize_model import ModelConsole, quantize_and_record
 from experiments.record import read_record_of
 from tests.experiments.model.conftest import evaluation, write_quantized
 
@@ -261,6 +267,82 @@ def test_missing_tensors_are_not_made_up(pair: SimpleNamespace, tmp_path: Path) 
 
 
 def test_the_composed_configuration() -> None:
-    config = compose_evaluation("model.path=x", "reference=y", "evaluate.layers=true")
+    config = compose_as("evaluate", EvaluationConfig, ["model.path=x", "reference=y", "evaluate.layers=true"])
     assert (config.data.split, config.data.samples, config.data.seq_len) == ("test", 128, 512)
     assert config.evaluate.resamples >= 2000 and config.evaluate.dtype == "float32"
+
+
+def test_a_failed_evaluation_leaves_a_record_and_a_log(pair: SimpleNamespace, tmp_path: Path) -> None:
+    config = evaluation(pair, tmp_path, data__seq_len=9000)
+    with pytest.raises(ValueError, match="Use a longer text"):
+        evaluate(config)
+    (path,) = (tmp_path / "runs").glob("*/record.json")
+    record = read_record_of(EvaluationRecord, path)
+    assert record.status == "failed" and "Use a longer text" in str(record.reason) and record.kl_mean is None
+    assert "Traceback" in path.with_name("run.log").read_text()
+
+
+def test_a_forced_evaluation_that_fails_keeps_the_earlier_record(
+    pair: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = evaluation(pair, tmp_path)
+    first = evaluate(config)
+    monkeypatch.setattr(door, "execute", lambda resolved: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(dataclasses.replace(config, force=True))
+    assert read_record_of(EvaluationRecord, tmp_path / "runs" / first.run_id / "record.json") == first
+
+
+def test_the_command(pair: SimpleNamespace, tmp_path: Path) -> None:
+    """As a user types it: a sweep over two folders, one of which is not there."""
+    command = [
+        *(sys.executable, "experiments/evaluate.py", "-m", f"model.path={pair.quantized},{tmp_path}/none"),
+        *(f"reference={pair.folder}", f"data.path={pair.texts}", "data.split=train", "data.seq_len=32"),
+        *(
+            "data.samples=4",
+            "tracking=none",
+            "device=cpu",
+            f"output_dir={tmp_path}/runs",
+            f"cache.dir={tmp_path}/cache",
+        ),
+    ]
+    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "naive against tiny (local)" in done.stdout and "nats a token" in done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: model.path={tmp_path}/none: no such folder")
+    wrong = subprocess.run([*command[:2], "protocol=all"], cwd=REPO_ROOT, capture_output=True, text=True, timeout=100)
+    assert wrong.returncode == 1 and "did you mean evaluate.protocol=all?" in wrong.stderr
+
+
+def test_the_evaluation_is_in_wandbs_file(pair: SimpleNamespace, tmp_path: Path) -> None:
+    record = evaluate(dataclasses.replace(evaluation(pair, tmp_path), tracking=TrackingConfig("wandb")))
+    (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
+    (file,) = folder.glob("run-*.wandb")
+    logged = file.read_bytes()
+    assert record.run_id.encode() in logged and b"kl_mean" in logged and b"ppl_ratio" in logged
+
+
+def test_quantkits_own_folder_says_what_it_is(
+    pair: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From quantize_model.py to the record: the label, the reference's remedy, bits, time, and the shared text."""
+    values = [
+        *(f"model.path={pair.folder}", "model.dtype=float32", f"data.path={pair.texts}", "data.seq_len=32"),
+        *("data.samples=12", f"cache.dir={pair.cache}", f"output_dir={tmp_path}", "method=sse", "calibrate=parallel"),
+        *("hessian=output", "device=cpu"),
+    ]
+    made = resolve_model(compose_as("quantize_model", QuantizeConfig, values))
+    assert quantize_and_record(made, ModelConsole()).status == "ok"
+    asked = evaluation(pair, tmp_path, model__path=str(made.run_dir))  # of the run, which holds the model's folder
+    record = evaluate(asked)
+    assert (record.model, record.format, record.block_size, record.method) == (made.run_id, "nvfp4", 16, "sse")
+    assert record.bits_per_weight == 4.5 and record.quantize_s > 0 and record.calibrated_on == 0
+    write_quantized(pair, tmp_path / "sse", lambda name: "sse")
+    plain = evaluate(evaluation(pair, tmp_path, model__path=str(tmp_path / "sse")))
+    assert record.kl_mean == pytest.approx(plain.kl_mean, rel=0.2)  # q, k, v and gate, up share a global scale
+    with caplog.at_level(logging.WARNING):
+        everything = evaluate(evaluation(pair, tmp_path, model__path=str(made.run_dir), data__samples=10_000))
+    assert everything.calibrated_on == 12
+    assert "was calibrated on 12 of these" in caplog.text and "use another text, split" in caplog.text
+    with pytest.raises(ValueError, match=r"was made from tiny \(local\): name its folder, reference=FOLDER"):
+        evaluate(dataclasses.replace(asked, reference=None))
