@@ -41,7 +41,8 @@ MEASURED = (
 )
 # The same of an evaluation's record.
 EVALUATED = ("status", "reason", "duration_s", *(name for name in EVALUATION_FIELDS if RESULT.match(name)))
-NOT_IN_CONFIG = ("scale_shifts", "candidate_counts", "kl_by_position", "kl_by_layer")  # histograms and lists
+AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
+AS_LISTS = ("kl_by_position", "kl_by_layer")  # in neither
 HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # read as text, even if all digits are decimal
 
 
@@ -183,7 +184,7 @@ def _log_run(
 
     values = {name: value for name, value in record.to_dict().items() if value is not None}
     measured = MEASURED if isinstance(record, RunRecord) else EVALUATED
-    used = {name: value for name, value in values.items() if name not in (*measured, *NOT_IN_CONFIG)}
+    used = {name: value for name, value in values.items() if name not in (*measured, *AS_HISTOGRAMS, *AS_LISTS)}
     with wandb.init(
         group=record.sweep,
         id=record.run_id,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.capture.progress import BAR, ticking
+from experiments.files import one_line
 from experiments.model.divergence import Comparison, compare, scored
 from experiments.model.predictions import Predictor
 from experiments.model.reference import StatesCache, in_batches, pieces
@@ -62,7 +63,7 @@ class Comparer:
         if not (quiet or sys.stderr.isatty()):  # then tqdm shows no bar
             print(f"{what}: {len(self.ids)} sequences of {self.ids.shape[1]} tokens", flush=True)
         for predictor in (self.reference, self.model):
-            predictor.divide(self.ids)
+            self._try(predictor)
         bar = tqdm(total=len(self.ids), desc=what, bar_format=BAR, disable=True if quiet else None)
         try:
             with ticking(bar):
@@ -74,6 +75,18 @@ class Comparer:
             ) from None
         fields = ("kl", "base_logprob", "logprob", "same_top")
         return TokenValues(*(np.concatenate([getattr(part, name).cpu().numpy() for part in parts]) for name in fields))
+
+    def _try(self, predictor: Predictor) -> None:
+        try:
+            predictor.divide(self.ids)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            dtype = str(predictor.network.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"a model does not compute in {dtype} ({one_line(error)[:120]}). Use evaluate.dtype=bfloat16, or "
+                "evaluate.reader=quantkit."
+            ) from None
 
     def _parts(self, bar: Any) -> Iterator[Comparison]:
         """The comparison of each batch, [sequences, scored tokens]."""

