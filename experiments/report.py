@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path("results/records")
 RUNS = Path("results/runs")
+EVALUATIONS = Path("results/evaluations/model.csv")  # of whole models; results/*.csv have runs of one layer
 FIGURES_PAGE = "README.md"  # in the figures' folder
 DIFF_LINES = 40  # shown per file
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
@@ -248,6 +249,7 @@ def track(group: str, root: Path) -> int:
         raise ReportError(f"--track {group}: use up to 128 letters, digits, '.', - and _, or leave the group out")
     results, runs = root / "results", root / RUNS
     tables = {path.stem: path for path in sorted(results.glob("*.csv"))}
+    tables |= {"evaluations": root / EVALUATIONS} if (root / EVALUATIONS).exists() else {}
     tables |= {f"figures/{path.stem}": path for path in sorted((results / "figures").glob("*.csv"))}
     figures = {path.stem: path for path in sorted((results / "figures").glob("*.png"))}
     facts = {"records": len(records), "commits": sorted({record.commit for record in records if record.commit})}
@@ -299,7 +301,7 @@ def expected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dict[
     drawn = {name: frame for name, frame in frames.items() if len(frame)}
     files = {root / "results" / f"{name}.csv": records_csv(records) for name, records in groups.items()}
     if evaluations:
-        files[root / "results" / "model.csv"] = evaluations_csv(evaluations)
+        files[root / EVALUATIONS] = evaluations_csv(evaluations)
     files |= {root / FOLDER / f"{name}.csv": frame_csv(frame) for name, frame in drawn.items()}
     if drawn:
         files[root / FOLDER / FIGURES_PAGE] = figures_page(frames)
@@ -322,7 +324,7 @@ def unexpected_files(root: Path, groups: dict[str, list[RunRecord]], frames: dic
 
     header = ",".join(takewhile(lambda name: name not in SPARSE_FIELDS, FIELDS)).encode()
     tables = [path for path in sorted((root / "results").glob("*.csv")) if path.read_bytes().startswith(header)]
-    evaluations = root / "results" / "model.csv"
+    evaluations = root / EVALUATIONS
     tables += [evaluations] if evaluations.exists() and not read_model_evaluations(root) else []
     figures = [
         root / FOLDER / f"{name}.{kind}" for name in frames if not len(frames[name]) for kind in ("csv", *PICTURES)

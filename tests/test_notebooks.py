@@ -14,8 +14,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FOLDERS_OF_A_MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|mnt|opt|usr)/")
 
 
-def test_there_are_three() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_results", "03_qwen3_4b"]
+def test_there_are_four() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_results", "03_qwen3_4b", "04_whole_model"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("index", "quickstart", "formats", "methods", "pipeline", "checkpoint", "results")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "quickstart", "formats", "methods", "whole_models", "pipeline", "checkpoint", "results")
+    ),
 )
 WITH_EXAMPLES = ("README.md", "docs/quickstart.md", "docs/pipeline.md")
 

@@ -177,7 +177,7 @@ def test_one_command_collects_and_one_rebuilds(root: Path, tmp_path: Path, capsy
     assert report.main([], root) == 0
     page = (root / "README.md").read_text()
     assert page.count("| NVFP4 16 |") == 6 and "KL to the model itself" in page
-    assert (root / "results" / "model.csv").read_text().startswith("run_id,sweep,status,reason,model,label,")
+    assert (root / "results/evaluations/model.csv").read_text().startswith("run_id,sweep,status,reason,model,label,")
     assert (root / "results" / "figures" / "kl_bits.png").exists()
     assert report.main(["--check"], root) == 0
     (root / "README.md").write_text(page.replace("0.0300", "0.0200"))
@@ -216,5 +216,5 @@ def test_figures_without_evaluations_go(root: Path, tmp_path: Path) -> None:
     (root / "README.md").write_text("")
     (root / "results/records/model.jsonl").unlink()
     assert report.main([], root) == 0
-    assert not (root / "results" / "model.csv").exists()
+    assert not (root / "results/evaluations/model.csv").exists()
     assert not list((root / "results" / "figures").glob("kl_*"))
