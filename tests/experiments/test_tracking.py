@@ -20,10 +20,11 @@ from PIL import Image
 
 from experiments import report, tracking
 from experiments.config import TrackingConfig, TrackingMode
+from experiments.evaluation_record import EvaluationRecord
 from experiments.measure.blocks import histograms
 from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 from experiments.reporting.records_csv import records_csv
-from experiments.tracking import AS_HISTOGRAMS, MEASURED, track, track_report
+from experiments.tracking import AS_HISTOGRAMS, MEASURED, track, track_evaluation, track_report
 
 RECORD = RunRecord(
     run_id="nvfp4-b16-sse-reference-synthetic-l0-mlp.down_proj-synthetic-0123456789",
@@ -150,6 +151,26 @@ def test_an_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFi
         if written.is_file() and written.suffix != ".log":
             assert socket.gethostname().encode() not in written.read_bytes(), written
     assert not any(r.run.host or r.run.git.remote_url for r in records if r.HasField("run"))
+
+
+def test_an_evaluation_of_a_whole_model_is_held_too(tmp_path: Path) -> None:
+    record = EvaluationRecord(
+        run_id="descent-vs-tiny-1", sweep="s", status="ok", reason=None, model="descent", format="nvfp4",
+        method="descent", protocol="all", kl_mean=0.027, kl_p999=1.5, ppl_ratio=1.02, paired_with="other",
+        paired_mean=-0.001, kl_by_position=[[0, 0.1]], duration_s=2.0,
+    )  # fmt: skip
+    track_evaluation(record, {"seed": 0}, WANDB, tmp_path)
+    (file,) = offline_files(tmp_path)
+    records = complete_run(file)
+    (run,) = (r.run for r in records if r.HasField("run"))
+    assert (run.run_id, run.run_group, run.job_type) == (record.run_id, "s", "evaluation")
+    assert {"evaluation", "nvfp4", "descent", "ok"} == set(run.tags)
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["seed"] == 0 and config["record"]["protocol"] == "all" and config["record"]["paired_with"] == "other"
+    assert not {"kl_mean", "kl_by_position"} & config["record"].keys()
+    summary = {name: value for name, value in summary_of(records).items() if not name.startswith("_")}
+    measured = ("status", "kl_mean", "kl_p999", "ppl_ratio", "paired_mean", "duration_s")
+    assert summary == {name: getattr(record, name) for name in measured}
 
 
 def test_a_group_has_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
