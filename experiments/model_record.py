@@ -64,6 +64,9 @@ class ModelRecord(Record):
     peak_device_bytes: int | None = None
     resumed_layers: int | None = None  # taken over from an interrupted run
 
+    # layout → the verdict of the self-check, with the export's folder; see model/selfcheck.py
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
     commit: str | None = None
     dirty: bool | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -2,10 +2,10 @@
 
     python experiments/quantize_model.py model=qwen3_4b format=nvfp4 method=descent
 
-The model's folder is OUTPUT_DIR/RUN/model (model/checkpoint.py), beside it record.json and run.log. OUTPUT_DIR/latest
-leads to the last finished RUN. A finished model is
-skipped unless `force=true`. An interrupted one continues at the first unfinished layer. A failed run leaves its
-traceback in run.log. A sweep goes on, and the exit status is then 1.
+The model's folder is OUTPUT_DIR/RUN/model (model/checkpoint.py), beside it record.json and run.log, and a folder for
+each `export` (model/export.py). OUTPUT_DIR/latest leads to the last finished RUN. A finished model is skipped unless
+`force=true`; an export that it lacks is written. An interrupted one continues at the first unfinished layer. A failed
+run leaves its traceback in run.log. A sweep goes on, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def run(composed: DictConfig, console: ModelConsole) -> None:
         resolved = resolve_model(config)
         previous = finished_record(resolved)
         if previous is not None and not config.force:
-            console.skipped(resolved, previous)
+            console.skipped(resolved, with_export(resolved, previous))
             point_to(resolved)
             return
         quantize_and_record(resolved, console)
@@ -81,6 +81,17 @@ def finished_record(run: ModelRun) -> ModelRecord | None:
         return None
     same = run.resolved.error is not None or record.config_hash == run.identity
     return record if record.status == "ok" and same and run.folder.is_dir() else None
+
+
+def with_export(run: ModelRun, record: ModelRecord) -> ModelRecord:
+    """The record of a finished model, which is exported now if it was not before. Raises ValueError."""
+    from experiments.model.job import export_model
+
+    exports = export_model(run)
+    if not exports.items() <= record.exports.items():
+        record = replace(record, exports=record.exports | exports)
+        record.write(run.run_dir)
+    return record
 
 
 def quantize_and_record(run: ModelRun, console: ModelConsole) -> ModelRecord:
@@ -173,6 +184,7 @@ class ModelConsole:
         self.counts["skipped"] += 1
         self.heading(run)
         print(f"  finished before: {run.folder}", flush=True)
+        self.exported(run, record)
 
     def ran(self, run: ModelRun, record: ModelRecord, log_file: Path) -> None:
         self.counts["done" if record.status == "ok" else record.status] += 1
@@ -188,6 +200,16 @@ class ModelConsole:
         for name, tokens in record.few_tokens.items():
             print(f"  {name}: {tokens} tokens; the experts' shared Hessian is mixed in")
         print(f"  {run.folder}", flush=True)
+        self.exported(run, record)
+
+    def exported(self, run: ModelRun, record: ModelRecord) -> None:
+        if run.config.export is None:
+            return
+        verdict = record.exports[str(run.config.export)]
+        print(f"  {run.run_dir / verdict['folder']}: {verdict['equal']} of {verdict['weights']} weights read back are")
+        print(f"    bit for bit what was quantized ({', '.join(verdict['routes'])})", flush=True)
+        for warning in verdict["warnings"]:
+            print(f"    note: {warning}", flush=True)
 
     def refused(self, error: Exception) -> None:
         """Reports a configuration that cannot be run."""

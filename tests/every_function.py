@@ -353,7 +353,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def exported() -> object:
         from experiments.files import sha256_file
-        from experiments.model import judge, selfcheck, stored_names
+        from experiments.model import gguf_file, judge, selfcheck, stored_names
         from experiments.model.checkpoint import open_quantized
         from experiments.model.export import export
         from tests.experiments.model.folders import open_source, source, write
@@ -372,6 +372,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             found.append(list(judge.judge_model(source(folder / name), original, folder / "judged")))
         model = selfcheck.load_in_transformers(folder / "compressed_tensors", "compressed_tensors")
         found.append(selfcheck.loaded_weight(model, "model.layers.0.mlp.up_proj", True))
+        gguf_file.check_columns([("p", 64)])
         return found, stored_names.left_out(stored_names.skeleton(folder / "own-nvfp4"), [])
 
     yield "exported model", exported
@@ -399,6 +400,7 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
         **{name: getattr(tiny, name) for name in settings.SHARED if name not in ("hessian", "output_dir")},
         hessian=c.HessianConfig(c.Weighting.loss),
         output_dir=str(folder / "models"),
+        export=settings.Export.modelopt,
     )
     config.model = dataclasses.replace(config.model, include=["*.0.self_attn.o_proj", "*.1.mlp.*_proj"])
     job.refuse_layer_bundle(config)

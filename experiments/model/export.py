@@ -21,8 +21,9 @@ from experiments.capture.store import save_tensors
 from experiments.files import SourceError, listing, write_atomically
 from experiments.model import gguf_file
 from experiments.model.card import About, card
+from experiments.model.exportable import check_whole_groups
 from experiments.model.selfcheck import Verdict, check_export
-from experiments.model.stored_names import left_out, skeleton, stored_matrices
+from experiments.model.stored_names import left_out, linear_layers, skeleton, stored_matrices
 from experiments.sources.quantized import QuantizedCheckpoint, alone
 from quantkit import QuantizedTensor
 from quantkit.layouts import Layout, check_fused, get_layout
@@ -36,8 +37,10 @@ OWN_FILES = ("config.json", INDEX_NAME)
 DECODED = {"compressed_tensors": "bfloat16", "gpt_oss": "bfloat16"}
 
 
-def export(source: QuantizedCheckpoint, folder: Path, layout_name: str, about: About | None = None) -> Verdict:
-    """Write `folder`, and return what the self-check found.
+def export(
+    source: QuantizedCheckpoint, folder: Path, layout_name: str, about: About | None = None, force: bool = False
+) -> Verdict:
+    """Write `folder`, and return what the self-check found. force: write a finished export of this model again.
 
     Raises ValueError for what the layout cannot express, and SourceError for a folder with anything else in it, and for
     an export that the self-check finds wrong.
@@ -45,7 +48,9 @@ def export(source: QuantizedCheckpoint, folder: Path, layout_name: str, about: A
     layout = get_layout(layout_name)
     finished = read_verdict(folder)
     if finished is not None and finished.identity == source.identity and finished.layout == layout.name:
-        return finished
+        if not force:
+            return finished
+        shutil.rmtree(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = listing(folder) if folder.is_dir() else "a file"
         raise SourceError(f"{folder} holds {what}, and no export of this model. Name another folder, or delete it.")
@@ -92,6 +97,7 @@ def _refuse(source: QuantizedCheckpoint, layout: Layout) -> None:
     if layout.shared_scales:
         check_fused(quantized)
     model = skeleton(source.folder)
+    check_whole_groups(layout, source.names, linear_layers(model))
     for name, weight in quantized.items():
         _tensors(layout, model, name, weight)
 

@@ -7,16 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.formats import BlockFormat
+from quantkit.formats import NVFP4, BlockFormat
+from quantkit.layouts import FUSED, exact_global_scale
 from quantkit.reference.amax import global_scale_of
 
-# Last parts of names of layers that engines fuse, where they stand beside each other in one module.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
+SMALL = 2.0**-100  # products with block scales are normal numbers
 
 
 def fused_groups(names: Iterable[str], fused: Sequence[Sequence[str]] | None = None) -> list[tuple[str, ...]]:
@@ -40,3 +35,10 @@ def shared_global_scale(weights: Iterable[Tensor], fmt: BlockFormat, headroom: b
     """Float32 scalar: the global scale of the largest magnitude in all of `weights`; 1 for a single-level format."""
     largest = torch.stack([torch.linalg.vector_norm(w.float(), torch.inf) for w in weights])
     return global_scale_of(largest, fmt, headroom)
+
+
+def invertible(scale: Tensor, fmt: BlockFormat) -> Tensor:
+    """`scale`, or for NVFP4 the next larger one that checkpoints can store as a divisor without changing a weight."""
+    if fmt != NVFP4 or not SMALL <= float(scale) <= 1 / SMALL:
+        return scale
+    return exact_global_scale(scale)

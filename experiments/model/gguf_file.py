@@ -9,7 +9,7 @@ check warns of: such a file has tensors and the model's sizes only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from quantkit.layouts import get_layout
 from quantkit.layouts.gguf import TYPES
 
 FILE_NAME = "model.gguf"
+COLUMNS = 64  # of a block of type 40
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3"}  # model_type → name in GGUF
 FILE_TYPES = {"mxfp4": 38, "nvfp4": 39}
 # The expression that splits text before BPE → its name in llama.cpp.
@@ -52,15 +53,27 @@ def write(source: QuantizedCheckpoint, folder: Path) -> None:
 
 
 def refuse(source: QuantizedCheckpoint) -> None:
-    """Raises SourceError for a model whose GGUF file this module cannot write."""
+    """Raises ValueError for a model whose GGUF file this module cannot write."""
     config = _config(source)
-    for name, stored in _names(source, config):
-        if stored in source.names:
-            get_layout("gguf").to_tensors(name, source.quantized(stored))
+    list(_names(source, config))
+    for name in source.names:
+        quantized = source.quantized(name)
+        get_layout("gguf").check(quantized.format, quantized.block_size)
+        if quantized.format.two_level:
+            check_columns([(name, quantized.shape[-1])])
 
 
-def _config(source: QuantizedCheckpoint) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+def check_columns(matrices: Iterable[tuple[str, int]]) -> None:
+    """matrices: (name, in_features) of those in nvfp4. Raises ValueError where no row is a whole number of blocks."""
+    for name, columns in matrices:
+        if columns % COLUMNS:
+            raise ValueError(
+                f"{name}: gguf stores nvfp4 by {COLUMNS} columns, and K = {columns}; use compressed_tensors or modelopt"
+            )
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raises SourceError for another kind of model. config: as in config.json."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise SourceError(
@@ -75,6 +88,11 @@ def _config(source: QuantizedCheckpoint) -> dict[str, Any]:
         )
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise SourceError("export=gguf writes models without biases; export compressed_tensors")
+
+
+def _config(source: QuantizedCheckpoint) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    check_config(config)
     return config
 
 

@@ -16,7 +16,10 @@ from experiments.capture.progress import waiting
 from experiments.capture.tokens import Sequences, token_sequences
 from experiments.config import Weighting, config_hash
 from experiments.files import SourceError
-from experiments.model.checkpoint import CheckpointWriter, kept_tensors
+from experiments.model import exportable
+from experiments.model.card import About
+from experiments.model.checkpoint import CheckpointWriter, kept_tensors, open_quantized
+from experiments.model.export import export
 from experiments.model.given import GivenCodes, given_model
 from experiments.model.select import Selection, select
 from experiments.model.settings import (
@@ -76,6 +79,7 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
 
 def _check_options(config: QuantizeConfig) -> None:
     """Raises the library's error for options that it refuses, before anything is loaded."""
+    exportable.check_options(config)
     method, size = get_method(config.method.name), config.block_size
     gram = torch.eye(size, dtype=torch.float32, device="cpu")
     given: dict[str, Any] = {"gram": {"gram": gram}, "hessian": {"hessian": gram[None]}}.get(method.needs or "", {})
@@ -119,6 +123,7 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
     with clock.of("read"), waiting(f"reading {checkpoint.name}"):
         decoder = build_front(checkpoint, config.model.dtype, resolved.device)
     selection = select(decoder, config.model, config.block_size)
+    exportable.check_model(config, decoder, selection)
     sequences = token_sequences(resolved.config, checkpoint.tokenizer())
     with CheckpointWriter(run.folder, run.identity, len(decoder.stack), force=config.force) as writer:
         before = dict(writer.finished)
@@ -129,11 +134,25 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
             resolved.check_unchanged()
             finish(run, writer, checkpoint, decoder, selection, sequences)
         records = [writer.finished[index] for index in sorted(writer.finished)]
+    with clock.of("export"):
+        exports = export_model(run)
     return describe(run, sequences, selection, records) | {
+        "exports": exports,
         "seconds": _seconds(clock, records),
         "resumed_layers": len(before),
         "peak_device_bytes": _peak(resolved.device),
     }
+
+
+def export_model(run: ModelRun) -> dict[str, Fields]:
+    """Write the finished model in the layout of `export`, if there is one. Returns the record's `exports`."""
+    config = run.config
+    if config.export is None:
+        return {}
+    name = str(config.export)
+    source = open_quantized(run.folder, config.cache.folder)
+    verdict = export(source, run.run_dir / name, name, About(command=exportable.command_of(config)), config.force)
+    return {name: {"folder": name} | verdict.to_dict()}
 
 
 def _job(

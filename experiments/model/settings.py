@@ -43,6 +43,15 @@ class Calibration(Choice):
     parallel = "parallel"  # each layer on the original model's inputs
 
 
+class Export(Choice):
+    """The layouts of quantkit.layouts."""
+
+    compressed_tensors = "compressed_tensors"
+    modelopt = "modelopt"
+    gpt_oss = "gpt_oss"
+    gguf = "gguf"
+
+
 @dataclass
 class CalibrateConfig:
     mode: Calibration = Calibration.sequential
@@ -82,6 +91,7 @@ class QuantizeConfig:
     device: str = "auto"
     offline: Offline = Offline.auto
     force: bool = False
+    export: Export | None = None  # also write the model as an engine reads it
     output_dir: str = "results/models"
     sweep: str = field(default_factory=new_sweep_id)
 
@@ -135,7 +145,7 @@ def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[s
     config: with available sources; device and backend: those that `auto` resolved to.
     """
     values = asdict(config)
-    for name in ("cache", "offline", "force", "output_dir", "sweep"):
+    for name in ("cache", "offline", "force", "export", "output_dir", "sweep"):
         del values[name]
     for name in ("origin", "num_layers"):  # descriptions that do not select the model
         del values["model"][name]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.model.experts import ExpertSums
-from experiments.model.fused import fused_groups, shared_global_scale
+from experiments.model.fused import fused_groups, invertible, shared_global_scale
 from experiments.model.select import Matrix
 from experiments.model.settings import QuantizeConfig
 from experiments.model.sums import Sums
@@ -112,7 +112,7 @@ class Solver:
     def _global_scale(self, targets: Sequence[Tensor]) -> str | float | Tensor | None:
         wanted = self.config.format.global_scale
         if self.format.two_level and wanted in (None, "amax", "headroom"):
-            return shared_global_scale(targets, self.format, wanted == "headroom")
+            return invertible(shared_global_scale(targets, self.format, wanted == "headroom"), self.format)
         return wanted
 
     def _one(self, work: Work, target: Tensor, scale: str | float | Tensor | None) -> Solved:

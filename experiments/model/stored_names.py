@@ -33,6 +33,11 @@ def skeleton(folder: Path) -> Any:
         raise SourceError(f"{folder}: the model of config.json cannot be built: {one_line(error)}") from None
 
 
+def linear_layers(model: Any) -> list[str]:
+    """Names of all linear modules."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
 def left_out(model: Any, quantized: Iterable[str]) -> list[str]:
     """Modules with a weight matrix that is not quantized: linear layers, routers, lm_head. Embeddings are none.
 

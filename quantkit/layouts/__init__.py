@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quantkit.layouts.common import Layout, check_fused, expert_matrices, fused_groups
+from quantkit.layouts.common import FUSED, Layout, check_fused, expert_matrices, fused_groups
 from quantkit.layouts.compressed_tensors import COMPRESSED_TENSORS, exact_global_scale
 from quantkit.layouts.gguf import GGUF
 from quantkit.layouts.gpt_oss import GPT_OSS
 from quantkit.layouts.modelopt import MODELOPT
 
 __all__ = [
+    "FUSED",
     "LAYOUTS",
     "Layout",
     "check_fused",

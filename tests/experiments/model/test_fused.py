@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from experiments.model.fused import fused_groups, shared_global_scale
+from experiments.model.fused import fused_groups, invertible, shared_global_scale
 from quantkit import get_format
+from quantkit.layouts import exact_global_scale
 
 SEVEN = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
@@ -32,3 +33,14 @@ def test_the_shared_scale_is_that_of_the_largest_magnitude() -> None:
     assert float(shared_global_scale(weights, get_format("nvfp4"))) == torch.tensor(5.0).div(6 * 448).item()
     assert float(shared_global_scale(weights[:1], get_format("nvfp4"))) == 1
     assert float(shared_global_scale(weights, get_format("mxfp4"))) == 1
+
+
+def test_a_scale_of_nvfp4_becomes_one_that_a_divisor_inverts() -> None:
+    scale = torch.tensor(0.0123, dtype=torch.float32, device="cpu")
+    found = invertible(scale, get_format("nvfp4"))
+    assert torch.equal(found, exact_global_scale(scale)) and float(found) > float(scale)
+    for name in ("mxfp4", "nvint4", "fp4_ue5m3"):
+        assert invertible(scale, get_format(name)) is scale
+    for extreme in (1e-38, 1e38):  # no divisor may be exact there
+        far = torch.tensor(extreme, dtype=torch.float32, device="cpu")
+        assert invertible(far, get_format("nvfp4")) is far

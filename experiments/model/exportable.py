@@ -1,0 +1,108 @@
+"""What an export cannot express, refused before a model is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from experiments.model import gguf_file
+from experiments.model.select import Matrix, Selection
+from experiments.model.settings import QuantizeConfig
+from experiments.model.stored_names import linear_layers, stored_rows
+from experiments.sources.decoder import Decoder
+from quantkit.formats import get_format
+from quantkit.layouts import Layout, fused_groups, get_layout
+
+OWN_SCALES = ("search",)  # global scales that each layer chooses for itself
+
+
+def check_options(config: QuantizeConfig) -> None:
+    """Raises ValueError for a format, block size or global scale that `export` cannot express, and names the
+    alternative."""
+    if config.export is None:
+        return
+    layout, fmt = get_layout(str(config.export)), get_format(config.format.name)
+    layout.check(fmt, config.block_size)
+    if not layout.shared_scales or not fmt.two_level:
+        return
+    if config.format.global_scale in OWN_SCALES:
+        raise ValueError(
+            f"format.global_scale={config.format.global_scale} gives each layer its own, and engines that read "
+            f"export={layout.name} join layers with one global scale; use amax or headroom, or export=gguf"
+        )
+    for group in () if config.fused is None else _joined():
+        if not any(group <= set(own) for own in config.fused or ()):
+            raise ValueError(
+                f"fused={config.fused} does not have {', '.join(sorted(group))} in one list, and engines that read "
+                f"export={layout.name} join them; leave fused out, or use export=gguf"
+            )
+
+
+def _joined() -> list[set[str]]:
+    names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    return [set(group) for group in fused_groups(names)]
+
+
+def check_model(config: QuantizeConfig, decoder: Decoder, selection: Selection) -> None:
+    """Raises ValueError for a model or a selection of its layers that `export` cannot express."""
+    if config.export is None:
+        return
+    layout = get_layout(str(config.export))
+    matrices = [matrix for layer in selection.layers for matrix in layer]
+    if layout.name == "gguf":
+        gguf_file.check_config(decoder.checkpoint.config.to_dict())
+        two_level = get_format(config.format.name).two_level
+        gguf_file.check_columns((m.full_name, m.target.in_features) for m in matrices if two_level)
+    elif layout.name == "gpt_oss":
+        _only_experts(matrices)
+    else:
+        for matrix in matrices:
+            if matrix.experts:
+                stored_rows(decoder.model, matrix.full_name, torch.Size((2, 2)))
+        check_whole_groups(layout, selection.names, linear_layers(decoder.model))
+
+
+def _only_experts(matrices: Iterable[Matrix]) -> None:
+    dense = [matrix.full_name for matrix in matrices if not matrix.experts]
+    if dense:
+        raise ValueError(
+            f"export=gpt_oss stores experts alone, and {dense[0]} would be quantized, too; add "
+            "'model.include=[\"*.experts.*\"]', or use export=compressed_tensors"
+        )
+
+
+def check_whole_groups(layout: Layout, quantized: Iterable[str], linear: Iterable[str]) -> None:
+    """Raises ValueError where only some of the layers that engines join are quantized."""
+    chosen = set(quantized)
+    for group in fused_groups(linear) if layout.shared_scales else ():
+        missing = [name for name in group if name not in chosen]
+        if 0 < len(missing) < len(group):
+            raise ValueError(
+                f"engines that read {layout.name} join {', '.join(group)}, and {missing[0]} is not quantized; quantize "
+                "all of them or none (model.include, model.exclude)"
+            )
+
+
+def command_of(config: QuantizeConfig, **more: Any) -> str:
+    """The command that quantizes the same model again. more: further settings."""
+    settings = {
+        "model": config.model.name,
+        "format": config.format.name,
+        "method": config.method.name,
+        "calibrate": config.calibrate.mode,
+        "hessian": config.hessian.weighting,
+        "data": config.data.name,
+        "block_size": config.block_size,
+        "data.samples": config.data.samples,
+        "data.seq_len": config.data.seq_len,
+        "calibrate.alpha": config.calibrate.alpha,
+        "calibrate.residual_alpha": config.calibrate.residual_alpha,
+        "seed": config.seed,
+        **{f"method.{name}": value for name, value in config.method.settings.items()},
+        **more,
+    }
+    if config.export is not None:
+        settings["export"] = config.export
+    return " ".join(["python experiments/quantize_model.py", *(f"{name}={value}" for name, value in settings.items())])

@@ -1,0 +1,219 @@
+"""quantize_model.py with export=…: quantized, exported, checked, read back as model.path, evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import quantize_model as entry
+from experiments.config import ModelConfig, ModelSource
+from experiments.evaluate import evaluate
+from experiments.evaluation_record import EvaluationRecord
+from experiments.model import exportable, gguf_file, job
+from experiments.model.export import read_verdict
+from experiments.model_record import ModelRecord
+from experiments.record import read_record_of
+from quantkit.layouts import LAYOUTS, exact_global_scale, get_layout
+from tests.experiments.model.conftest import evaluation
+from tests.experiments.model.exported import build
+from tests.experiments.model.test_walk import composed, run_for
+from tests.experiments.tiny_models import SEVEN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def quantized(tiny: SimpleNamespace, output: Path, *overrides: str) -> tuple[ModelRecord, Path, entry.ModelConsole]:
+    console = entry.ModelConsole()
+    entry.run(composed(tiny, output, *overrides), console)
+    folder = next(path.parent for path in output.glob("*/record.json"))
+    return read_record_of(ModelRecord, folder / "record.json"), folder, console
+
+
+def evaluated(tiny: SimpleNamespace, folder: Path, root: Path) -> EvaluationRecord:
+    pair = SimpleNamespace(quantized=folder, texts=tiny.texts, folder=tiny.folder)
+    return evaluate(evaluation(pair, root, evaluate__dtype="bfloat16"))
+
+
+def test_the_choices_are_the_layouts() -> None:
+    from experiments.model.settings import Export
+
+    assert {str(choice) for choice in Export} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", ["compressed_tensors", "modelopt"])
+def test_a_model_goes_through_export_check_import_and_evaluation(
+    tiny: SimpleNamespace, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, folder, console = quantized(tiny, tmp_path / "out", f"export={layout}", "hessian=output")
+    assert record.status == "ok" and console.close() == 0
+    verdict = record.exports[layout]
+    assert verdict["equal"] == verdict["weights"] == 28 and verdict["problems"] == verdict["warnings"] == []
+    assert read_verdict(folder / layout).to_dict() == {k: v for k, v in verdict.items() if k != "folder"}
+    assert "28 of 28 weights read back" in capsys.readouterr().out
+    card = (folder / layout / "README.md").read_text()
+    assert "python experiments/quantize_model.py model=" in card and f"export={layout}" in card
+    own = evaluated(tiny, folder / "model", tmp_path / "own")
+    exported = evaluated(tiny, folder / layout, tmp_path / "exported")
+    assert exported.kl_mean == own.kl_mean > 0.001 and exported.ppl == own.ppl
+
+
+def test_a_finished_model_is_exported_later(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, folder, _ = quantized(tiny, tmp_path, "method=naive", "block_size=16")
+    assert before.exports == {} and not (folder / "modelopt").exists()
+    monkeypatch.setattr(job, "quantize_model", None)
+    for layout in ("modelopt", "compressed_tensors", "modelopt"):
+        after, again, console = quantized(tiny, tmp_path, "method=naive", "block_size=16", f"export={layout}")
+        assert again == folder and console.counts["skipped"] == 1 and after.exports[layout]["problems"] == []
+    assert set(after.exports) == {"modelopt", "compressed_tensors"}
+    assert {**vars(after), "exports": {}} == vars(before)  # the same run, with the same times
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_force_writes_an_export_again(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    _, folder, _ = quantized(tiny, tmp_path, "method=naive", "export=modelopt")
+    (folder / "modelopt" / "README.md").write_text("old")
+    quantized(tiny, tmp_path, "method=naive", "export=modelopt")
+    assert (folder / "modelopt" / "README.md").read_text() == "old"
+    quantized(tiny, tmp_path, "method=naive", "export=modelopt", "force=true")
+    assert (folder / "modelopt" / "README.md").read_text() != "old"
+
+
+def test_global_scales_of_a_model_are_those_that_a_divisor_inverts(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    _, folder, _ = quantized(tiny, tmp_path, "method=naive", "format.global_scale=headroom")
+    from experiments.model.checkpoint import open_quantized
+
+    opened = open_quantized(folder / "model")
+    for name in opened.names:
+        scale = opened.quantized(name).global_scale
+        assert torch.equal(exact_global_scale(scale), scale)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["export=modelopt", "format=mxfp4", "block_size=32"], "modelopt cannot hold mxfp4 with block size 32"),
+        (["export=compressed_tensors", "block_size=32"], "compressed_tensors cannot hold nvfp4 with block size 32"),
+        (["export=compressed_tensors", "format=mxfp4"], "compressed_tensors cannot hold mxfp4 with block size 16"),
+        (["export=modelopt", "format.global_scale=search", "fused=[]"], "search gives each layer its own"),
+        (["export=modelopt", "fused=[[q_proj,k_proj]]"], "does not have k_proj, q_proj, v_proj in one list"),
+        (["export=awq"], "awq"),
+    ],
+)
+def test_options_that_a_layout_cannot_express_are_refused_at_the_start(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(job, "resolve", None)  # nothing is loaded
+    try:
+        values: Any = composed(tiny, tmp_path, "method=naive", *overrides)
+    except Exception as error:
+        assert message in str(error)  # at composition
+        return
+    console = entry.ModelConsole()
+    entry.run(values, console)
+    assert message in capsys.readouterr().err and console.close() == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["export=gpt_oss", "format=mxfp4", "block_size=32"], "export=gpt_oss stores experts alone"),
+        (["export=gguf"], "gguf stores nvfp4 by 64 columns, and K = 32"),
+        (["export=modelopt", "model.exclude=['*.q_proj']"], "q_proj is not quantized; quantize all of them or none"),
+    ],
+)
+def test_models_that_a_layout_cannot_express_are_refused_before_a_layer_is_quantized(
+    tiny: SimpleNamespace, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    run = run_for(tiny, tmp_path, "method=naive", *overrides)
+    with pytest.raises(ValueError, match=message):
+        job.quantize_model(run, job.Listener())
+    assert not run.folder.exists() and not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_an_own_list_of_fused_layers_is_taken_if_it_covers_what_engines_join(
+    tiny: SimpleNamespace, tmp_path: Path
+) -> None:
+    run_for(
+        tiny,
+        tmp_path,
+        "method=naive",
+        "export=modelopt",
+        "fused=[[q_proj,k_proj,v_proj],[gate_proj,up_proj,down_proj]]",
+    )
+
+
+def test_experts_in_one_tensor_are_refused_for_layouts_that_keep_them_apart(tmp_path: Path) -> None:
+    from experiments.model.select import select
+    from experiments.model.settings import Export
+    from experiments.sources.checkpoints import open_checkpoint
+    from experiments.sources.decoder import Decoder
+
+    build("gpt_oss").save_pretrained(tmp_path / "gpt_oss")
+    model = ModelConfig("tiny", ModelSource.hub, path=str(tmp_path / "gpt_oss"))
+    decoder = Decoder(open_checkpoint(model, tmp_path), [], torch.bfloat16)
+    config = SimpleNamespace(export=Export.compressed_tensors, format=SimpleNamespace(name="mxfp4"))
+    with pytest.raises(ValueError, match="Export gpt-oss with mxfp4"):
+        exportable.check_model(config, decoder, select(decoder, model, 32))
+    config.export = Export.gpt_oss
+    only = ModelConfig("tiny", ModelSource.hub, path=str(tmp_path / "gpt_oss"), include=["*.experts.*"])
+    exportable.check_model(config, decoder, select(decoder, only, 32))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "gemma3"}, "writes llama and qwen3 models, and this is gemma3"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "no model with scaled rotary embeddings"),
+        ({"attention_bias": True}, "without biases"),
+    ],
+)
+def test_models_without_a_gguf_file_are_named(changes: dict[str, Any], message: str) -> None:
+    gguf_file.check_config({"model_type": "llama", "rope_parameters": {"rope_type": "default"}})
+    with pytest.raises(ValueError, match=message):
+        gguf_file.check_config({"model_type": "llama"} | changes)
+
+
+def test_the_ways_of_splitting_text_that_llama_cpp_knows() -> None:
+    def split(pattern: str) -> dict[str, Any]:
+        step = {"type": "Split", "pattern": {"Regex": pattern}}
+        return {
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [step, {"type": "ByteLevel", "use_regex": False}]}
+        }
+
+    for pattern, name in gguf_file.SPLITS.items():
+        assert gguf_file.split_name(split(pattern)) == name
+    assert gguf_file.split_name(split("other")) is None
+    digits = {"pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}
+    assert gguf_file.split_name({"pre_tokenizer": digits}) == "smollm"
+    assert gguf_file.split_name({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
+    assert gguf_file.split_name({"pre_tokenizer": None}) is None
+
+
+def test_the_command_composes_to_the_same_model(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    run = run_for(tiny, tmp_path, "method=gptq", "method.damping=0.02", "calibrate.alpha=0.25", "export=modelopt")
+    command = exportable.command_of(run.config)
+    assert command.startswith("python experiments/quantize_model.py ")
+    given = [word for word in command.split()[2:] if not word.startswith(("model=", "data="))]
+    again = run_for(tiny, tmp_path, *given)
+    assert again.identity == run.identity and again.config.export == run.config.export
+
+
+def test_whole_groups() -> None:
+    names = [f"m.{name}" for name in SEVEN]
+    layout = get_layout("modelopt")
+    exportable.check_whole_groups(layout, names, names)
+    exportable.check_whole_groups(layout, names[3:4] + names[6:], names)  # o_proj and down_proj alone
+    exportable.check_whole_groups(get_layout("gguf"), names[1:], names)
+    with pytest.raises(ValueError, match=r"join m.mlp.gate_proj, m.mlp.up_proj, and m.mlp.up_proj is not quantized"):
+        exportable.check_whole_groups(layout, names[:5], names)
