@@ -31,6 +31,7 @@ from experiments.config import (
     TimingConfig,
     TrackingConfig,
     check_sweep,
+    compose_as,
     config_hash,
     new_sweep_id,
     require,
@@ -93,6 +94,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
         check_sweep(self.sweep)
+
+
+def compose_evaluation(*overrides: str) -> EvaluationConfig:
+    """The configuration of `evaluate.py OVERRIDES`."""
+    return compose_as("evaluate", EvaluationConfig, overrides)
 
 
 def as_run(config: EvaluationConfig, model: ModelConfig) -> Config:
