@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +32,20 @@ def layer_name(layer: LayerConfig) -> str:
 
 
 @ordinary_defaults()
-def loss_weights(decoder: Decoder, ids: Tensor, draws: Tensor, groups: int) -> dict[str, Tensor]:
+def loss_weights(
+    decoder: Decoder, ids: Tensor, draws: Tensor, groups: int, recompute: bool = False
+) -> dict[str, Tensor]:
     """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once, and of
     the module of all experts, whose output is that of a layer's MLP.
 
     decoder: the whole model, float32. ids: [sequences, seq_len]. draws: float64 [sequences, samples, seq_len] from
-    [0, 1), which choose the tokens' labels. The weights are the mean over the samples. Raises SourceError for gradients
-    that are not finite, and for a module with fewer outputs than groups.
+    [0, 1), which choose the tokens' labels. The weights are the mean over the samples. recompute: keep only the inputs
+    of the decoder layers and run a layer again in the backward pass; less memory, the same bits. Raises SourceError for
+    gradients that are not finite, and for a module with fewer outputs than groups.
     """
     ids, draws = ids.to(decoder.device), draws.to(decoder.device)
     samples = draws.shape[1]
-    outputs = _Outputs(decoder, groups)
+    outputs = _Outputs(decoder, groups, recompute)
     with outputs, torch.enable_grad():
         with _same_bits(decoder.device):
             logits = decoder.model(input_ids=ids, use_cache=False).logits
@@ -86,8 +90,9 @@ class _Outputs:
 
     root: Tensor
 
-    def __init__(self, decoder: Decoder, groups: int) -> None:
-        self.decoder, self.groups = decoder, groups
+    def __init__(self, decoder: Decoder, groups: int, recompute: bool) -> None:
+        self.decoder, self.groups, self.recompute = decoder, groups, recompute
+        self.again = False  # a layer runs for the second time
         self.sums: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}
         self.handles: list[Any] = []
@@ -96,6 +101,8 @@ class _Outputs:
         embedding = self.decoder.model.get_input_embeddings()
         self.handles.append(embedding.register_forward_hook(self._begin))
         for index, layer in enumerate(self.decoder.stack):
+            if self.recompute:
+                layer.forward = partial(self._run_twice, layer.forward)
             experts = [(path, module) for path, module in layer.named_modules() if is_fused(module)]
             for path, module in [*((path, target.module) for path, target in linear_modules(layer)), *experts]:
                 hook = self._after(layer_name(LayerConfig(index, path)))
@@ -104,13 +111,28 @@ class _Outputs:
     def __exit__(self, *_: Any) -> None:
         for handle in self.handles:
             handle.remove()
+        for layer in self.decoder.stack if self.recompute else ():
+            del layer.__dict__["forward"]
+
+    def _run_twice(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layer's forward that keeps its inputs alone for the backward pass."""
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _SecondRun(self)),
+            **kwargs,
+        )
 
     def _begin(self, module: Any, args: Any, output: Tensor) -> None:
         self.root = output.requires_grad_()
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
+            if self.again or not isinstance(output, Tensor):
                 return
             self.calls[name] = self.calls.get(name, 0) + 1
             if output.shape[-1] < self.groups:
@@ -123,6 +145,22 @@ class _Outputs:
     def _add(self, name: str, gradient: Tensor) -> None:
         squares = mean_squares(gradient.reshape(-1, gradient.shape[-1]), self.groups)
         self.sums[name] = self.sums[name] + squares if name in self.sums else squares
+
+
+class _SecondRun:
+    """A context in which a layer runs for the second time; it can be entered again, for the next sample."""
+
+    def __init__(self, outputs: _Outputs) -> None:
+        self.outputs = outputs
+
+    def __enter__(self) -> None:
+        self.outputs.again = True
+        self.attention = _same_bits(self.outputs.decoder.device)
+        self.attention.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.attention.__exit__(*error)
+        self.outputs.again = False
 
 
 def mean_squares(gradient: Tensor, groups: int) -> Tensor:

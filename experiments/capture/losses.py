@@ -38,6 +38,32 @@ log = logging.getLogger(__name__)
 PIECE_TOKENS = 1 << 15
 BATCH_TOKENS = 1024  # a batch keeps the activations of all layers for the backward pass
 LOGIT_BYTES = 1 << 28  # size limit of a batch's logits
+GRAPH_BYTES = 4 << 30  # a batch's activations beyond this are computed again in the backward pass, layer by layer
+
+
+def graph_bytes(config: Any, tokens: int, seq_len: int) -> int:
+    """About the bytes that the backward pass needs of the layers' activations, for a batch of `tokens`; float32.
+
+    config: the model's, of transformers. Attention counts with its probabilities, as on a GPU.
+    """
+    text = config.get_text_config(decoder=True)
+    hidden, heads = int(getattr(text, "hidden_size", 0)), int(getattr(text, "num_attention_heads", 0))
+    inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    layers = int(getattr(text, "num_hidden_layers", 1))
+    return 4 * tokens * layers * (12 * hidden + 3 * inner + 3 * heads * seq_len)
+
+
+def loss_bytes(config: Any, parameters: int, seq_len: int) -> int:
+    """About the memory, in bytes, of the loss weights of a model: parameters, a batch's activations and its logits.
+
+    parameters: their number. A batch is one sequence, if not more fit.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = max(1, int(getattr(text, "num_hidden_layers", 1)))
+    graph = graph_bytes(config, seq_len, seq_len)
+    if graph > GRAPH_BYTES:  # the inputs of all layers, and the activations of one
+        graph = 4 * seq_len * layers * int(getattr(text, "hidden_size", 0)) + 2 * graph // layers
+    return 4 * parameters + graph + 3 * 4 * seq_len * int(text.vocab_size)
 
 
 def load_loss_weights(resolved: Resolved, layer: LayerConfig) -> Tensor:
@@ -161,7 +187,8 @@ class _Pass:
                 self.decoder = build_whole(self.checkpoint, "float32", self.resolved.device)
         ids = self.ids[first : first + self.batch]
         draws = torch.stack([self._draws(first + i) for i in range(len(ids))])
-        weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups)
+        recompute = graph_bytes(self.checkpoint.config, ids.numel(), ids.shape[1]) > GRAPH_BYTES
+        weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups, recompute)
         bar.update(len(ids))
         return weights
 

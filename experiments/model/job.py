@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.capture.losses import LossPieces, open_loss_weights
+from experiments.capture.losses import LossPieces, loss_bytes, open_loss_weights
 from experiments.capture.progress import waiting
 from experiments.capture.tokens import Sequences, token_sequences
-from experiments.config import Weighting, config_hash
+from experiments.config import HessianConfig, Weighting, config_hash
 from experiments.files import SourceError
 from experiments.model import exportable
 from experiments.model.card import About
@@ -32,8 +34,10 @@ from experiments.model.settings import (
 from experiments.model.solve import mean_error
 from experiments.model.walk import Clock, Job, Walk
 from experiments.model_record import ModelRecord
+from experiments.sources.bundles import MANIFEST_NAME
 from experiments.sources.checkpoints import Checkpoint, open_checkpoint
 from experiments.sources.decoder import Decoder, build_front
+from experiments.sources.identity import losses_folder
 from experiments.sources.models import model_identity
 from experiments.sources.resolved import Resolved, resolve
 from quantkit import get_method, quantize
@@ -69,12 +73,41 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
     """Raises ValueError for what `resolve` and the library refuse. Missing sources are in resolved.error."""
     _check_options(config)
     resolved = resolve(as_run(config))
+    if resolved.error is None and not _loss_fits(config, resolved):
+        config = replace(config, hessian=HessianConfig())
+        resolved = resolve(as_run(config))
     config = with_sources(config, resolved.config)
     settings = result_settings(config, resolved.device, resolved.backend)
     if config.init is not None:
         settings["init"] = model_identity(given_model(config.init), config.cache.folder).key  # its bytes, not its place
     sources = None if resolved.identity is None else {k: v for k, v in resolved.identity.items() if k != "layer"}
     return ModelRun(config, resolved, model_run_id(config, settings), config_hash([settings, sources]))
+
+
+def _loss_fits(config: QuantizeConfig, resolved: Resolved) -> bool:
+    """Whether the loss weights, if they are needed, fit into the device's memory. Warns if not."""
+    if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
+        return True
+    folder = losses_folder(resolved.config, resolved.sources)
+    if (folder / MANIFEST_NAME).is_file():
+        return True
+    checkpoint = open_checkpoint(resolved.config.model, config.cache.folder)
+    parameters = sum(p.numel() for p in Decoder(checkpoint, [], torch.float32).model.parameters())
+    need, have = loss_bytes(checkpoint.config, parameters, resolved.config.data.seq_len), memory_of(resolved.device)
+    if need > have:
+        log.warning(
+            "hessian=loss: the backward pass of %s would take about %.0f GiB, and %s has %.0f GiB. This runs on "
+            "hessian=output instead.",
+            *(checkpoint.name, need / 2**30, resolved.device, have / 2**30),
+        )
+    return need <= have
+
+
+def memory_of(device: str) -> int:
+    """Bytes of the device's memory, whether in use or not."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_options(config: QuantizeConfig) -> None:
@@ -172,7 +205,11 @@ def _loss(run: ModelRun) -> LossPieces | None:
     config = run.config
     if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
         return None
-    return open_loss_weights(run.resolved)
+    loss = open_loss_weights(run.resolved)
+    gc.collect()  # the whole model, which the backward pass needed
+    if run.resolved.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return loss
 
 
 def finish(

@@ -134,7 +134,7 @@ class Walk:
             return torch.device("cpu")
         widths = {m.target.path: m.target.in_features for m in self.job.selection.layers[0]}
         tokens, size = self.job.ids.numel(), hidden[0].element_size()
-        need = tokens * size * (2 * hidden[0].shape[-1] + sum(widths.values()))
+        need = tokens * size * 2 * (hidden[0].shape[-1] + sum(widths.values()))
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.device if need < STORE_SHARE * free else torch.device("cpu")
 

@@ -56,9 +56,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     real = losses.loss_weights
 
-    def counted(decoder: Any, ids: Tensor, draws: Tensor, groups: int) -> dict[str, Tensor]:
+    def counted(decoder: Any, ids: Tensor, *rest: Any) -> dict[str, Tensor]:
         counts.append(len(ids))
-        return real(decoder, ids, draws, groups)
+        return real(decoder, ids, *rest)
 
     monkeypatch.setattr(losses, "loss_weights", counted)
     return counts
@@ -145,6 +145,33 @@ def test_labels_are_drawn_by_cumulative_probability() -> None:
     uniform = torch.rand(1, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     share = draw_labels(logits[:, :1].expand(1, 4000, 4), uniform).flatten().bincount(minlength=4) / 4000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.25, 0.25]), rtol=0, atol=0.03)  # four sigma
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_layers_that_are_computed_again_give_the_same_bits(
+    tiny: SimpleNamespace, tmp_path: Path, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = weights_of(load_weighted(config_for(tiny, groups=2, samples=samples)))
+    forget(monkeypatch)
+    monkeypatch.setattr(losses, "GRAPH_BYTES", 0)
+    runs: list[int] = []
+    real = gradients._Outputs._run_twice
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(gradients._Outputs, "_run_twice", counted)
+    got = weights_of(load_weighted(config_for(tiny, groups=2, samples=samples, cache__dir=str(tmp_path / "again"))))
+    assert torch.equal(got, want) and len(runs) == NUM_LAYERS * SEQUENCES // 2
+
+
+def test_the_memory_of_the_loss_weights_is_estimated() -> None:
+    text = SimpleNamespace(hidden_size=100, intermediate_size=300, num_attention_heads=4, num_hidden_layers=10)
+    text.vocab_size = 1000
+    config = SimpleNamespace(get_text_config=lambda decoder: text)
+    assert losses.graph_bytes(config, 50, 25) == 4 * 50 * 10 * (1200 + 900 + 300)
+    assert losses.loss_bytes(config, 5000, 25) == 20000 + losses.graph_bytes(config, 25, 25) + 3 * 4 * 25 * 1000
 
 
 def test_the_gram_matrix_is_weighted_and_output_error_is_not(tiny: SimpleNamespace) -> None:

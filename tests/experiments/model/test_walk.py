@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from experiments.capture.losses import load_loss_weights
 from experiments.capture.tokens import token_sequences
 from experiments.config import CONF_DIR, LayerConfig
 from experiments.files import SourceError
-from experiments.model import solve, walk
+from experiments.model import job, solve, walk
 from experiments.model.checkpoint import CheckpointWriter, load_dequantized, open_quantized
 from experiments.model.job import Listener, ModelRun, quantize_model, resolve_model
 from experiments.model.settings import QuantizeConfig
@@ -244,6 +245,17 @@ def test_wrong_choices_are_refused(tiny: SimpleNamespace, tmp_path: Path, overri
     with pytest.raises(SourceError, match=message) as caught:
         quantize_model(run_for(tiny, tmp_path, *overrides), Listener())
     assert "\n" not in str(caught.value)
+
+
+def test_loss_weights_that_do_not_fit_are_left_out_with_a_warning(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(job, "memory_of", lambda device: 1 << 16)
+    run = run_for(tiny, tmp_path, "hessian=loss", f"cache.dir={tmp_path}/cache")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(r"hessian=loss: the backward pass of tiny \(local\) would take about \d+ GiB, .*", warning)
+    output = run_for(tiny, tmp_path, "hessian=output", f"cache.dir={tmp_path}/cache")
+    assert run.config.hessian.weighting == "output" and (run.run_id, run.identity) == (output.run_id, output.identity)
 
 
 def test_settings_that_contradict_each_other_are_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
