@@ -64,7 +64,9 @@ class Sources:
         path = root / ONE_BLOCK
         one_block = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         frames = [
-            pd.read_csv(path, keep_default_na=False, na_values=[""]) for path in sorted((root / BENCH).glob("*.csv"))
+            pd.read_csv(path, keep_default_na=False, na_values=[""])
+            for path in sorted((root / BENCH).glob("*.csv"))
+            if not path.stem.endswith("gram")  # bench.py --gram: other inputs, a table of its own
         ]
         return cls(records, one_block, pd.concat(frames, ignore_index=True) if frames else None, evaluations)
 

@@ -12,6 +12,7 @@ A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED:
     figure:NAME        a picture of results/figures with its caption
     bench:NAME         every kernel of results/bench/NAME.csv
     speed:NAME         eight of these rows: every method and dequantize, at the smallest block size
+    gram:NAME          time and output error of every method and the peers' GPTQ, from a benchmark with --gram
     scaling:NAME       the growth of time with the rows, from a benchmark of several numbers of rows
 
 Text outside the blocks is left alone. Imports no torch.
@@ -37,7 +38,7 @@ from experiments.reporting.figures import FIGURES, FOLDER
 from experiments.reporting.pivots import by_layer, by_method
 from experiments.reporting.published import published_tables, read_published
 from experiments.reporting.scaling import scaling_tables
-from experiments.reporting.speed import brief_speed_tables, speed_tables
+from experiments.reporting.speed import brief_speed_tables, gram_tables, speed_tables
 from experiments.reporting.table import Table
 from experiments.reporting.tables import make_tables, summary_table, unfinished
 from experiments.reporting.verification import verification_tables
@@ -54,10 +55,14 @@ FIGURE = "figure:"
 BENCHMARKS: dict[str, Callable[[pd.DataFrame], list[Table]]] = {
     "bench": speed_tables,
     "speed": brief_speed_tables,
+    "gram": gram_tables,
     "scaling": scaling_tables,
 }
 PIVOTS: dict[str, Callable[[Iterable[RunRecord]], list[Table]]] = {"layers": by_layer, "methods": by_method}
-HOW_TO_BENCH = "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling"
+HOW_TO_BENCH = (
+    "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling, with "
+    "--gram and a NAME that ends in gram for gram"
+)
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
 HOW_TO_EVALUATE = (
     "run `python experiments/evaluate.py model.path=FOLDER`, then `python experiments/report.py --collect model --from "

@@ -17,6 +17,7 @@ OPERATIONS = {
     "block_hessians": "Block Hessians",
 }
 PEERS = {"qwantize": "qwantize", "modelopt": "ModelOpt"}
+GRAM_PEERS = {**PEERS, "llmcompressor": "llm-compressor"}
 BRIEF_OPERATIONS = ("naive", "sse", "hessian", "dequantize")
 BRIEF_COLUMNS = {  # of a full table → of a brief one
     **{name: name for name in ("Operation", "Format", "GPU time, µs", "× copy", "× copy, with amax", "Call, µs")},
@@ -97,6 +98,34 @@ def _speed_notes(copies: pd.DataFrame) -> tuple[str, ...]:
         "ModelOpt's naive writes dequantized weights. Its searches write one value per block and no codes. "
         "qwantize writes float32 values, and its Hessian time includes building the Hessian of 2,048 tokens",
     )
+
+
+def gram_tables(bench: pd.DataFrame) -> list[Table]:
+    """Time and output error of every method and of the peers' GPTQ, from `bench.py --gram`: one table per matrix."""
+    judged = bench[(bench["kind"] != "copy") & bench["output_error"].notna()]
+    groups = judged.groupby(["rows", "columns", "dtype", "format", "block_size"], sort=False)
+    return [_gram_table(name, lines, bench) for name, lines in groups]
+
+
+def _gram_table(name: tuple[Any, ...], lines: pd.DataFrame, bench: pd.DataFrame) -> Table:
+    rows, columns, dtype, layout, block_size = name
+    own = lines[lines["tool"] == "quantkit"]
+    absent = bench[(bench["kind"] == "peer") & bench["note"].notna() & (bench["rows"] == rows)]
+    frame = pd.DataFrame(
+        {
+            "Tool": ["quantkit" if tool == "quantkit" else GRAM_PEERS.get(tool, tool) for tool in lines["tool"]],
+            "Method": [METHODS.get(method, method) for method in lines["operation"]],
+            "GPU time, ms": [f"{time / 1e3:,.2f}" for time in lines["gpu_us_median"]],
+            "Output error": [f"{error:.2f} %" for error in lines["output_error"]],
+        }
+    )
+    notes = (
+        machine_note(own, ("nvidia-modelopt", "llmcompressor", "qwantize")),
+        "The Gram matrix of synthetic activations is given, as are block Hessians and the global scale. Output error: "
+        "of the dequantized weight under this matrix",
+        *(f"{GRAM_PEERS.get(tool, tool)} {note}" for tool, note in zip(absent["tool"], absent["note"], strict=True)),
+    )
+    return Table(f"{rows} × {columns}, {dtype}, {FORMATS[layout]}, block size {block_size:.0f}", notes, frame)
 
 
 def in_order(lines: pd.DataFrame) -> pd.DataFrame:
