@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.evaluation_record import EvaluationRecord
 from experiments.provenance import versions
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit.layouts import get_layout
@@ -119,6 +121,52 @@ def _reproduce(source: QuantizedCheckpoint, about: About) -> str:
     return command + _table(("what", "value"), rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([name, str(value)] for name, value in rows)]
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([str(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- the table of evaluations -----------------------------------------------------------------------------------------
+
+EVALUATION = re.compile(r"(?<=^## Evaluation\n\n).*?(?=\n\n## Serve$)", re.MULTILINE | re.DOTALL)
+COLUMNS = ("text", "tokens", "KL, nats a token", "median", "99 %", "same top token", "perplexity, ratio")
+
+
+def with_evaluations(text: str, records: Sequence[EvaluationRecord]) -> str:
+    """A card with the table of these evaluations in the place of what it told before. Raises ValueError for a text that
+    is no card of quantkit."""
+    if EVALUATION.search(text) is None:
+        raise ValueError("it has no section Evaluation before its section Serve, so it is no model card of quantkit")
+    table = evaluation_table(records)
+    return EVALUATION.sub(lambda _: table, text)
+
+
+def evaluation_table(records: Sequence[EvaluationRecord]) -> str:
+    """Markdown: a row for each evaluation, and what it was measured against."""
+    rows = [
+        (
+            f"{record.data}, {record.data_split} ({record.protocol})",
+            f"{record.tokens:,}" if record.tokens is not None else "–",
+            _interval(record.kl_mean, record.kl_low, record.kl_high),
+            _number(record.kl_median),
+            _number(record.kl_p99),
+            _interval(record.same_top, record.same_top_low, record.same_top_high),
+            _interval(record.ppl_ratio, record.ppl_ratio_low, record.ppl_ratio_high),
+        )
+        for record in records
+    ]
+    notes = dict.fromkeys(
+        f"Against {record.reference}, both in {record.dtype}; 95 % intervals over {record.sequences} sequences of "
+        f"{record.seq_len} tokens."
+        for record in records
+    )
+    origins = dict.fromkeys(record.reference_origin for record in records if record.reference_origin)
+    return "\n\n".join([_table(COLUMNS, rows), *notes, *origins])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
