@@ -15,6 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from experiments.config import CONF_DIR, Config
 from experiments.launchers import PRESETS
 
@@ -82,13 +87,28 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
     if key in (*_settings(schema), "experiment") and key:
         return None if own_choices else _no_choice(key, value, schema)
     if key in _keys(schema):
-        return None
+        return _wrong_value(argument, key, schema)
     group, dot, name = key.partition(".")
     if dot and group in _settings(schema) and not _close(name, schema, _settings(schema)[group]):
         return f"{key}: no such setting; {group} has {', '.join(_settings(schema)[group])}"
     meant = [f"{known}={value}" for known in _close(key, schema)]
     remedy = f"did you mean {' or '.join(meant)}?" if meant else f"python experiments/{script} --help lists them"
     return f"{key}={value}: no such setting; {remedy}"
+
+
+def _wrong_value(argument: str, key: str, schema: type) -> str | None:
+    """A message about a value of another type than the setting's; None for a sweep's values, and where Hydra says it."""
+    if "${" in argument:
+        return None  # what it refers to is Hydra's to find
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+        if not parsed.is_sweep_override():
+            OmegaConf.update(OmegaConf.structured(schema), key, parsed.value(), force_add=False)
+    except HydraException:
+        return None
+    except OmegaConfBaseException as error:
+        return f"{argument}: {str(error).splitlines()[0]}"
+    return None
 
 
 def _missing_launcher(argument: str, package: str) -> str | None:

@@ -43,6 +43,7 @@ ELSEWHERE = {
     "experiments.model.peers": "packages that need not be there",
     "experiments.run": "runs what is called here, under Hydra",
     "experiments.train_small": "makes a model from nothing; its own tests train one",
+    "experiments.launchers": "processes and GPUs of other runs",
     "experiments.one_block.main": "writes what survey returns, of a model that is fetched",
     "experiments.one_block.survey": "its parts are called",
     "experiments.measure.bench_clock": "a GPU's clock",

@@ -43,12 +43,26 @@ def read_bundle_manifest(model: ModelConfig) -> dict[str, Any]:
         raise SourceError(
             f"{path}: capture version {found}, this code reads {CAPTURE_VERSION}. Capture the layer again."
         )
-    for name in {**manifest["files"], **manifest["shards"]}:
+    for name in _file_names(path, manifest):
         if not is_plain_name(name):
             raise SourceError(
                 f"{path} names the file {name!r:.80}, which is outside of its folder. Copy the bundle again."
             )
     return manifest
+
+
+def _file_names(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """The names of the bundle's files. Raises SourceError for values of other types than a capture writes."""
+    for part in ("layer", "data", "source", "tokens", "files", "shards"):
+        if not isinstance(manifest[part], dict):
+            raise SourceError(f"{path} is damaged ({part} is {manifest[part]!r:.40}). Copy the bundle again.")
+    entries = {**manifest["files"], **manifest["shards"]}
+    for name, entry in entries.items():
+        if not (
+            isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        ):
+            raise SourceError(f"{path} is damaged (the entry of {name!r:.80}). Copy the bundle again.")
+    return list(entries)
 
 
 def bundle_identity(model: ModelConfig, cache: Path | None = None) -> dict[str, Any]:
@@ -70,18 +84,31 @@ def resolve_bundle(config: Config) -> Config:
     Raises SourceError for a configured layer, dtype or seed that is not the bundle's.
     """
     manifest = read_bundle_manifest(config.model)
-    layer = LayerConfig(**manifest["layer"])
+    layer, data = _layer_and_data(config.model, manifest)
     if config.layer not in (layer, LayerConfig()):
         raise SourceError(
             f"layer.index={config.layer.index} layer.module={config.layer.module}: {config.model.path} is a bundle of "
             f"layer {layer.index} {layer.module}. Leave layer.* out, or copy the bundle of that layer."
         )
     _refuse_other_values(config, manifest)
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    data = DataConfig(**{key: value for key, value in manifest["data"].items() if key in known})
-    data.source = DataSource(data.source)
     data.calibration_tokens = config.data.calibration_tokens  # a choice among the bundle's tokens, made by this run
     return dataclasses.replace(config, layer=layer, data=data, seed=manifest["seed"])
+
+
+def _layer_and_data(model: ModelConfig, manifest: dict[str, Any]) -> tuple[LayerConfig, DataConfig]:
+    """Raises SourceError for values that no configuration takes."""
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    try:
+        layer = LayerConfig(**manifest["layer"])
+        data = DataConfig(**{key: value for key, value in manifest["data"].items() if key in known})
+        data.source = DataSource(data.source)
+        if not (isinstance(layer.index, int) and isinstance(layer.module, str) and isinstance(manifest["seed"], int)):
+            raise TypeError("layer or seed")
+    except (ValueError, TypeError) as error:
+        raise SourceError(
+            f"{Path(str(model.path)) / MANIFEST_NAME} is damaged ({one_line(error)}). Copy the bundle again."
+        ) from None
+    return layer, data
 
 
 def _refuse_other_values(config: Config, manifest: dict[str, Any]) -> None:

@@ -168,7 +168,14 @@ class SafetensorsCheckpoint(Checkpoint):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of tokenizers, in Rust
             raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
-        return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+        def tokenize(text: str) -> list[int]:
+            try:
+                return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            except Exception as error:  # a damaged tokenizer may raise any error
+                raise SourceError(f"{self.name}: its tokenizer refuses the text: {one_line(error)}") from None
+
+        return tokenize
 
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
         _write_json(folder / "config.json", self.written | changes)

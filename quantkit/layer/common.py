@@ -101,8 +101,9 @@ def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 def objective_of(error: Tensor, hessian: Tensor) -> float:
     """tr(D H Dᵀ) of ``error [rows, K]``, summed in float64."""
-    # By parts of the rows, whose products are all that is allocated.
-    parts = [((rows @ hessian) * rows).sum(dtype=torch.float64) for rows in error.split(ROWS)]
+    # By parts of the rows, whose products are all that is allocated. A Gram matrix of tiny activations is float64.
+    rows_of = (rows.to(torch.promote_types(rows.dtype, hessian.dtype)) for rows in error.split(ROWS))
+    parts = [((rows @ hessian) * rows).sum(dtype=torch.float64) for rows in rows_of]
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 

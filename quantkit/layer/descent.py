@@ -10,6 +10,8 @@ F_kb = H_kb H_bb⁻¹. Unlike in GPTQ, a block compensates the errors of later b
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from quantkit.layer import gptq
@@ -32,7 +34,7 @@ RISE = 1e-5  # relative; more than the objective's rounding error in float32
 def solve(task: LayerTask) -> LayerResult:
     """Codes and scales by GPTQ, or ``task.start``, and ``task.options.sweeps`` sweeps.
 
-    Raises RuntimeError if the objective rises, which only a defect can cause.
+    Raises ValueError for an objective beyond float32, and RuntimeError if it rises, which only a defect can cause.
     """
     determined = gptq.determined_channels(task.gram)
     state = gptq.run(task) if task.start is None else Pass.begin_with(task, *task.start)
@@ -49,6 +51,10 @@ def solve(task: LayerTask) -> LayerResult:
             target.addmm_(state.error, feedback)
             state.solve(panel, target, factors, feedback[panel], blocks)
         history.append(objective_of(state.error, hessian))
+        if not math.isfinite(history[-1]) or not math.isfinite(history[-2]):
+            raise ValueError(
+                f"the layer's squared error is {history[-1]:g}, beyond float32; scale weight or activations down"
+            )
         if not history[-1] <= history[-2] * (1 + RISE):
             raise RuntimeError(f"the objective rose from {history[-2]:.9g} to {history[-1]:.9g} in a sweep of descent")
     return gptq.finish(state, tuple(history), determined)

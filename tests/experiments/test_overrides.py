@@ -70,7 +70,7 @@ SCHEMAS = (Config, QuantizeConfig, EvaluationConfig)
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_setting_and_choice_is_known(schema: type) -> None:
     for key in _keys(schema):
-        assert mistake([f"{key}=1", f"++{key}=1"], schema) is None
+        assert "no such setting" not in str(mistake([f"{key}=1", f"++{key}=1"], schema))
         assert mistake([f"+{key}=1"], schema) == f"+{key}=1: {key} is there without a +; type {key}=1"
     for group in set(_settings(schema)) - {""}:
         assert mistake([f"{group}={','.join(_choices(group))}"], schema) is None

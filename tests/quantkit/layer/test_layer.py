@@ -359,3 +359,21 @@ def test_codes_of_something_else_are_refused(changes: dict[str, object], message
         quantize(weight[:8], **given)
     with pytest.raises(TypeError, match="init must be a QuantizedTensor, got Tensor"):
         quantize(weight, **given | {"init": weight})
+
+
+@pytest.mark.parametrize("method", ["gptq", "descent"])
+def test_tiny_activations_whose_gram_matrix_is_float64(method: str) -> None:
+    """Their squares are below float32's range, and the Gram matrix singular."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    weight = torch.randn(4, 32, generator=generator)
+    x = 1e-30 * torch.randn(1, 32, generator=generator)
+    result = quantize(weight, "nvfp4", 16, method, activations=x)
+    assert bool(result.dequantize().isfinite().all())
+
+
+def test_an_objective_beyond_float32_is_a_clear_error() -> None:
+    weight = torch.full((1, 32), 3e38)
+    weight[0, ::3] = 1.0
+    x = 1000 * torch.randn(1, 32, generator=torch.Generator("cpu").manual_seed(0))
+    with pytest.raises(ValueError, match="beyond float32; scale weight or activations down"):
+        quantize(weight, "nvfp4", 16, "descent", activations=x)
