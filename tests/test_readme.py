@@ -44,11 +44,14 @@ def test_links_lead_somewhere(page: str):
 
 
 def test_the_readme_is_short_and_opens_with_what_a_reader_needs():
-    """Claim, use, one figure, one table, the two commands, links: then the first heading below the title."""
+    """Claim, use, one figure, the tables of a layer and of a model, the commands, links: then the first heading."""
     assert README.count("\n") <= 160
     first = README.partition("\n## ")[0]
-    assert "```python" in first and first.count("<img ") == 1 and len(re.findall(r"^\|:-", first, re.M)) == 1
-    assert all(word in first for word in ("make run", "make test", "docs/quickstart.md", "default method"))
+    assert "```python" in first and first.count("<img ") == 1 and len(re.findall(r"^\|:-", first, re.M)) == 2
+    assert all(
+        word in first
+        for word in ("make run", "make model", "make test", "quantize_model.py", "docs/quickstart.md", "default method")
+    )
     example = re.search(r"```python\n(.*?)```", first, re.DOTALL)
     assert example is not None and example[1].count("\n") == 6
 
