@@ -32,7 +32,10 @@ class GramTask:
     gram: Tensor
 
     def judge(self, dequantized: Tensor) -> float:
-        """The output error of a dequantized weight, in percent."""
+        """The output error of a dequantized weight, in percent. Raises ValueError for values that are not finite."""
+        wrong = int((~dequantized.isfinite()).sum())
+        if wrong:
+            raise ValueError(f"{wrong} of {dequantized.numel()} values are not finite")
         return 100 * output_error_from_gram(self.weight, dequantized.reshape(self.weight.shape), self.gram)
 
     @property

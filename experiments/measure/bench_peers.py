@@ -217,8 +217,9 @@ def _qwantize_gptq() -> Iterator[Case]:
 def _qwantize_admm(task: GramTask) -> Iterator[Case]:
     import qwantize
 
-    # Its format has no global scale: the weight in units of the global scale makes it two-level.
-    scale = task.global_scale
+    # Its format has no global scale: the weight in units of a global scale makes it two-level. Twice the one from amax
+    # leaves room above the largest block's scale, which ADMM may raise beyond 448: NaN with torch before 2.13.
+    scale = 2 * task.global_scale
     blocked = (task.weight.float() / scale).unflatten(1, (-1, 16))
     call = _call(qwantize.nvfp4_admm, blocked, {"X": task.tokens, "return_dequant": True})
     case = _gptq_case(task, "qwantize", "admm", lambda: call()[2] * scale)  # type: ignore[index]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-TEXTS = ("Format", "Method", "Operation", "Elements", "Scales")  # columns that are aligned to the left
+TEXTS = ("Tool", "Format", "Method", "Operation", "Elements", "Scales")  # columns that are aligned to the left
 
 
 @dataclass(frozen=True)

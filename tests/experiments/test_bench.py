@@ -16,7 +16,7 @@ import torch
 from experiments import bench
 from experiments.measure import bench_peers
 from experiments.measure.bench_cases import Case, sample_weight
-from experiments.measure.bench_gram import gram_cases, gram_task
+from experiments.measure.bench_gram import GramTask, gram_cases, gram_task
 from experiments.measure.bench_rows import BenchRow, to_csv
 from experiments.reporting import ReportError
 from experiments.reporting.pages import Material, fill
@@ -99,6 +99,18 @@ def test_a_peer_that_fails_has_its_error_as_a_note(tmp_path: Path, monkeypatch: 
     assert (
         peers.loc["qwantize", "note"] == "ModuleNotFoundError: import of qwantize halted; None in sys.modules"
     ).all()
+
+
+def test_a_peer_whose_result_is_not_finite_has_no_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: object())
+
+    def cases(task: GramTask) -> Iterator[Case]:
+        wrong = task.weight.float().index_fill(1, torch.tensor([3], device="cpu"), torch.nan)
+        yield case(kind="peer", tool="qwantize", operation="admm", call=lambda: wrong, judge=task.judge)
+
+    monkeypatch.setattr(bench_peers, "_qwantize_admm", cases)
+    admm = bench_with_gram(tmp_path / "gram.csv").query("operation == 'admm'").iloc[0]
+    assert admm["note"] == "ValueError: 8 of 512 values are not finite" and pd.isna(admm["output_error"])
 
 
 def test_llm_compressor_quantizes_the_same_weight_under_the_same_gram_matrix() -> None:
