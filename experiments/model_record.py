@@ -62,6 +62,7 @@ class ModelRecord(Record):
 
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     peak_device_bytes: int | None = None
+    processes: int | None = None  # that shared the work
     resumed_layers: int | None = None  # taken over from an interrupted run
 
     # layout → the verdict of the self-check, with the export's folder; see model/selfcheck.py

@@ -1,6 +1,7 @@
 """Quantize a whole model and write it; with `-m`, once for every combination of the given values.
 
     python experiments/quantize_model.py model=qwen3_4b format=nvfp4 method=descent
+    torchrun --nproc-per-node 4 experiments/quantize_model.py model=qwen3_4b    on four GPUs, with the same result
 
 The model's folder is OUTPUT_DIR/RUN/model (model/checkpoint.py), beside it record.json and run.log, and a folder for
 each `export` (model/export.py). OUTPUT_DIR/latest leads to the last finished RUN. A finished model is skipped unless
@@ -40,6 +41,7 @@ from experiments.run_log import LOG_NAME, run_log, status_of
 
 if TYPE_CHECKING:
     from experiments.model.job import ModelRun
+    from experiments.model.ranks import Ranks
     from experiments.model.select import Selection
 
 log = logging.getLogger(__name__)
@@ -55,22 +57,37 @@ def main(composed: DictConfig) -> None:
 
 
 def run(composed: DictConfig, console: ModelConsole) -> None:
-    """One model, from the composed configuration to its record. No error leaves this function."""
-    from experiments.model.job import refuse_layer_bundle, resolve_model
+    """One model, from the composed configuration to its record.
 
+    No error leaves this function, but one of several processes ends, so that torchrun ends the others.
+    """
+    from experiments.model.job import Listener, quantize_model, refuse_layer_bundle, resolve_model
+    from experiments.model.ranks import started
+
+    ranks = started()
     try:
         config = plain_config(composed, QuantizeConfig)
+        if config.device in ("auto", "cuda"):
+            config.device = ranks.device(config.device)
         check_writable(Path(config.output_dir))
         refuse_layer_bundle(config)
         resolved = resolve_model(config)
         previous = finished_record(resolved)
+        if not ranks.is_first:
+            if previous is None or config.force:
+                quantize_model(resolved, Listener(), ranks)
+            return
         if previous is not None and not config.force:
             console.skipped(resolved, with_export(resolved, previous))
             point_to(resolved)
             return
-        quantize_and_record(resolved, console)
+        record = quantize_and_record(resolved, console, ranks)
+        failed = record.status != "ok"
     except Exception as error:
         console.refused(error)
+        failed = True
+    if failed and ranks.size > 1:
+        raise SystemExit(1)
 
 
 def finished_record(run: ModelRun) -> ModelRecord | None:
@@ -94,7 +111,7 @@ def with_export(run: ModelRun, record: ModelRecord) -> ModelRecord:
     return record
 
 
-def quantize_and_record(run: ModelRun, console: ModelConsole) -> ModelRecord:
+def quantize_and_record(run: ModelRun, console: ModelConsole, ranks: Ranks) -> ModelRecord:
     """Quantizes, and writes the record last. A failure is in the record."""
     from experiments.model.job import Listener, quantize_model
 
@@ -107,7 +124,7 @@ def quantize_and_record(run: ModelRun, console: ModelConsole) -> ModelRecord:
         try:
             with console.bar() as shown:
                 listener = Listener(shown.began, shown.layer, shown.tick)
-                fields |= quantize_model(run, listener) | {"status": "ok", "reason": None}
+                fields |= quantize_model(run, listener, ranks) | {"status": "ok", "reason": None}
         except Exception as error:
             fields |= {"status": status_of(error), "reason": reason(error)}
             log.info("%s: %s\n%s", fields["status"], fields["reason"], traceback.format_exc())

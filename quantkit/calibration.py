@@ -237,6 +237,15 @@ class GramAccumulator:
                     self._add(batch, group)
         self.tokens += activations.shape[0]
 
+    def add(self, gram: Tensor, tokens: int) -> None:
+        """Adds the sum over ``tokens`` other tokens that another accumulator made, of this one's shape."""
+        if gram.shape != self._sum.shape:
+            raise ValueError(f"gram must be {list(self._sum.shape)} like this sum, got {_describe(gram)}")
+        if gram.dtype == torch.float64:
+            self._sum = self._sum.double()
+        self._sum += gram.to(self._sum.device)
+        self.tokens += tokens
+
     def hessians(self, block_size: int) -> Tensor:
         """Block Hessians ``[in_features/block_size, block_size, block_size]`` of all batches so far."""
         return block_hessians(self.gram, block_size)

@@ -182,6 +182,7 @@ def library(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         accumulator = calibration.GramAccumulator(64, "cpu")
         accumulator.update(tokens.view(2, 20, 64))
         accumulator.update(tokens * 1e-30)
+        accumulator.add(gram, 40)
         tiny = calibration.gram_matrix(tokens * 1e-30)
         return accumulator.gram, accumulator.hessians(16), tiny, calibration.hessians_from_activations(tokens, 16)
 
@@ -395,7 +396,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 def quantize_whole(folder: Path, tiny: Any) -> object:
     """Two layers of a whole tiny model, by the loss and sequentially, and what it becomes."""
     from experiments import config as c
-    from experiments.model import job, settings
+    from experiments.model import job, ranks, settings
 
     config = settings.QuantizeConfig(
         **{name: getattr(tiny, name) for name in settings.SHARED if name not in ("hessian", "output_dir")},
@@ -406,6 +407,7 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     config.model = dataclasses.replace(config.model, include=["*.0.self_attn.o_proj", "*.1.mlp.*_proj"])
     job.refuse_layer_bundle(config)
     run = job.resolve_model(config)
+    assert ranks.started().device("cpu") == "cpu"
     fields = job.quantize_model(run, job.Listener())
     better = job.resolve_model(dataclasses.replace(config, method=c.MethodConfig("descent"), init=str(run.folder)))
     job.quantize_model(better, job.Listener())

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from experiments.capture.tap import PRODUCTS
 from experiments.files import SourceError
 from experiments.model.layer import Call
+from experiments.model.ranks import Ranks
 from experiments.model.sums import Inputs, Sums
 from experiments.sources.modules import Target
 
@@ -41,18 +42,25 @@ class ExpertSums:
         self.min_tokens = min_tokens
         groups = 1 if weighted else None
         self._sums = [Sums(in_features, device, groups, with_shift) for _ in range(number)]
-        self.tokens = [0] * number
         self._mean: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
         return len(self._sums)
 
+    @property
+    def tokens(self) -> list[int]:
+        return [sums.tokens for sums in self._sums]
+
+    def add(self, own: ExpertSums | None, source: int, ranks: Ranks) -> None:
+        """Adds the sums of a segment, see Sums.add."""
+        for expert, total in enumerate(self._sums):
+            total.add(None if own is None else own._sums[expert], source, ranks)
+
     def update(self, expert: int, inputs: Inputs, weights: Tensor | None = None) -> None:
         """Adds rows of one expert. weights: [rows], or None for 1."""
         if len(inputs.x):
             self._sums[expert].update(inputs, None if weights is None else weights.unsqueeze(1))
-            self.tokens[expert] += len(inputs.x)
 
     def few(self) -> dict[int, int]:
         """Expert → its tokens, of those with fewer than min_tokens."""

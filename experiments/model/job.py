@@ -23,6 +23,7 @@ from experiments.model.card import About
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors, open_quantized
 from experiments.model.export import export
 from experiments.model.given import GivenCodes, given_model
+from experiments.model.ranks import Ranks
 from experiments.model.select import Selection, select
 from experiments.model.settings import (
     QuantizeConfig,
@@ -31,6 +32,7 @@ from experiments.model.settings import (
     result_settings,
     with_sources,
 )
+from experiments.model.shared_writer import SharedWriter
 from experiments.model.solve import mean_error
 from experiments.model.walk import Clock, Job, Walk
 from experiments.model_record import ModelRecord
@@ -138,10 +140,11 @@ class Listener:
     tick: Callable[[float], None] = lambda share: None
 
 
-def quantize_model(run: ModelRun, listener: Listener) -> Fields:
+def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None) -> Fields:
     """Quantize the model of a run and write its folder. Returns the fields of ModelRecord that this determines.
 
-    Raises SourceError for every problem that the user can fix.
+    ranks: the processes that do it together. Only the first one writes and returns fields. Raises SourceError for every
+    problem that the user can fix.
     """
     config, resolved = run.config, run.resolved
     if resolved.error is not None:
@@ -151,19 +154,24 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
     if config.init is not None:
         given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)
     clock = Clock(torch.device(resolved.device))
+    ranks = ranks or Ranks()
     with clock.of("loss"):
-        loss = _loss(run)
+        loss = _loss(run, ranks)
     with clock.of("read"), waiting(f"reading {checkpoint.name}"):
         decoder = build_front(checkpoint, config.model.dtype, resolved.device)
     selection = select(decoder, config.model, config.block_size)
     exportable.check_model(config, decoder, selection)
     sequences = token_sequences(resolved.config, checkpoint.tokenizer())
-    with CheckpointWriter(run.folder, run.identity, len(decoder.stack), force=config.force) as writer:
-        before = dict(writer.finished)
-        listener.began(len(decoder.stack), len(before), selection)
-        walk = Walk(_job(run, decoder, selection, sequences, loss, given), writer, listener.layer, listener.tick)
+    make = partial(CheckpointWriter, run.folder, run.identity, len(decoder.stack), force=config.force)
+    with SharedWriter(ranks, make) as shared:
+        listener.began(len(decoder.stack), len(shared.finished), selection)
+        job = replace(_job(run, decoder, selection, sequences, loss, given), ranks=ranks)
+        if not shared.is_complete:
+            Walk(job, shared, listener.layer, listener.tick).run()
+        if shared.writer is None:
+            return {}
+        writer = shared.writer
         if not writer.is_complete:
-            walk.run()
             resolved.check_unchanged()
             finish(run, writer, checkpoint, decoder, selection, sequences)
         records = [writer.finished[index] for index in sorted(writer.finished)]
@@ -172,7 +180,8 @@ def quantize_model(run: ModelRun, listener: Listener) -> Fields:
     return describe(run, sequences, selection, records) | {
         "exports": exports,
         "seconds": _seconds(clock, records),
-        "resumed_layers": len(before),
+        "processes": ranks.size,
+        "resumed_layers": len(shared.finished),
         "peak_device_bytes": _peak(resolved.device),
     }
 
@@ -200,12 +209,16 @@ def _job(
     return Job(run.config, run.resolved.backend, decoder, selection, sequences.ids["calibration"], loss, start)
 
 
-def _loss(run: ModelRun) -> LossPieces | None:
-    """The loss weights, if the method needs Hessians and hessian=loss."""
+def _loss(run: ModelRun, ranks: Ranks) -> LossPieces | None:
+    """The loss weights, if the method needs Hessians and hessian=loss. The first process computes them."""
     config = run.config
     if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
         return None
+    if not ranks.is_first:
+        ranks.wait()
     loss = open_loss_weights(run.resolved)
+    if ranks.is_first:
+        ranks.wait()
     gc.collect()  # the whole model, which the backward pass needed
     if run.resolved.device.startswith("cuda"):
         torch.cuda.empty_cache()

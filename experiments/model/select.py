@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import Tensor
+
 from experiments.config import ModelConfig
 from experiments.files import SourceError
 from experiments.sources.decoder import Decoder
@@ -31,6 +33,12 @@ class Matrix:
     stored: str
     target: Target
     experts: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Their number, in all experts."""
+        parameter: Tensor = getattr(self.target.module, self.target.parameter)
+        return parameter.numel()
 
 
 @dataclass(frozen=True)

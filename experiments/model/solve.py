@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from experiments.model.experts import ExpertSums
 from experiments.model.fused import fused_groups, invertible, shared_global_scale
+from experiments.model.ranks import Ranks
 from experiments.model.select import Matrix
 from experiments.model.settings import QuantizeConfig
 from experiments.model.sums import Sums
@@ -27,6 +29,7 @@ from quantkit.formats import get_format
 from quantkit.layer.common import objective_of
 from quantkit.metrics import weight_error
 
+Scale = str | float | Tensor | None  # quantize()'s global_scale
 Start = Callable[[Matrix, torch.Size], QuantizedTensor]
 
 DAMPING = 0.01  # of the targets, for methods without a damping of their own
@@ -36,13 +39,18 @@ DAMPING = 0.01  # of the targets, for methods without a damping of their own
 class Work:
     """A matrix before quantization.
 
-    weight: [out_features, in_features], or [experts, out_features, in_features]. sums: of its inputs; None for a method
-    without. A part of the matrix is a group of rows or an expert, with sums of its own.
+    read: reads the weight, [out_features, in_features] or [experts, out_features, in_features], on `device`. sums: of
+    its inputs; None for a method without. A part of the matrix is a group of rows or an expert, with sums of its own.
     """
 
     matrix: Matrix
-    weight: Tensor
+    read: Callable[[Matrix], Tensor]
+    device: torch.device
     sums: Sums | ExpertSums | None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.read(self.matrix)
 
     @property
     def num_parts(self) -> int:
@@ -80,22 +88,49 @@ class Solved:
 class Solver:
     """Quantizes by the options of a configuration."""
 
-    def __init__(self, config: QuantizeConfig, backend: str, start: Start | None = None) -> None:
+    def __init__(
+        self, config: QuantizeConfig, backend: str, start: Start | None = None, ranks: Ranks | None = None
+    ) -> None:
         """start: the codes of a matrix of that shape, with which the method begins."""
-        self.config, self.backend, self.start = config, backend, start
+        self.config, self.backend, self.start, self.ranks = config, backend, start, ranks or Ranks()
         self.format = get_format(config.format.name)
         self.method = get_method(config.method.name)
 
     def solve(self, step: Sequence[Work]) -> list[Solved]:
-        """All matrices of a step, in its order."""
-        by_name = {work.matrix.name: work for work in step}
-        solved: dict[str, Solved] = {}
-        for names in fused_groups(by_name, self.config.fused):
-            targets = {name: self._target(by_name[name]) for name in names}
-            scale = self._global_scale(list(targets.values()))
-            for name in names:
-                solved[name] = self._one(by_name[name], targets[name], scale)
-        return [solved[name] for name in by_name]
+        """All matrices of a step, in its order; each is solved by one process."""
+        if not step:
+            return []
+        owners = self.ranks.shares([work.matrix.weights for work in step])
+        targets = {number: self._target(work) for number, work in enumerate(step) if owners[number] == self.ranks.rank}
+        scales = self._shared_scales(step, targets)
+        solved = []
+        for number, (work, owner) in enumerate(zip(step, owners, strict=True)):
+            own = self._one(work, targets[number], scales[work.matrix.name]) if number in targets else None
+            solved.append(self._share(work, own, owner))
+        return solved
+
+    def _shared_scales(self, step: Sequence[Work], targets: Mapping[int, Tensor]) -> dict[str, Scale]:
+        """Matrix → the global scale of its fused group. targets: of the matrices that this process solves."""
+        largest = torch.zeros(len(step), dtype=torch.float32, device=step[0].device)
+        for number, target in targets.items():
+            largest[number] = torch.linalg.vector_norm(target, torch.inf)
+        largest = self.ranks.largest(largest)
+        numbers = {work.matrix.name: number for number, work in enumerate(step)}
+        scales: dict[str, Scale] = {}
+        for group in fused_groups(numbers, self.config.fused):
+            scales |= dict.fromkeys(group, self._global_scale([largest[numbers[name]] for name in group]))
+        return scales
+
+    def _share(self, work: Work, own: Solved | None, owner: int) -> Solved:
+        """The solution of the process `owner`."""
+        if self.ranks.size == 1:
+            assert own is not None
+            return own
+        found = self.ranks.share(None if own is None else (own.quantized.to("cpu"), own.record), owner)
+        if own is not None:
+            return own
+        quantized = found[0].to(work.device)
+        return Solved(work.matrix, quantized, quantized.dequantize(), found[1])
 
     def _target(self, work: Work) -> Tensor:
         if work.sums is None:
@@ -109,13 +144,14 @@ class Solver:
             first += len(rows)
         return work.joined(targets)
 
-    def _global_scale(self, targets: Sequence[Tensor]) -> str | float | Tensor | None:
+    def _global_scale(self, targets: Sequence[Tensor]) -> Scale:
+        """targets: those that share it, or their largest magnitudes."""
         wanted = self.config.format.global_scale
         if self.format.two_level and wanted in (None, "amax", "headroom"):
             return invertible(shared_global_scale(targets, self.format, wanted == "headroom"), self.format)
         return wanted
 
-    def _one(self, work: Work, target: Tensor, scale: str | float | Tensor | None) -> Solved:
+    def _one(self, work: Work, target: Tensor, scale: Scale) -> Solved:
         parts, hessians = work.parts(target), work.hessians()
         # Each expert has a global scale of its own, as engines store it.
         scales = [self._global_scale([part]) for part in parts] if work.matrix.experts else [scale] * len(parts)
@@ -145,7 +181,7 @@ class Solver:
             record["objective"] = list(quantized.objective)
         return Solved(work.matrix, quantized, values, record)
 
-    def _quantize(self, method: str, part: Tensor, scale: str | float | Tensor | None, **given: Any) -> QuantizedTensor:
+    def _quantize(self, method: str, part: Tensor, scale: Scale, **given: Any) -> QuantizedTensor:
         settings: dict[str, Any] = self.config.method.settings if method == self.method.name else {}
         return quantize(
             part,

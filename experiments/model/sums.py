@@ -8,11 +8,13 @@ Both factors of a product contain √w, as in quantkit.calibration.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from experiments.model.ranks import Ranks
 from quantkit.calibration import GramAccumulator
 
 
@@ -48,6 +50,7 @@ class Sums:
     ) -> None:
         self._gram = GramAccumulator(in_features, device, groups=groups)
         leading = () if groups is None else (groups,)
+        self._device, self._shape = device, (*leading, in_features, in_features)
 
         def zeros(rows: int) -> Tensor:
             return torch.zeros(*leading, rows, in_features, dtype=torch.float32, device=device)
@@ -62,6 +65,30 @@ class Sums:
     @property
     def num_groups(self) -> int:
         return self._gram.groups or 1
+
+    @property
+    def tokens(self) -> int:
+        return self._gram.tokens
+
+    def add(self, own: Sums | None, source: int, ranks: Ranks) -> None:
+        """Adds the sums of a segment, which the process `source` has and the others do not."""
+        header = [0, 0] if own is None else [own.tokens, int(own.tokens > 0 and own.hessian.dtype == torch.float64)]
+        tokens, doubled = ranks.broadcast(torch.tensor(header, dtype=torch.int64, device=self._device), source).tolist()
+        if not tokens:
+            return
+        dtype = torch.float64 if doubled else torch.float32
+        self._gram.add(self._from(source, ranks, None if own is None else own.hessian, self._shape, dtype), tokens)
+        for name in ("shift", "residual"):
+            total = getattr(self, name)
+            if total is not None:
+                part = None if own is None else getattr(own, name)
+                total += self._from(source, ranks, part, total.shape, torch.float32)
+
+    def _from(self, source: int, ranks: Ranks, own: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The tensor of the process `source`."""
+        if own is None:
+            own = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        return ranks.broadcast(own, source)
 
     def update(self, inputs: Inputs, weights: Tensor | None = None) -> None:
         """weights: float32 [tokens, groups], or None for 1."""

@@ -5,7 +5,7 @@ advances the original stream. Then each step (steps.py) runs the layer on the qu
 steps before it quantized, sums over the inputs, and quantizes its own matrices. At last the quantized layer advances
 the quantized stream. calibrate=parallel has the original stream alone, and one pass for all steps. A method without
 Hessians needs no stream. In a step, parts of the layer whose output is final are not computed again: self_attn, say, is
-the product of o_proj with its kept input.
+the product of o_proj with its kept input. Several processes share the batches and the matrices (ranks.py).
 
 A layer that was finished before is read back, and advances both streams. So a continued walk gives the same bytes.
 """
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from experiments.capture.losses import LossPieces
 from experiments.config import LayerConfig
 from experiments.files import SourceError
-from experiments.model.checkpoint import CheckpointWriter, kept_tensors
+from experiments.model.checkpoint import kept_tensors
 from experiments.model.experts import ExpertSums, check_rows, expert_rows, routed_weights
 from experiments.model.layer import LayerRunner, Taps, replaced, swapped
+from experiments.model.ranks import Ranks, segment_of
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import Calibration, QuantizeConfig
+from experiments.model.shared_writer import SharedWriter
 from experiments.model.solve import Solved, Solver, Start, Work, mean_error
 from experiments.model.steps import Step, find_steps
 from experiments.model.sums import Inputs, Sums
@@ -39,6 +41,7 @@ from quantkit import QuantizedTensor
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # of a forward pass
 STORE_SHARE = 0.5  # of a GPU's free memory that stored hidden states may take; else they are on the CPU
 
+Stream = dict[int, Tensor]  # batch → hidden states, of the batches of this process
 Changed = dict[tuple[nn.Module, str], Tensor]
 Stored = dict[str, Tensor]  # module → its input in a batch
 AllSums = dict[str, Sums | ExpertSums]  # matrix → its sums
@@ -74,6 +77,7 @@ class Job:
     ids: Tensor
     loss: LossPieces | None
     start: Start | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class Walk:
@@ -83,14 +87,15 @@ class Walk:
     def __init__(
         self,
         job: Job,
-        writer: CheckpointWriter,
+        writer: SharedWriter,
         tell: Callable[[dict[str, Any]], None],
         tick: Callable[[float], None] = lambda share: None,
     ) -> None:
         self.job, self.writer, self.tell, self.tick = job, writer, tell, tick
         self.config, self.decoder = job.config, job.decoder
         self.device = job.decoder.device
-        self.solver = Solver(job.config, job.backend, job.start)
+        self.ranks = job.ranks
+        self.solver = Solver(job.config, job.backend, job.start, job.ranks)
         self.runner = LayerRunner(job.decoder)
         self.clock = Clock(self.device)
         calibrate = self.config.calibrate
@@ -99,10 +104,13 @@ class Walk:
         self.corrects = self.sequential and bool(calibrate.alpha or calibrate.residual_alpha)
         per_batch = max(1, BATCH_TOKENS[self.device.type] // job.ids.shape[1])
         self.batches = list(job.ids.split(per_batch)) if self.has_data else []
+        count = len(self.batches)
+        segments = segment_of(count - 1, count) + 1 if count else 0
+        self.own = [n for n in range(count) if self.ranks.source(segment_of(n, count), segments) == self.ranks.rank]
         self.few_tokens: dict[str, int] = {}  # expert's matrix → its tokens, in this layer
         self.share = 1.0  # of a layer's passes that one batch is
-        self.original: list[Tensor] = []
-        self.quantized: list[Tensor] = []
+        self.original: Stream = {}
+        self.quantized: Stream = {}
 
     def run(self) -> None:
         """Quantize and write every layer that is not finished."""
@@ -121,19 +129,19 @@ class Walk:
     def _start(self) -> None:
         """The streams that enter layer 0."""
         with self.clock.of("forward"):
-            hidden = [self.runner.embed(ids) for ids in self.batches]
-        store = self._store(hidden)
+            hidden = {number: self.runner.embed(self.batches[number]) for number in self.own}
+        store = self._store(list(hidden.values()))
         if self.corrects or not self.sequential:
-            self.original = [x.to(store) for x in hidden]
+            self.original = {number: x.to(store) for number, x in hidden.items()}
         if self.sequential:
-            self.quantized = [x.to(store) for x in hidden]
+            self.quantized = {number: x.to(store) for number, x in hidden.items()}
 
     def _store(self, hidden: Sequence[Tensor]) -> torch.device:
         """Where hidden states and a layer's inputs are kept between passes."""
         if self.device.type != "cuda" or not hidden:
             return torch.device("cpu")
         widths = {m.target.path: m.target.in_features for m in self.job.selection.layers[0]}
-        tokens, size = self.job.ids.numel(), hidden[0].element_size()
+        tokens, size = sum(x[..., 0].numel() for x in hidden), hidden[0].element_size()
         need = tokens * size * 2 * (hidden[0].shape[-1] + sum(widths.values()))
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.device if need < STORE_SHARE * free else torch.device("cpu")
@@ -153,7 +161,7 @@ class Walk:
         else:
             steps = find_steps(self.runner, index, matrices)
             passes = len(steps) + 1 + self.corrects if self.sequential else 1
-            self.share = 1 / (passes * len(self.batches))
+            self.share = 1 / (passes * max(1, len(self.own)))
             walk = self._sequential if self.sequential else self._parallel
             solved = walk(index, steps)
         with self.clock.of("write"):
@@ -163,9 +171,9 @@ class Walk:
 
     def _parallel(self, index: int, steps: Sequence[Step]) -> list[Solved]:
         """All steps from one pass of the original layer."""
-        sums = self._new_sums(steps)
         weights = self._weights(index, steps)
-        for number in range(len(self.batches)):
+
+        def sum_up(sums: AllSums, number: int) -> None:
             taps = Taps(_taps(steps))
             after = self._run(index, number, self.original, taps)
             with self.clock.of("sums"):
@@ -173,6 +181,8 @@ class Walk:
                     self._add(sums, step, taps, None, weights, number, {})
             assert after is not None
             self.original[number] = after.to(self.original[number].device)
+
+        sums = self._over_batches(steps, sum_up)
         return self._solve(index, [matrix for step in steps for matrix in step.matrices], sums)
 
     def _sequential(self, index: int, steps: Sequence[Step]) -> list[Solved]:
@@ -181,36 +191,59 @@ class Walk:
         solved: list[Solved] = []
         done = _Done(self.decoder.stack[index])
         for step in steps:
-            sums = self._new_sums([step])
             weights = self._weights(index, [step])
-            for number in range(len(self.batches)):
+
+            def sum_up(sums: AllSums, number: int, step: Step = step, weights: Any = weights) -> None:
                 taps = Taps(_taps([step]), step.tap)
                 with swapped(changed), done.skipped(number):
                     self._run(index, number, self.quantized, taps)
                 done.keep(number, step, taps, self.quantized[number].device)
                 with self.clock.of("sums"):
                     self._add(sums, step, taps, None if kept is None else kept[number], weights, number, changed)
-            found = self._solve(index, step.matrices, sums)
-            changed |= self._changed(found)
+
+            found = self._solve(index, step.matrices, self._over_batches([step], sum_up))
+            changed.update(self._changed(found))
             solved += found
             done.finish(step)
         self._advance(index, self.quantized, changed, done)
         return solved
 
-    def _keep_original(self, index: int, steps: Sequence[Step]) -> list[Stored]:
+    def _over_batches(self, steps: Sequence[Step], sum_up: Callable[[AllSums, int], None]) -> AllSums:
+        """The sums over all batches, by segments (ranks.py). sum_up: adds a batch of this process to sums."""
+        total, count, ranks = self._new_sums(steps), len(self.batches), self.ranks
+        segments = range(segment_of(count - 1, count) + 1)
+        parts: dict[int, AllSums] = {}
+        for segment in segments:
+            if ranks.source(segment, len(segments)) == ranks.rank:
+                parts[segment] = self._new_sums(steps)
+                for number in (number for number in self.own if segment_of(number, count) == segment):
+                    sum_up(parts[segment], number)
+                if ranks.size == 1:
+                    self._add_segment(total, parts.pop(segment), 0)
+        with self.clock.of("sums"):
+            for segment in segments if ranks.size > 1 else ():
+                self._add_segment(total, parts.pop(segment, None), ranks.source(segment, len(segments)))
+        return total
+
+    def _add_segment(self, total: AllSums, part: AllSums | None, source: int) -> None:
+        """part: of the process `source`."""
+        for name, sums in {id(sums): (name, sums) for name, sums in total.items()}.values():
+            sums.add(None if part is None else part[name], source, self.ranks)  # type: ignore[arg-type]
+
+    def _keep_original(self, index: int, steps: Sequence[Step]) -> dict[int, Stored]:
         """The inputs of the original layer's modules, for each batch; advances the original stream."""
-        kept = []
-        for number in range(len(self.batches)):
+        kept = {}
+        for number in self.own:
             taps = Taps(_taps(steps))
             store = self.original[number].device
             after = self._run(index, number, self.original, taps)
-            kept.append({path: call.input.to(store) for path, call in taps.calls.items()})
+            kept[number] = {path: call.input.to(store) for path, call in taps.calls.items()}
             assert after is not None
             self.original[number] = after.to(store)
         return kept
 
-    def _advance(self, index: int, stream: list[Tensor], changed: Changed, done: _Done | None = None) -> None:
-        for number in range(len(self.batches)):
+    def _advance(self, index: int, stream: Stream, changed: Changed, done: _Done | None = None) -> None:
+        for number in self.own:
             with swapped(changed), done.skipped(number) if done else nullcontext():
                 after = self._run(index, number, stream, None)
                 assert after is not None
@@ -218,8 +251,8 @@ class Walk:
 
     def _advance_finished(self, index: int) -> None:
         self.decoder.load_layer(index)
-        self.share = 1 / ((bool(self.original) + self.sequential) * len(self.batches))
-        if self.original:
+        self.share = 1 / (max(1, bool(self.original) + self.sequential) * max(1, len(self.own)))
+        if self.corrects or not self.sequential:
             self._advance(index, self.original, {})
         if self.sequential:
             matrices = {matrix.full_name: matrix for matrix in self.job.selection.layers[index]}
@@ -229,7 +262,7 @@ class Walk:
                 changed |= self._parameter(matrix, read[name].to(self.device).dequantize())
             self._advance(index, self.quantized, changed)
 
-    def _run(self, index: int, number: int, stream: Sequence[Tensor], taps: Taps | None) -> Tensor | None:
+    def _run(self, index: int, number: int, stream: Stream, taps: Taps | None) -> Tensor | None:
         with self.clock.of("forward"):
             after = self.runner.run(index, self.batches[number], stream[number].to(self.device), taps)
         self.tick(self.share)
@@ -357,7 +390,7 @@ class Walk:
             if isinstance(own, ExpertSums):
                 self.few_tokens |= {f"{matrix.full_name}.{e}": tokens for e, tokens in own.few().items()}
         with self.clock.of("solve"):
-            return self.solver.solve([Work(m, self._weight(m), sums.get(m.name)) for m in matrices])
+            return self.solver.solve([Work(m, self._weight, self.device, sums.get(m.name)) for m in matrices])
 
     def _weight(self, matrix: Matrix) -> Tensor:
         """[out_features, in_features] in the checkpoint's dtype, on the device."""
@@ -391,13 +424,17 @@ class Walk:
 
     def _hidden_error(self) -> float:
         """‖h_q − h‖ / ‖h‖ of the streams."""
-        error = norm = 0.0
-        for one, other in zip(self.quantized, self.original, strict=True):
-            error += float((one.float() - other.float()).square().sum(dtype=torch.float64))
-            norm += float(other.float().square().sum(dtype=torch.float64))
-        return (error / norm) ** 0.5 if norm else 0.0
+        energies = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for number in self.own:
+            one, other = self.quantized[number].float(), self.original[number].float()
+            energies[0] += (one - other).square().sum(dtype=torch.float64).to(self.device)
+            energies[1] += other.square().sum(dtype=torch.float64).to(self.device)
+        error, norm = self.ranks.total(energies).tolist()
+        return float((error / norm) ** 0.5) if norm else 0.0
 
     def _write(self, index: int, solved: Sequence[Solved], record: dict[str, Any]) -> None:
+        if not self.ranks.is_first:
+            return
         quantized: dict[str, QuantizedTensor] = {s.matrix.full_name: s.quantized.to("cpu") for s in solved}
         kept = kept_tensors(self.decoder, index, self.job.selection.names)
         transposed = [s.matrix.full_name for s in solved if s.matrix.target.transposed]

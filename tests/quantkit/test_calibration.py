@@ -200,3 +200,17 @@ def test_errors_of_weights() -> None:
         GramAccumulator(64, groups=2).update(x)
     with pytest.raises(ValueError, match="groups must be 1 or more, got 0"):
         GramAccumulator(64, groups=0)
+
+
+def test_a_sum_takes_another_accumulators_sum() -> None:
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    total, part = GramAccumulator(16), GramAccumulator(16)
+    total.update(x[:10])
+    part.update(x[10:])
+    want = total.gram + part.gram
+    total.add(part.gram, part.tokens)
+    assert torch.equal(total.gram, want) and total.tokens == 30
+    total.add(part.gram.double(), 20)
+    assert total.gram.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"gram must be \[16, 16\] like this sum, got float32 \[8, 8\]"):
+        total.add(torch.zeros(8, 8), 1)

@@ -44,13 +44,17 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "BATCH_TOKENS", {"cpu": 5 * SEQ_LEN})
 
 
-def composed(tiny: SimpleNamespace, output: Path, *overrides: str) -> Any:
-    values = (
+def overrides_for(tiny: SimpleNamespace, output: Path, *overrides: str) -> list[str]:
+    return [
         f"model.path={tiny.folder}", "model.dtype=float32", f"data.path={tiny.texts}", f"data.seq_len={SEQ_LEN}",
         f"data.samples={SEQUENCES}", f"cache.dir={tiny.cache}", f"output_dir={output}", "method=hessian", "device=cpu",
-    )  # fmt: skip
+        *overrides,
+    ]  # fmt: skip
+
+
+def composed(tiny: SimpleNamespace, output: Path, *overrides: str) -> Any:
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        return compose("quantize_model", overrides=[*values, *overrides])
+        return compose("quantize_model", overrides=overrides_for(tiny, output, *overrides))
 
 
 def run_for(tiny: SimpleNamespace, output: Path, *overrides: str) -> ModelRun:
