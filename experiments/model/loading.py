@@ -62,7 +62,12 @@ def _from_transformers(model: ModelConfig, dtype: str, device: str) -> Any:
     path = str(model.repo) if model.path is None else Path(model.path).expanduser()
     try:
         network, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **where
+            path,
+            dtype=getattr(torch, dtype),
+            experts_implementation="eager",  # as in sources/decoder.py; the fused ones are for bfloat16
+            trust_remote_code=False,
+            output_loading_info=True,
+            **where,
         )
     except ImportError as error:
         raise SourceError(f"{name} needs another package: {one_line(error)}") from None
