@@ -105,11 +105,13 @@ def evaluation_tables(records: Iterable[EvaluationRecord]) -> list[Table]:
 
 
 def evaluation_summary(records: Iterable[EvaluationRecord]) -> Table | None:
-    """The subject with the most rows, in five columns; None without records."""
+    """The subject with the most rows, each format's and method's best row, in five columns; None without records."""
     found = make_rows(records)
     if not found:
         return None
     subject, rows = max(found.items(), key=lambda item: len(item[1]))
+    best = {(row.format, row.block_size, row.runs[0].method or row.label): row for row in rows}  # in falling KL
+    rows = list(best.values())
     columns = {
         "Format": [_format(row) for row in rows],
         "Method": [row.label for row in rows],

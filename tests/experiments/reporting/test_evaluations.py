@@ -123,6 +123,8 @@ def test_the_summary_has_the_subject_with_the_most_rows() -> None:
     assert summary is not None and summary.title.startswith("tiny, all linear layers")
     assert list(summary.frame) == ["Format", "Method", "KL, nats a token", "Perplexity", "Same top token"]
     assert len(summary.frame) == 4
+    worse = evaluation_summary([*several(), make("gptq", 0.04, model="w", settings=SETTINGS | {"alpha": 1.0})])
+    assert worse is not None and worse.frame["KL, nats a token"].tolist() == summary.frame["KL, nats a token"].tolist()
     assert evaluation_summary([]) is None
 
 
@@ -177,6 +179,7 @@ def test_one_command_collects_and_one_rebuilds(root: Path, tmp_path: Path, capsy
     assert report.main([], root) == 0
     page = (root / "README.md").read_text()
     assert page.count("| NVFP4 16 |") == 6 and "KL to the model itself" in page
+    assert page.count('<img src="results/figures/kl_') == 1
     assert (root / "results/evaluations/model.csv").read_text().startswith("run_id,sweep,status,reason,model,label,")
     assert (root / "results" / "figures" / "kl_bits.png").exists()
     assert report.main(["--check"], root) == 0
