@@ -97,7 +97,7 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
 
 
 def _wrong_value(argument: str, key: str, schema: type) -> str | None:
-    """A message about a value of another type than the setting's; None for a sweep's values, and where Hydra says it."""
+    """A message about a value of another type than the setting's; None for a sweep's values, and what Hydra says."""
     if "${" in argument:
         return None  # what it refers to is Hydra's to find
     try:

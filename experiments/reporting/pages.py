@@ -4,7 +4,7 @@ A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED:
 
     NAME               every table of results/records/NAME.jsonl
     model              the evaluations of whole models, results/records/model.jsonl
-    model_summary      a figure and one table of them: the best row of each format and method
+    model_summary      one of their tables, in five columns: the best row of each format and method
     summary            one figure and one table of output errors, at the smallest block size
     published          the tables of results/published
     layers:NAME        its held-out errors, with a column for each layer
@@ -34,7 +34,7 @@ from experiments.reporting import ReportError
 from experiments.reporting.evaluations import NAME as MODEL
 from experiments.reporting.evaluations import evaluation_summary, evaluation_tables
 from experiments.reporting.figure_data import SETTINGS, Sources
-from experiments.reporting.figures import FIGURES, FOLDER, Plot
+from experiments.reporting.figures import FIGURES, FOLDER
 from experiments.reporting.pivots import by_layer, by_method
 from experiments.reporting.published import published_tables, read_published
 from experiments.reporting.scaling import scaling_tables
@@ -48,7 +48,6 @@ TABLES_PAGE = PAGES[1]  # where a new table belongs
 PUBLISHED = "published"
 SUMMARY = "summary"
 MODEL_SUMMARY = "model_summary"
-MODEL_FIGURES = ("kl_time", "kl_bits", "kl_position")  # for it: the first one that has data
 SUMMARY_FIGURE = "output_error"
 SUMMARY_WIDTH = 400  # of the picture, in pixels, so that picture, table and text fit on one screen
 OPTIMALITY = "optimality"  # its table has the results of verify
@@ -157,7 +156,8 @@ def _summary(page: str, material: Material) -> str:
         raise ReportError(f"{page} shows {SUMMARY}, but there are no such records: {plot.needs}")
     errors = ["weight_error", "output_error", "output_error_heldout"]
     runs = Sources(material.groups).runs("main", SETTINGS, errors[:2], also=errors[2:])
-    return f"{_picture(plot, page)}\n\n{summary_table(runs).markdown()}\n{plot.text(frame)}\n"
+    picture = f'<img src="{_figures_folder(page)}{plot.name}.png" alt="{plot.title}" width="{SUMMARY_WIDTH}">'
+    return f"{picture}\n\n{summary_table(runs).markdown()}\n{plot.text(frame)}\n"
 
 
 def _evaluations(name: str, page: str, material: Material) -> str:
@@ -166,15 +166,7 @@ def _evaluations(name: str, page: str, material: Material) -> str:
         raise ReportError(
             f"{page} shows {name}, but results/records/{MODEL}.jsonl has no evaluations; {HOW_TO_EVALUATE}"
         )
-    if name == MODEL:
-        return as_markdown(evaluation_tables(material.evaluations))
-    plots = {plot.name: plot for plot in FIGURES if len(material.frames[plot.name])}
-    plot = next(plots[figure] for figure in MODEL_FIGURES if figure in plots)
-    return f"{_picture(plot, page)}\n\n{summary.markdown()}\n{plot.text(material.frames[plot.name])}\n"
-
-
-def _picture(plot: Plot, page: str) -> str:
-    return f'<img src="{_figures_folder(page)}{plot.name}.png" alt="{plot.title}" width="{SUMMARY_WIDTH}">'
+    return summary.markdown() if name == MODEL_SUMMARY else as_markdown(evaluation_tables(material.evaluations))
 
 
 def _figure(name: str, page: str, material: Material) -> str:

@@ -179,7 +179,6 @@ def test_one_command_collects_and_one_rebuilds(root: Path, tmp_path: Path, capsy
     assert report.main([], root) == 0
     page = (root / "README.md").read_text()
     assert page.count("| NVFP4 16 |") == 6 and "KL to the model itself" in page
-    assert page.count('<img src="results/figures/kl_') == 1
     assert (root / "results/evaluations/model.csv").read_text().startswith("run_id,sweep,status,reason,model,label,")
     assert (root / "results" / "figures" / "kl_bits.png").exists()
     assert report.main(["--check"], root) == 0
