@@ -42,7 +42,14 @@ from experiments.sources.quantized import (
 )
 from quantkit import QuantizedTensor
 
-__all__ = ["CheckpointWriter", "QuantizedCheckpoint", "kept_tensors", "load_dequantized", "open_quantized"]
+__all__ = [
+    "CheckpointWriter",
+    "FolderLock",
+    "QuantizedCheckpoint",
+    "kept_tensors",
+    "load_dequantized",
+    "open_quantized",
+]
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +118,7 @@ class CheckpointWriter:
         self.replaced = self.folder.with_name(f".{self.folder.name}.replaced")
         self.shards: dict[str, Entry] = {}
         self.is_complete = False
-        self._lock = _Lock(self.folder)
+        self._lock = FolderLock(self.folder)
         with self._full_disk():
             self._lock.acquire()
             try:
@@ -355,8 +362,11 @@ class CheckpointWriter:
             ) from None
 
 
-class _Lock:
-    """An exclusive lock of a folder, in a file beside it. The system releases it when the process ends."""
+class FolderLock:
+    """A context in which no other process writes a folder; waits for one that does.
+
+    The lock is a file beside the folder. The system releases it when the process ends.
+    """
 
     def __init__(self, folder: Path) -> None:
         from filelock import FileLock
@@ -364,6 +374,13 @@ class _Lock:
         self.folder = folder
         self.path = folder.with_name(f".{folder.name}.lock")
         self.lock = FileLock(self.path)
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def acquire(self) -> None:
         from filelock import Timeout

@@ -21,6 +21,7 @@ from experiments.capture.store import save_tensors
 from experiments.files import SourceError, listing, write_atomically
 from experiments.model import gguf_file
 from experiments.model.card import About, card
+from experiments.model.checkpoint import FolderLock
 from experiments.model.exportable import check_whole_groups
 from experiments.model.selfcheck import Verdict, check_export
 from experiments.model.stored_names import left_out, linear_layers, skeleton, stored_matrices
@@ -43,20 +44,36 @@ def export(
     """Write `folder`, and return what the self-check found. force: write a finished export of this model again.
 
     Raises ValueError for what the layout cannot express, and SourceError for a folder with anything else in it, and for
-    an export that the self-check finds wrong.
+    an export that the self-check finds wrong. A second process that exports to the same folder waits for the first.
     """
     layout = get_layout(layout_name)
-    finished = read_verdict(folder)
-    if finished is not None and finished.identity == source.identity and finished.layout == layout.name:
-        if not force:
+    folder = folder.expanduser().resolve()
+    with FolderLock(folder):
+        finished = read_verdict(folder)
+        if finished is None or (finished.identity, finished.layout) != (source.identity, layout.name):
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                what = listing(folder) if folder.is_dir() else "a file"
+                raise SourceError(
+                    f"{folder} holds {what}, and no export of this model. Name another folder, or delete it."
+                )
+        elif not force:
+            for left in _beside(folder):  # of a forced export that was interrupted
+                shutil.rmtree(left, ignore_errors=True)
             return finished
-        shutil.rmtree(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = listing(folder) if folder.is_dir() else "a file"
-        raise SourceError(f"{folder} holds {what}, and no export of this model. Name another folder, or delete it.")
+        return _export(source, folder, layout, about or About())
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """The folder's names while it is unfinished, and when it is replaced."""
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
+
+
+def _export(source: QuantizedCheckpoint, folder: Path, layout: Layout, about: About) -> Verdict:
+    """Write the folder, in the place of an older one."""
     _refuse(source, layout)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = _beside(folder)
+    for left in (partial, replaced):
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     _write(source, partial, layout)
     verdict = check_export(partial, layout, source)
@@ -66,14 +83,15 @@ def export(
         raise SourceError(
             f"{partial} is not what was quantized: {'; '.join(verdict.problems[:3])}. It is not finished."
         )
-    write_atomically(partial / "README.md", card(source, verdict.to_dict(), about or About()))
+    write_atomically(partial / "README.md", card(source, verdict.to_dict(), about))
     write_atomically(partial / EXPORT_NAME, json.dumps(verdict.to_dict(), indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
         _sync(path)
     if folder.is_dir():
-        folder.rmdir()
+        folder.rename(replaced)
     partial.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return verdict
 
 

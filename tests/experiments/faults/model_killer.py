@@ -2,7 +2,8 @@
 
     python -m tests.experiments.faults.model_killer FOLDER MOMENTS SEED
 
-FOLDER has a tiny checkpoint in model/ and texts in text/. Each run quantizes the whole model, layer by layer.
+FOLDER has a tiny checkpoint in model/ and texts in text/. Each run quantizes the whole model, layer by layer, and
+exports it.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ from typing import Any
 from experiments import quantize_model  # noqa: F401  imported before the forks
 from experiments.capture import losses
 from experiments.config import REPO_ROOT
-from experiments.model import walk
+from experiments.model import export, walk
 from experiments.model.checkpoint import CheckpointWriter
 from experiments.model_record import ModelRecord
 from tests.experiments.faults.killer import TIMES, Victim, survive
 
 RUN = (
     *("format=nvfp4", "method=gptq", "hessian=loss", "model.dtype=float32", "data.seq_len=32", "data.samples=8"),
-    *("offline=never", "device=cpu", "sweep=killed"),
+    *("offline=never", "device=cpu", "sweep=killed", "export=modelopt"),
 )
 # Fields of a model's record that differ from run to run.
-VARYING = (*TIMES, "seconds", "resumed_layers", "peak_device_bytes", "folder", "checksum")
+VARYING = (*TIMES, "seconds", "resumed_layers", "peak_device_bytes", "checksum")
 PHASES: dict[str, tuple[Any, str]] = {
-    "backward pass": (losses._Pass, "run"),
     "layer": (walk.Walk, "_layer"),
+    "renaming": (CheckpointWriter, "_rename"),
+    "exporting": (export, "_write"),
+    "backward pass": (losses._Pass, "run"),
     "writing": (CheckpointWriter, "_write"),
     "finishing": (CheckpointWriter, "finish"),
-    "renaming": (CheckpointWriter, "_rename"),
+    "self-check": (export, "check_export"),
     "recording": (ModelRecord, "write"),
 }
 

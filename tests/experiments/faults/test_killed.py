@@ -56,7 +56,7 @@ MODEL_MOMENTS = size(3, 10)
 @pytest.mark.slow
 @pytest.mark.timeout(size(300, 1800))
 def test_a_killed_model_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    """Of the whole folder of a quantized model, and its record. No half-written folder and no lock is left."""
+    """Of the folders of a quantized model and its export, and its record. No half-written folder, no lock is left."""
     found = survivors("model_killer", tmp_path, MODEL_MOMENTS)
     assert found["runs"] == 1 and sum(found["killed"].values()) >= MODEL_MOMENTS * 4 // 5
     note("killed model", moments=MODEL_MOMENTS, kills=found["killed"], again=found["again"])

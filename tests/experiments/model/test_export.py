@@ -258,6 +258,43 @@ def test_killed_at_random_moments_and_started_again_it_has_the_same_bytes(made: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "timed"]
 
 
+def test_processes_that_export_to_one_folder_wait_for_each_other(made: Made, tmp_path: Path) -> None:
+    source, out = made.source("llama", "nvfp4"), tmp_path / "out"
+    children = []
+    for _ in range(3):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                logging.disable()
+                export(source, out, "modelopt")
+                status = 0
+            finally:
+                os._exit(status)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert contents(out) == contents(made.folder("llama", "nvfp4", "modelopt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_forced_export_that_is_interrupted_leaves_the_old_one(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = made.source("llama", "nvfp4"), tmp_path / "out"
+    export(source, out, "modelopt")
+    wanted = contents(out)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "check_export", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(source, out, "modelopt", force=True)
+    assert contents(out) == wanted
+    export(source, out, "modelopt", force=True)
+    assert contents(out) == wanted and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
