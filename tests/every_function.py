@@ -287,6 +287,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "run of a model", partial(run, tiny)
     yield "run by the loss", partial(run, dataclasses.replace(tiny, hessian=loss))
     yield "run of seeded numbers", partial(run, seeded)
+    yield "run of a whole layer", partial(run, dataclasses.replace(seeded, method=c.MethodConfig("gptq")))
     yield "whole model", partial(quantize_whole, folder, tiny)
     yield "experts of a whole model", sum_experts
     yield "fewer tokens", lambda: limit_calibration(load_layer_inputs(resolve(tiny)), 40, 32, 0).gram_calibration
