@@ -58,8 +58,18 @@ class CalibrateConfig:
     alpha: float = 0.5  # share of the inputs' error that a layer's target corrects
     residual_alpha: float = 0.5  # the same of the residual stream's error, in layers that write to it
     min_tokens: int = 128  # an expert with fewer tokens has the experts' shared Hessian mixed in
+    damping: float | None = None  # of the corrections of targets; null: the method's
+    weight_exponent: float = 1.0  # of the tokens' loss weights; below 1, the largest weigh less
 
     def __post_init__(self) -> None:
+        require(
+            self.damping is None or 0 < self.damping <= 1,
+            f"calibrate.damping={self.damping}: use above 0 and at most 1, or null for the method's.",
+        )
+        require(
+            0 <= self.weight_exponent <= 1,
+            f"calibrate.weight_exponent={self.weight_exponent}: use 0 (all tokens weigh the same) to 1.",
+        )
         for name in ("alpha", "residual_alpha"):
             value = getattr(self, name)
             require(math.isfinite(value) and 0 <= value <= 1, f"calibrate.{name}={value}: use 0 to 1.")

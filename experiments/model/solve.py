@@ -135,7 +135,8 @@ class Solver:
     def _target(self, work: Work) -> Tensor:
         if work.sums is None:
             return work.weight.float()
-        calibrate, damping = self.config.calibrate, self.config.method.damping or DAMPING
+        calibrate = self.config.calibrate
+        damping = calibrate.damping or self.config.method.damping or DAMPING
         targets, first = [], 0
         for number, rows in enumerate(work.parts(work.weight)):
             hessian, shift, residual = work.sums.of_group(number)

@@ -44,6 +44,6 @@ def corrected(
     factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping, dtype=torch.float64))
     if int(failed):
         raise ValueError(
-            f"the Hessian of a layer's inputs is not positive definite with damping={damping:g}; raise method.damping"
+            f"the Hessian of a layer's inputs is not positive definite at damping={damping:g}; raise calibrate.damping"
         )
     return weight + torch.cholesky_solve(change.double().T, factor).T.float()

@@ -314,6 +314,7 @@ class Walk:
         for matrix in (matrix for step in steps for matrix in step.matrices):
             name = matrix.target.path if matrix.experts else matrix.name
             own = self.job.loss.of(LayerConfig(index, name)).to(self.device)
+            own = own**self.config.calibrate.weight_exponent
             weights[matrix.name] = own / own.mean().clamp(min=torch.finfo(torch.float32).tiny)
         return weights
 

@@ -64,12 +64,19 @@ def test_defaults_of_a_whole_model() -> None:
     assert (config.model.name, config.data.name, config.format.name) == ("qwen3_4b", "wikitext2", "nvfp4")
     assert (config.calibrate.mode, config.hessian.weighting) == ("sequential", "loss")
     assert (config.calibrate.alpha, config.calibrate.residual_alpha) == (0.5, 0.5)
+    assert (config.calibrate.damping, config.calibrate.weight_exponent) == (None, 1.0)
     parallel = compose_model(["calibrate=parallel"]).calibrate
     assert (parallel.mode, parallel.alpha, parallel.residual_alpha) == ("parallel", 0, 0)
 
 
 def test_the_paper_never_takes_a_twin() -> None:
     assert compose(["experiment=paper"]).offline == "never"
+
+
+@pytest.mark.parametrize("value", ["damping=0", "damping=1.5", "weight_exponent=-0.1", "weight_exponent=2"])
+def test_options_of_targets_and_weights_have_a_range(value: str) -> None:
+    with pytest.raises(Exception, match=rf"calibrate\.{value}"):
+        compose_model([f"calibrate.{value}"])
 
 
 @pytest.mark.parametrize(

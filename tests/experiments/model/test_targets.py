@@ -92,5 +92,5 @@ def test_full_correction_fits_the_outputs() -> None:
 def test_an_indefinite_hessian_is_refused() -> None:
     indefinite = torch.eye(K)
     indefinite[0, 0] = -1
-    with pytest.raises(ValueError, match=r"not positive definite with damping=0.01; raise method\.damping"):
+    with pytest.raises(ValueError, match=r"not positive definite at damping=0.01; raise calibrate\.damping"):
         corrected(normal(N, K, seed=5), indefinite, torch.eye(K), None, 1.0, 0.0, 0.01)

@@ -113,12 +113,20 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("hessian", ["output", "loss"])
+@pytest.mark.parametrize(
+    ("hessian", "exponent", "damping"), [("output", 1, None), ("loss", 1, None), ("loss", 0.7, 0.05)]
+)
 def test_targets_are_those_of_the_quantized_models_own_inputs(
-    tiny: SimpleNamespace, tmp_path: Path, hessian: str, monkeypatch: pytest.MonkeyPatch
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    hessian: str,
+    exponent: float,
+    damping: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The finished model has, at each matrix, the inputs that the matrix was quantized for."""
-    run = run_for(tiny, tmp_path, f"hessian={hessian}")
+    options = [f"calibrate.weight_exponent={exponent}", f"calibrate.damping={'null' if damping is None else damping}"]
+    run = run_for(tiny, tmp_path, f"hessian={hessian}", *options)
     with watched(monkeypatch) as seen:
         quantize_model(run, Listener())
     model = load_dequantized(run.folder, torch.float32)
@@ -131,13 +139,14 @@ def test_targets_are_those_of_the_quantized_models_own_inputs(
         work, target = seen[path]
         w = torch.ones(TOKENS, dtype=torch.float64)
         if hessian == "loss":
-            w = load_loss_weights(run.resolved, LayerConfig(2, name))[:, 0].double()
+            w = load_loss_weights(run.resolved, LayerConfig(2, name))[:, 0].double() ** exponent
             w /= w.mean()
         h = (w[:, None] * x_q[path]).T @ x_q[path]
         assert work.sums is not None
         close(work.sums.of_group(0)[0], h)
         weight = tiny.model.get_submodule(path).weight.detach().double()
-        inverse = torch.linalg.inv(h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
+        delta = (damping or 0.01) * h.diagonal().mean()
+        inverse = torch.linalg.inv(h + delta * torch.eye(len(h), dtype=torch.float64))
         want = weight + 0.5 * weight @ ((w[:, None] * (x[path] - x_q[path])).T @ x_q[path]) @ inverse
         if name in norms:
             norm = f"{layer}.{norms[name]}"
