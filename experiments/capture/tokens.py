@@ -65,14 +65,18 @@ def token_sequences(config: Config, tokenize: Tokenize) -> Sequences:
     return chosen
 
 
-def evaluated_sequences(config: Config, text: Text, tokenize: Tokenize) -> tuple[Tensor, list[int], int]:
+def evaluated_sequences(
+    config: Config, text: Text, tokenize: Tokenize, order: str = "shuffled"
+) -> tuple[Tensor, list[int], int]:
     """(ids [sequences, seq_len], their numbers in the text, the number of sequences there): data.samples of them.
 
-    They are the last ones of the seeded shuffle, because calibration takes the first ones. Raises SourceError for a
-    text that is too short.
+    They are the last ones of the seeded shuffle, because calibration takes the first ones; or, order="first", those at
+    the beginning of the text. Raises SourceError for a text that is too short.
     """
     available = _cut(tokenize(_plain(text, config)), config, text.split)
-    chosen = sorted(shuffled(len(available), config.seed)[-config.data.samples :])
+    count = len(available)
+    chosen = list(range(count)) if order == "first" else shuffled(count, config.seed)[::-1]
+    chosen = sorted(chosen[: config.data.samples])
     return available[chosen], chosen, len(available)
 
 

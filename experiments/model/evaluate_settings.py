@@ -42,6 +42,7 @@ from experiments.sources.models import model_name
 EVALUATION_VERSION = 1  # part of every evaluation's identity: raise it when the same configuration gives other numbers
 PROTOCOLS = ("all", "llama_cpp")
 UNITS = ("linear", "decoder")
+ORDERS = ("shuffled", "first")
 READERS = ("quantkit", "transformers")
 BASE_MODEL = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # of a model card
 
@@ -59,6 +60,7 @@ class EvaluateConfig:
     layers: bool = False  # also the KL with one layer quantized at a time
     layers_by: str = "linear"
     layers_samples: int = 8
+    order: str = "shuffled"
     reader: str = "quantkit"  # of codes: quantkit, or transformers as engines' users get them
     label: str | None = None
 
@@ -66,6 +68,7 @@ class EvaluateConfig:
         require(self.dtype in DTYPES, f"evaluate.dtype={self.dtype}: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
         require(self.protocol in PROTOCOLS, f"evaluate.protocol={self.protocol}: use {' or '.join(PROTOCOLS)}.")
         require(self.layers_by in UNITS, f"evaluate.layers_by={self.layers_by}: use {' or '.join(UNITS)}.")
+        require(self.order in ORDERS, f"evaluate.order={self.order}: use {' or '.join(ORDERS)}.")
         require(self.reader in READERS, f"evaluate.reader={self.reader}: use {' or '.join(READERS)}.")
         require(self.resamples >= 100, f"evaluate.resamples={self.resamples}: use 100 or more, 2000 for a report.")
         require(self.layers_samples > 0, f"evaluate.layers_samples={self.layers_samples}: must be positive.")
@@ -212,6 +215,8 @@ def result_settings(config: EvaluationConfig, device: str) -> dict[str, Any]:
     """The part of a configuration that determines the result, as plain JSON values; without the models."""
     values: dict[str, Any] = {"version": EVALUATION_VERSION, "seed": config.seed, "device": device.partition(":")[0]}
     evaluate = {name: value for name, value in asdict(config.evaluate).items() if name != "batch_tokens"}
+    if config.evaluate.order == "shuffled":
+        del evaluate["order"]
     if not config.evaluate.layers:
         evaluate = {name: value for name, value in evaluate.items() if not name.startswith("layers")}
     data = config.data

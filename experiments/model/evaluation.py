@@ -123,7 +123,7 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
         "reference_origin": resolved.reference.origin,
         "data": resolved.text.name,
         "data_hash": resolved.text.sha256,
-        "data_split": resolved.text.split,
+        "data_split": resolved.text.split + (", from its beginning" if config.evaluate.order == "first" else ""),
         "substituted": resolved.substituted,
         "seq_len": config.data.seq_len,
         "protocol": config.evaluate.protocol,
@@ -242,7 +242,9 @@ def token_ids(resolved: ResolvedEvaluation) -> tuple[Any, int | None]:
     used = tokenize or own
     if used is None:
         raise SourceError(f"neither {resolved.reference.label} nor {resolved.label} has a tokenizer. Copy it there.")
-    ids, chosen, count = evaluated_sequences(as_run(config, resolved.reference), resolved.text, used)
+    ids, chosen, count = evaluated_sequences(
+        as_run(config, resolved.reference), resolved.text, used, config.evaluate.order
+    )
     if tokenize is not None and own is not None:
         sample = resolved.text.read()[:20000]
         if tokenize(sample) != own(sample):

@@ -374,3 +374,16 @@ def test_an_export_lost_what_its_source_lost(pair: SimpleNamespace, tmp_path: Pa
             for c in (asked, by_transformers)
         ]
         assert evaluate(half[0]).kl_mean == evaluate(half[1]).kl_mean
+
+
+def test_the_first_sequences_of_a_text(pair: SimpleNamespace, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    record = evaluate(evaluation(pair, tmp_path, evaluate__order="first", data__samples=3))
+    assert record.data_split == "train, from its beginning"
+    text = (pair.texts / "train.txt").read_text()
+    ids = AutoTokenizer.from_pretrained(pair.folder)(text, add_special_tokens=False)["input_ids"][: 3 * 32]
+    with torch.no_grad():
+        log = pair.model(torch.tensor(ids).view(3, 32)).logits[:, :-1].log_softmax(-1)
+    labels = torch.tensor(ids).view(3, 32)[:, 1:, None]
+    assert record.reference_ppl == pytest.approx(float((-log.gather(-1, labels).mean()).exp()), rel=1e-4)
