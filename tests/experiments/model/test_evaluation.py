@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from experiments import evaluate as door
-from experiments.config import REPO_ROOT, TrackingConfig, compose_as
+from experiments import quantize_model
+from experiments.config import CONF_DIR, REPO_ROOT, TrackingConfig, compose_as
 from experiments.evaluate import evaluate
 from experiments.evaluation_record import EvaluationRecord
 from experiments.model import comparing, reference
@@ -24,7 +26,6 @@ from experiments.model.evaluate_settings import EvaluationConfig
 from experiments.model.export import export
 from experiments.model.job import resolve_model
 from experiments.model.settings import QuantizeConfig
-from experiments.quantize_model import ModelConsole, quantize_and_record
 from experiments.record import read_record_of
 from tests.experiments.model.conftest import evaluation, write_quantized
 from tests.experiments.model.exported import quantized
@@ -334,7 +335,8 @@ def test_quantkits_own_folder_says_what_it_is(
         *("hessian=output", "device=cpu"),
     ]
     made = resolve_model(compose_as("quantize_model", QuantizeConfig, values))
-    assert quantize_and_record(made, ModelConsole()).status == "ok"
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        quantize_model.run(compose("quantize_model", overrides=values), quantize_model.ModelConsole())
     asked = evaluation(pair, tmp_path, model__path=str(made.run_dir))  # of the run, which holds the model's folder
     record = evaluate(asked)
     assert (record.model, record.format, record.block_size, record.method) == (made.run_id, "nvfp4", 16, "sse")
