@@ -397,6 +397,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 def quantize_whole(folder: Path, tiny: Any) -> object:
     """Two layers of a whole tiny model, by the loss and sequentially, and what it becomes."""
     from experiments import config as c
+    from experiments.capture import losses
     from experiments.model import job, ranks, settings
 
     config = settings.QuantizeConfig(
@@ -408,6 +409,7 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     config.model = dataclasses.replace(config.model, include=["*.0.self_attn.o_proj", "*.1.mlp.*_proj"])
     job.refuse_layer_bundle(config)
     run = job.resolve_model(config)
+    losses.compute_share(run.resolved, 0, 2)
     assert ranks.started().device("cpu") == "cpu"
     fields = job.quantize_model(run, job.Listener())
     better = job.resolve_model(dataclasses.replace(config, method=c.MethodConfig("descent"), init=str(run.folder)))
@@ -424,6 +426,7 @@ def sum_experts() -> object:
 
     from experiments.model import experts
     from experiments.model.layer import Call
+    from experiments.model.ranks import Ranks
     from experiments.model.sums import Inputs
     from experiments.sources.modules import fused_experts
 
@@ -442,6 +445,7 @@ def sum_experts() -> object:
     sums = experts.ExpertSums(4, 16, torch.device("cpu"), 2, weighted=True)
     for expert in range(sums.num_groups):
         sums.update(expert, Inputs(rows[expert]), own[expert])
+    sums.add(sums, 0, Ranks())
     return rows, own, sums.few(), [sums.of_group(expert)[0] for expert in range(4)]
 
 

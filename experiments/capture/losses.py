@@ -4,6 +4,7 @@ The files in their folder:
 weights-00000.safetensors …  layer_name → [tokens, groups] float32, whole sequences, PIECE_TOKENS tokens per piece
 manifest.json                model and settings, with the sha256 of every piece; written last
 capture.json                 the finished pieces, until the manifest lists them
+weights-00000.json …         a finished piece of one of several processes, until the manifest lists it
 
 Only calibration sequences are used. An interrupted pass continues at the first missing piece. A damaged piece is
 computed again, with the same bytes. Of two processes that need the same weights, one computes them. Memory holds one
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 PIECE_TOKENS = 1 << 15
 BATCH_TOKENS = 1024  # a batch keeps the activations of all layers for the backward pass
 LOGIT_BYTES = 1 << 28  # size limit of a batch's logits
+SHARE_SUFFIX = ".json"  # of a piece's entry, until the journal has it
 GRAPH_BYTES = 4 << 30  # a batch's activations beyond this are computed again in the backward pass, layer by layer
 
 
@@ -84,6 +87,17 @@ def open_loss_weights(resolved: Resolved) -> LossPieces:
             with writing(resolved.config.cache.folder):
                 pieces = _Pass(resolved, folder).run()
     return LossPieces(tuple(folder / name for name in sorted(pieces)), resolved.config.model.label)
+
+
+def compute_share(resolved: Resolved, process: int, processes: int) -> None:
+    """Compute this process's part of the pieces that the cache lacks, one in `processes`.
+
+    When every process has done so, open_loss_weights computes nothing. A piece has the same bytes whoever makes it.
+    """
+    folder = losses_folder(resolved.config, resolved.sources)
+    if _complete(folder) is None:
+        with writing(resolved.config.cache.folder):
+            _Pass(resolved, folder).run_share(process, processes)
 
 
 @dataclass(frozen=True)
@@ -157,11 +171,26 @@ class _Pass:
             print(f"Computing the loss weights of all layers of {name}: {total} sequences", flush=True)
         pieces: dict[str, Entry] = {}
         with ticking(tqdm(total=total, desc=f"loss weights {name}", bar_format=BAR, disable=None)) as bar:
-            for first in range(0, total, self.piece):
-                file = f"weights-{first // self.piece:05d}.safetensors"
+            for file, first in self._files().items():
                 pieces[file] = self._piece(file, first, bar)
+                write_sealed(self.folder / JOURNAL_NAME, {"pieces": self.finished})
         self._finish(pieces)
         return pieces
+
+    def run_share(self, process: int, processes: int) -> None:
+        """Compute a part of the pieces, each with its entry beside it. The journal stays as it is."""
+        from tqdm import tqdm
+
+        files = list(self._files().items())[process::processes]
+        with ticking(tqdm(total=len(self.ids) // processes, bar_format=BAR, disable=True if process else None)) as bar:
+            for file, first in files:
+                entry = self._piece(file, first, bar)
+                write_sealed((self.folder / file).with_suffix(SHARE_SUFFIX), entry)
+
+    def _files(self) -> dict[str, int]:
+        """Name of each piece → its first sequence."""
+        starts = range(0, len(self.ids), self.piece)
+        return {f"weights-{first // self.piece:05d}.safetensors": first for first in starts}
 
     def _piece(self, file: str, first: int, bar: Any) -> Entry:
         count = min(self.piece, len(self.ids) - first)
@@ -175,7 +204,6 @@ class _Pass:
         tensors = {name: torch.cat([batch[name] for batch in batches]) for name in names}
         entry = about | save_tensors(self.folder / file, tensors)
         self.finished[file] = entry
-        write_sealed(self.folder / JOURNAL_NAME, {"pieces": self.finished})
         return entry
 
     def _weights(self, first: int, bar: Any) -> dict[str, Tensor]:
@@ -211,9 +239,24 @@ class _Pass:
         }
         write_sealed(self.folder / JOURNAL_NAME, manifest)
         os.replace(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)  # so that none of the two is left over
+        for file in pieces:
+            (self.folder / file).with_suffix(SHARE_SUFFIX).unlink(missing_ok=True)
 
 
 def _finished_before(folder: Path) -> dict[str, Entry]:
+    return _in_journal(folder) | _shared(folder)
+
+
+def _shared(folder: Path) -> dict[str, Entry]:
+    """The pieces of compute_share."""
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob(f"weights-*{SHARE_SUFFIX}")):
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            entries[path.with_suffix(".safetensors").name] = dict(read_sealed(path))
+    return entries
+
+
+def _in_journal(folder: Path) -> dict[str, Entry]:
     for name in (JOURNAL_NAME, MANIFEST_NAME):
         try:
             return dict(read_sealed(folder / name)["pieces"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from experiments.capture.losses import LossPieces, loss_bytes, open_loss_weights
+from experiments.capture.losses import LossPieces, compute_share, loss_bytes, open_loss_weights
 from experiments.capture.progress import waiting
 from experiments.capture.tokens import Sequences, token_sequences
 from experiments.config import HessianConfig, Weighting, config_hash
@@ -210,12 +210,15 @@ def _job(
 
 
 def _loss(run: ModelRun, ranks: Ranks) -> LossPieces | None:
-    """The loss weights, if the method needs Hessians and hessian=loss. The first process computes them."""
+    """The loss weights, if the method needs Hessians and hessian=loss. All processes compute them together."""
     config = run.config
     if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
         return None
-    if not ranks.is_first:
+    if ranks.size > 1:
+        compute_share(run.resolved, ranks.rank, ranks.size)
         ranks.wait()
+    if not ranks.is_first:
+        ranks.wait()  # until the first one has listed the pieces
     loss = open_loss_weights(run.resolved)
     if ranks.is_first:
         ranks.wait()

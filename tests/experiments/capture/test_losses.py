@@ -147,6 +147,28 @@ def test_labels_are_drawn_by_cumulative_probability() -> None:
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.25, 0.25]), rtol=0, atol=0.03)  # four sigma
 
 
+def test_processes_compute_pieces_of_the_same_bytes(
+    tiny: SimpleNamespace, batches: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, shared = (config_for(tiny, cache__dir=str(tmp_path / name)) for name in ("whole", "shared"))
+    load_weighted(whole)
+    batches.clear()
+    for process, own in ((1, 2), (0, 4)):  # of three pieces with two batches each
+        losses.compute_share(resolve(shared), process, 2)
+        assert len(batches) == own
+        batches.clear()
+    forget(monkeypatch)
+    load_weighted(shared)
+    assert not batches
+    folders = [folder_of(config) for config in (whole, shared)]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    for path in folders[0].glob("*.safetensors"):
+        assert (folders[1] / path.name).read_bytes() == path.read_bytes()
+    losses.compute_share(resolve(shared), 0, 2)
+    assert not batches
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_layers_that_are_computed_again_give_the_same_bits(
     tiny: SimpleNamespace, tmp_path: Path, samples: int, monkeypatch: pytest.MonkeyPatch
