@@ -49,9 +49,9 @@ run: $(READY)  ## quantize a layer: 2 formats x 3 methods, then print the tables
 	exit $$status
 
 # Calibration and evaluation take different sequences of the text: the first and the last ones of a seeded shuffle.
-model: $(READY)  ## quantize a whole model (the offline twin), then its KL to the original; settings may follow, as in make model method=descent
+model: $(READY)  ## quantize a whole model (the offline twin), export it, then its KL to the original; settings may follow, as in make model method=descent
 	@$(BIN)/python experiments/quantize_model.py $(call unless_given,model,smollm2_135m) $(call unless_given,data,python_docs) \
-	    $(call unless_given,data.samples,64) $(SETTINGS) $(ARGS)
+	    $(call unless_given,data.samples,64) $(call unless_given,export,compressed_tensors) $(SETTINGS) $(ARGS)
 	@$(BIN)/python experiments/evaluate.py model.path=$(or $(call given,output_dir),results/models)/latest/model \
 	    reference=$(or $(call given,model),smollm2_135m) data=$(or $(call given,data),python_docs) data.split=train \
 	    data.samples=64 tracking=none

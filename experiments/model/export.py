@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,21 @@ def _refuse(source: QuantizedCheckpoint, layout: Layout) -> None:
     if layout.name == "gguf":
         gguf_file.refuse(source)
         return
-    quantized = {name: source.quantized(name) for name in source.names}
-    for kind in {(q.format, q.block_size) for q in quantized.values()}:
-        layout.check(*kind)
-    if layout.shared_scales:
-        check_fused(quantized)
     model = skeleton(source.folder)
     check_whole_groups(layout, source.names, linear_layers(model))
-    for name, weight in quantized.items():
-        _tensors(layout, model, name, weight)
+    scales: dict[str, QuantizedTensor] = {}
+    for name in source.names:
+        quantized = source.quantized(name)
+        layout.check(quantized.format, quantized.block_size)
+        _tensors(layout, model, name, quantized)
+        scales[name] = _without_codes(quantized)
+    if layout.shared_scales:
+        check_fused(scales)
+
+
+def _without_codes(quantized: QuantizedTensor) -> QuantizedTensor:
+    """Its global scale without its codes, so that memory holds those of one weight."""
+    return replace(quantized, codes=quantized.codes[:0].clone(), scales=quantized.scales[:0].clone())
 
 
 def _write(source: QuantizedCheckpoint, folder: Path, layout: Layout) -> None:

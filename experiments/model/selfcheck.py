@@ -34,7 +34,7 @@ from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit import QuantizedTensor
 from quantkit.layouts import Layout, fused_groups
 
-WHOLE_BYTES = 8 << 30  # a larger folder is not loaded whole by transformers
+WHOLE_BYTES = 4 << 30  # a larger folder is not loaded whole by transformers
 LISTED = 3  # names in a message
 EXPERTS_DEFECT = (
     "transformers {version} loads the nvfp4 weights of experts without their global scale (huggingface/transformers "
