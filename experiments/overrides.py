@@ -103,7 +103,9 @@ def _wrong_value(argument: str, key: str, schema: type) -> str | None:
     try:
         parsed = OverridesParser.create().parse_override(argument)
         if not parsed.is_sweep_override():
-            OmegaConf.update(OmegaConf.structured(schema), key, parsed.value(), force_add=False)
+            group, dot, name = key.partition(".")  # a group of its own, because the schema's groups have no value yet
+            where = get_type_hints(schema)[group] if dot else schema
+            OmegaConf.update(OmegaConf.structured(where), name or key, parsed.value(), force_add=False)
     except HydraException:
         return None
     except OmegaConfBaseException as error:

@@ -76,6 +76,28 @@ def test_every_setting_and_choice_is_known(schema: type) -> None:
         assert mistake([f"{group}={','.join(_choices(group))}"], schema) is None
 
 
+@pytest.mark.parametrize("schema", [Config, QuantizeConfig])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "model.dtype=float32",
+        "model.path=/a/b",
+        "method.sweeps=2",
+        "data.heldout=0",
+        "data.samples=8,16",
+        "block_size=32",
+    ],
+)
+def test_a_right_value_in_a_group_is_no_mistake(argument: str, schema: type) -> None:
+    """The groups of a schema have no value before Hydra composes them."""
+    assert mistake([argument], schema) is None
+
+
+@pytest.mark.parametrize("argument", ["method.sweeps=x", "data.samples=x", "data.heldout=x"])
+def test_a_wrong_value_in_a_group_is_told(argument: str) -> None:
+    assert f"{argument}: Value 'x' of type 'str' could not be converted" in str(mistake([argument]))
+
+
 def test_every_folder_of_choices_belongs_to_a_script() -> None:
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "experiment"}
     assert groups == set().union(*(_settings(schema) for schema in SCHEMAS)) - {""}
