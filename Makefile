@@ -58,7 +58,7 @@ model: $(READY)  ## quantize a whole model (the offline twin), export it, then i
 
 # Quick experiments come first. An interrupted sweep continues where it stopped.
 EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers optimality timing \
-	layer_methods layer_global_scale damping sweeps layer_calibration layer_time scale_grids
+	layer_methods layer_global_scale damping sweeps layer_calibration scale_grids
 
 paper: $(READY)  ## run every experiment, collect its records, rebuild the report; can be resumed
 	@status=0; \

@@ -28,7 +28,7 @@ BENCH = Path("results/bench")  # timings of kernels on GPUs, one CSV file per de
 # The files of results/records from which figures are made.
 FIGURE_RECORDS = (
     *("main", "block_size", "scale_distance", "layers", "calibration_size", "global_scale", "timing"),
-    *("layer_time", "layer_calibration", "scale_grids"),
+    *("layer_calibration", "scale_grids"),
 )
 SETTINGS = ("format", "block_size", "method")
 # The common properties of a figure's lines, except for those that the figure compares.
@@ -56,6 +56,7 @@ class Sources:
     one_block: dict[str, Any] | None = None
     bench: pd.DataFrame | None = None
     evaluations: Sequence[EvaluationRecord] = ()  # of whole models
+    gram_bench: pd.DataFrame | None = None  # of bench.py --gram
 
     @classmethod
     def read(
@@ -63,12 +64,12 @@ class Sources:
     ) -> Sources:
         path = root / ONE_BLOCK
         one_block = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        frames = [
-            pd.read_csv(path, keep_default_na=False, na_values=[""])
-            for path in sorted((root / BENCH).glob("*.csv"))
-            if not path.stem.endswith("gram")  # bench.py --gram: other inputs, a table of its own
-        ]
-        return cls(records, one_block, pd.concat(frames, ignore_index=True) if frames else None, evaluations)
+        frames: dict[bool, list[pd.DataFrame]] = {False: [], True: []}  # whether by bench.py --gram, with other inputs
+        for path in sorted((root / BENCH).glob("*.csv")):
+            frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+            frames[path.stem.endswith("gram")].append(frame)
+        bench, gram = (pd.concat(found, ignore_index=True) if found else None for found in frames.values())
+        return cls(records, one_block, bench, evaluations, gram)
 
     def runs(
         self, name: str, by: Sequence[str], values: Sequence[str], also: Sequence[str] = (), free: Sequence[str] = ()
@@ -208,12 +209,23 @@ def global_scale(sources: Sources) -> pd.DataFrame:
     return sources.runs("global_scale", by, ["weight_error"], free=["data_hash"])
 
 
-def layer_time(sources: Sources) -> pd.DataFrame:
-    """Held-out error and time of a call of every method on one device. Times, `ms_…`, are milliseconds."""
-    times = {"time_ms_median": "ms_median", "time_ms_p20": "ms_20", "time_ms_p80": "ms_80"}
-    matrix = {"out_features": "rows", "in_features": "columns", "weight_dtype": "dtype", "time_device": "device"}
-    runs = sources.runs("layer_time", SETTINGS, [*times, "output_error_heldout"], also=list(matrix))
-    return runs.rename(columns=times | matrix)
+def gram_time(sources: Sources) -> pd.DataFrame:
+    """GPU time and output error of every method and of the peers' GPTQ on one Gram matrix, from bench.py --gram.
+
+    Columns: tool, method, ms_median, ms_20, ms_80, output_error, format, block_size, MATRIX, commit. Device, matrix and
+    format are those with the most lines, and among equals the last.
+    """
+    columns = ["tool", "method", "ms_median", "ms_20", "ms_80", "output_error"]
+    columns += ["format", "block_size", *MATRIX, "commit"]
+    if sources.gram_bench is None:
+        return pd.DataFrame(columns=columns)
+    lines = sources.gram_bench.dropna(subset=["output_error", "gpu_us_median"]).rename(columns={"operation": "method"})
+    if lines.empty:
+        return pd.DataFrame(columns=columns)
+    groups = [group for _, group in lines.groupby([*MATRIX, "format", "block_size"], sort=False)]
+    found = max(reversed(groups), key=len).astype({name: int for name in ("block_size", "rows", "columns")})
+    times = {f"ms_{name}": found[f"gpu_us_{name}"] / 1e3 for name in ("median", "20", "80")}
+    return found.assign(**times, output_error=found["output_error"] / 100)[columns].reset_index(drop=True)
 
 
 def layer_calibration(sources: Sources) -> pd.DataFrame:

@@ -36,6 +36,7 @@ from matplotlib.ticker import (
 from experiments.reporting import figure_data
 from experiments.reporting.figure_data import Sources
 from experiments.reporting.labels import FORMATS, METHODS
+from experiments.reporting.speed import GRAM_PEERS
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 FOLDER = Path("results/figures")
@@ -332,18 +333,21 @@ def draw_global_scale(figure: Figure, frame: pd.DataFrame) -> None:
     _legend(figure, _method_markers(frame))
 
 
-def draw_layer_time(figure: Figure, frame: pd.DataFrame) -> None:
+def draw_gram_time(figure: Figure, frame: pd.DataFrame) -> None:
     axes = figure.subplots()
-    for (fmt, size), part in frame.groupby(["format", "block_size"], sort=False):
-        axes.plot(part["ms_median"], 100 * part["output_error_heldout"], LINE[str(fmt)], color=GREY, lw=0.7, zorder=1)
-        for line in part.to_dict("records"):
-            median, method = line["ms_median"], line["method"]
-            spread = [[median - line["ms_20"]], [line["ms_80"] - median]]
-            fill = COLOR[method] if size == frame["block_size"].min() else "white"
-            axes.errorbar(median, 100 * line["output_error_heldout"], xerr=spread, marker=MARKER[method],
-                          color=COLOR[method], mfc=fill, ms=4.5, mew=0.9, elinewidth=0.7)  # fmt: skip
-    axes.set(xscale="log", xlabel="time of a call, ms", ylabel="output error, held out, %")
-    _legend(figure, _method_markers(frame), [*_size_markers(frame), *_format_lines(frame)])
+    own, peers = frame[frame["tool"] == "quantkit"], frame[frame["tool"] != "quantkit"]
+    axes.plot(own["ms_median"], 100 * own["output_error"], color=GREY, lw=0.7, zorder=1)
+    for line in own.to_dict("records"):
+        axes.plot(line["ms_median"], 100 * line["output_error"], MARKER[line["method"]], color=COLOR[line["method"]])
+    for number, line in enumerate(peers.to_dict("records")):
+        at = (line["ms_median"], 100 * line["output_error"])
+        axes.plot(*at, MARKER["other"], color=COLOR["other"])
+        method = line["method"].replace("gptq", "GPTQ").replace("_", " ")
+        label = f"{GRAM_PEERS.get(line['tool'], line['tool'])} {method}"
+        above = 5 if number == 1 else 0  # its label would touch the next one's
+        axes.annotate(label, at, xytext=(6, above), textcoords="offset points", va="center")
+    axes.set(xscale="log", xlabel="GPU time, ms", ylabel="output error, %", xlim=(None, 30 * frame["ms_median"].max()))
+    _legend(figure, _method_markers(own))
 
 
 def draw_layer_calibration(figure: Figure, frame: pd.DataFrame) -> None:
@@ -733,15 +737,16 @@ FIGURES = (
         2.5,
     ),
     Plot(
-        "layer_time",
-        "Output error and time of all methods on a CPU",
-        "Output error on held-out tokens over the median time of a call of the PyTorch reference, with bars from the "
-        "20 % to the 80 % point. Filled: block size 16, open: 32. Thin lines: solid NVFP4, dashed MXFP4. The cores "
-        "were shared with other work.",
-        _experiment("layer_time"),
-        figure_data.layer_time,
-        draw_layer_time,
-        NARROW,
+        "gram_time",
+        "Time and output error of all methods and of other tools' GPTQ",
+        "Output error over the median GPU time of the Triton kernels and of other tools' GPTQ, for one weight and the "
+        "Gram matrix of synthetic activations, under which the error is measured. Block Hessians and the Gram matrix "
+        "are given.",
+        "results/bench has no timings on a Gram matrix; run `python experiments/bench.py --gram --formats nvfp4 "
+        "--block-sizes 16 --out results/bench/NAME.csv` on a GPU",
+        figure_data.gram_time,
+        draw_gram_time,
+        WIDE,
         2.6,
     ),
     Plot(

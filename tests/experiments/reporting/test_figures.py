@@ -121,11 +121,16 @@ def full() -> Sources:
         for rows in (64, 128, 256)
         for kind, name, format in (*scaled, ("launch", "launch", None))
     ]
+    on_gram = [
+        bench(tool=tool, operation=method, rows=rows, global_scale="given", output_error=error)
+        for tool, method, error in (("quantkit", "sse", 5.0), ("quantkit", "gptq", 3.0), ("modelopt", "gptq", 4.0))
+        for rows in ((512,) if tool == "modelopt" else (512, 640))
+    ]
+    on_gram.append(bench(tool="qwantize", operation="gptq", rows=512, output_error=None, gpu_us_median=None))
     modules = [record for module in ("mlp.up_proj", "self_attn.k_proj") for record in every(layer_module=module)]
     records = {
         "main": every(), "scale_distance": every(**HISTOGRAMS), "layers": layers, "calibration_size": sizes,
         "global_scale": scales, "block_size": modules,
-        "layer_time": every(time_ms_median=2.0, time_ms_p20=1.0, time_ms_p80=4.0, time_device="Some CPU, 2 threads"),
         "layer_calibration": [replace(record, layer_index=index) for record in sizes for index in (0, 10)],
         "scale_grids": [
             make(method, format, scale_rule="floor" if format.startswith("mx") else "nearest", global_scale=scale)
@@ -133,7 +138,7 @@ def full() -> Sources:
             for method in ERRORS
         ],
     }  # fmt: skip
-    return Sources(records, ONE_BLOCK, pd.DataFrame(times), EVALUATIONS)
+    return Sources(records, ONE_BLOCK, pd.DataFrame(times), EVALUATIONS, gram_bench=pd.DataFrame(on_gram))
 
 
 def test_errors_stand_in_the_order_of_the_tables(full: Sources):
@@ -239,11 +244,15 @@ def test_global_scale_compares_what_other_figures_leave_out(full: Sources):
     assert set(frame["weight_std"]) == {0.1, 1.0}
 
 
-def test_times_and_errors_of_all_methods_are_of_one_matrix(full: Sources):
-    frame = figure_data.layer_time(full)
-    assert len(frame) == 12 and frame["method"].tolist()[:3] == ["naive", "sse", "hessian"]
-    assert frame[["ms_20", "ms_median", "ms_80"]].eq([1.0, 2.0, 4.0]).all(axis=None)
-    assert "Timed on a 8 × 64 float32 matrix, Some CPU, 2 threads." in figures.stands_on(frame)
+def test_time_and_error_on_a_gram_matrix_are_of_one_matrix(full: Sources):
+    frame = figure_data.gram_time(full)
+    assert frame[["tool", "method"]].values.tolist() == [
+        ["quantkit", "sse"],
+        ["quantkit", "gptq"],
+        ["modelopt", "gptq"],
+    ]
+    assert frame["ms_median"].eq(0.01).all() and frame["output_error"].tolist() == [0.05, 0.03, 0.04]
+    assert "Timed on a 512 × 128 bfloat16 matrix, Some GPU." in figures.stands_on(frame)
 
 
 def test_the_curve_over_tokens_has_each_layer_and_seed(full: Sources):
@@ -332,7 +341,7 @@ def test_what_has_no_label_or_style_yet_is_drawn_all_the_same(full: Sources):
 
     records = {name: [*found, *map(renamed, found)] for name, found in full.records.items()}
     times = full.bench.replace({"format": new, "operation": new})
-    sources = Sources(records, full.one_block, pd.concat([full.bench, times]))
+    sources = Sources(records, full.one_block, pd.concat([full.bench, times]), gram_bench=full.gram_bench)
     drawn = {plot.name: plot.data(sources) for plot in figures.FIGURES}
     assert "fp4_new" in set(drawn["output_error"]["format"]) and "new" in set(drawn["output_error"]["method"])
     for plot in figures.FIGURES:
