@@ -18,7 +18,7 @@ given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS) $(subst ',,$(SETTINGS))))
 unless_given = $(if $(call given,$(1)),,$(1)=$(2))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run model paper test lint report figures bench notebooks docs clean clean-runs
+.PHONY: help setup lock run model paper test lint report figures bench notebooks docs clean clean-runs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ $(READY): requirements.lock pyproject.toml
 	@$(PIP) install --no-build-isolation --requirement requirements.lock
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $(READY)
+
+# The report of a dry run names all versions and downloads no wheel that it need not open.
+lock: $(READY)  ## refresh requirements.lock: the newest versions that go together
+	$(PIP) install --dry-run --ignore-installed --no-build-isolation --report - '.[dev]' setuptools wheel \
+	    | $(BIN)/python .ci/lock.py
 
 setup: $(READY)  ## create .venv at the locked versions
 

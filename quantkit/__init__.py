@@ -10,7 +10,7 @@ from quantkit.quantize import BACKENDS, BackendUnavailableError, quantize, resol
 from quantkit.tensor import QuantizedTensor
 from quantkit.verify import Verification, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BACKENDS",

@@ -7,6 +7,7 @@ A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED:
     model_summary      one of their tables, in five columns: the best row of each format and method
     summary            one figure and one table of output errors, at the smallest block size
     published          the tables of results/published
+    reliability        the tests of faults, load and bad input at full size, results/reliability.json
     layers:NAME        its held-out errors, with a column for each layer
     methods:NAME       its held-out errors, with a line for each format and a column for each method
     figure:NAME        a picture of results/figures with its caption
@@ -37,15 +38,17 @@ from experiments.reporting.figure_data import SETTINGS, Sources
 from experiments.reporting.figures import FIGURES, FOLDER
 from experiments.reporting.pivots import by_layer, by_method
 from experiments.reporting.published import published_tables, read_published
+from experiments.reporting.reliability import reliability_table
 from experiments.reporting.scaling import scaling_tables
 from experiments.reporting.speed import brief_speed_tables, gram_tables, speed_tables
 from experiments.reporting.table import Table
 from experiments.reporting.tables import make_tables, summary_table, unfinished
 from experiments.reporting.verification import verification_tables
 
-PAGES = (Path("README.md"), Path("docs/results.md"))
+PAGES = (Path("README.md"), Path("docs/results.md"), Path("docs/reliability.md"))
 TABLES_PAGE = PAGES[1]  # where a new table belongs
 PUBLISHED = "published"
+FAULTS = "reliability"
 SUMMARY = "summary"
 MODEL_SUMMARY = "model_summary"
 SUMMARY_FIGURE = "output_error"
@@ -127,6 +130,8 @@ def _content(name: str, page: str, material: Material) -> str:
     kind, _, which = name.partition(":")
     if name == PUBLISHED:
         return as_markdown(published_tables(read_published(material.root / "results" / PUBLISHED)))
+    if name == FAULTS:
+        return as_markdown([reliability_table(material.root)])
     if name == SUMMARY:
         return _summary(page, material)
     if name.startswith(FIGURE):
