@@ -30,14 +30,13 @@ from experiments.capture.tokens import token_sequences
 from experiments.config import ModelConfig, ModelSource
 from experiments.console import full_errors
 from experiments.files import SourceError, check_writable, write_atomically
-from experiments.model.evaluate_settings import EvaluationConfig, as_run, compose_evaluation, evaluated_model
+from experiments.model.evaluate_settings import PEER_NAME, EvaluationConfig, as_run, compose_evaluation, evaluated_model
 from experiments.model.loading import load_network
 from experiments.model.peers import PeerTask, get_peer, run_peer
 from experiments.sources.checkpoints import open_checkpoint
 from experiments.sources.models import model_folder
 
 CALIBRATION = ("data.split=validation", "data.samples=256", "data.heldout=0")
-RECORD = "peer.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,9 +78,9 @@ def quantize_by(tool: str, out: Path, config: EvaluationConfig) -> None:
     sequences = token_sequences(as_run(config, model), open_checkpoint(model, config.cache.folder).tokenizer())
     task = PeerTask(model_folder(model), sequences.ids["calibration"], out, device)
     run_peer(tool, task)
-    about = about_peer(tool, task, sequences.data, sequences.data_hash) | {"seconds": time.perf_counter() - started}
-    write_atomically(out / RECORD, json.dumps(about, indent=1))
-    print(f"{tool}: {out}, {about['seconds']:.1f} s on {about['device']}", flush=True)
+    about = about_peer(tool, task, sequences.data) | {"quantize_s": round(time.perf_counter() - started, 3)}
+    write_atomically(out / PEER_NAME, json.dumps(about, indent=1))
+    print(f"{tool}: {out}, {about['quantize_s']:.1f} s on {about['quantize_device']}", flush=True)
 
 
 def save_float(model: ModelConfig, out: Path, config: EvaluationConfig) -> None:
@@ -91,14 +90,18 @@ def save_float(model: ModelConfig, out: Path, config: EvaluationConfig) -> None:
     open_checkpoint(model, cache).save_around(out, {"dtype": "float32"})
 
 
-def about_peer(tool: str, task: PeerTask, data: str, data_hash: str) -> dict[str, Any]:
+def about_peer(tool: str, task: PeerTask, data: str) -> dict[str, Any]:
     """What peer.json says, without the time."""
+    peer = get_peer(tool)
+    installed = provenance.installed(peer.packages)
     return {
-        "tool": tool,
-        "versions": provenance.versions() | provenance.installed(get_peer(tool).packages),
-        "model": task.model.name,
-        "calibration": {"data": data, "sha256": data_hash, "sequences": len(task.ids), "seq_len": task.ids.shape[1]},
-        "device": provenance.device_name(task.device),
+        "label": f"{peer.label} ({installed.get(peer.packages[0], 'unknown version')})",
+        "format": "nvfp4",
+        "block_size": 16,
+        "bits_per_weight": 4.5,
+        "settings": {"tool": tool, "data": data, "sequences": len(task.ids), "seq_len": task.ids.shape[1]},
+        "versions": provenance.versions() | installed,
+        "quantize_device": provenance.device_name(task.device),
     }
 
 

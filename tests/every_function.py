@@ -41,6 +41,8 @@ ELSEWHERE = {
     "experiments.bench": "writes timings of what is called here",
     "experiments.peers": "runs other tools; its own tests call it",
     "experiments.model.peers": "packages that need not be there",
+    "experiments.model.evaluation.peer_label": "of another tool's folder, and makes no tensor",
+    "experiments.model.evaluate_settings.peer_about": "of another tool's folder, and makes no tensor",
     "experiments.run": "runs what is called here, under Hydra",
     "experiments.train_small": "makes a model from nothing; its own tests train one",
     "experiments.launchers": "processes and GPUs of other runs",

@@ -48,6 +48,7 @@ BASE_MODEL = re.compile(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)",
 
 
 MODEL_FOLDER = "model"  # in the folder of a run of quantize_model.py
+PEER_NAME = "peer.json"  # beside another tool's checkpoint, written by peers.py
 MANIFEST_NAME = "quantkit.json"  # the same in sources/quantized.py, which imports torch
 
 
@@ -198,6 +199,17 @@ def _reference_of(folder: Path) -> ModelConfig | None:
     repo = found[1]
     hub = ModelConfig(name=repo.rpartition("/")[2], source=ModelSource.hub, repo=repo)
     return next((model for model in models if model.repo == repo), hub)
+
+
+def peer_about(folder: Path) -> dict[str, Any]:
+    """What peers.py says of another tool's folder; {} for another folder. Raises SourceError for a damaged file."""
+    path = folder / PEER_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SourceError(f"{path} is damaged ({one_line(error)}). Run peers.py again.") from None
 
 
 def manifest_about(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from experiments.model.evaluate_settings import (
     evaluated_model,
     evaluation_id,
     manifest_about,
+    peer_about,
     reference_model,
     result_settings,
 )
@@ -103,6 +104,11 @@ def about_of(model: ModelConfig) -> dict[str, Any]:
     return {} if model.path is None else manifest_about(Path(model.path).expanduser())
 
 
+def peer_label(model: ModelConfig) -> str | None:
+    """The name in tables of a folder by peers.py: the tool, its version and its method; None for another folder."""
+    return None if model.path is None else peer_about(Path(model.path).expanduser()).get("label")
+
+
 def _one_text(data: DataConfig) -> DataConfig:
     """Without a split where the source is one text."""
     return replace(data, split="train") if data.source == DataSource.python_docs else data
@@ -116,7 +122,7 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
         "run_id": resolved.run_id,
         "sweep": config.sweep,
         "model": resolved.label,
-        "label": config.evaluate.label,
+        "label": config.evaluate.label or peer_label(resolved.model),
         "model_revision": resolved.model_identity.revision,
         "reference": resolved.reference_identity.name,
         "reference_revision": resolved.reference_identity.revision,
@@ -142,6 +148,7 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
     }
 
 
+PEER_FIELDS = ("format", "block_size", "settings", "bits_per_weight", "quantize_s", "quantize_device")
 SETTINGS = (
     *("method_settings", "calibrate", "alpha", "residual_alpha", "hessian_weighting", "hessian_groups"),
     *("hessian_samples", "data", "seq_len", "sequences", "seed"),
@@ -149,10 +156,11 @@ SETTINGS = (
 
 
 def quantization_fields(model: ModelConfig) -> dict[str, Any]:
-    """What quantkit's own folder, and the record beside it, say of format, method, size and time."""
+    """What quantkit's own folder, and the record beside it, or the file of peers.py say of format, size and time."""
     about = about_of(model)
     if not about:
-        return {}
+        told = {} if model.path is None else peer_about(Path(model.path).expanduser())
+        return {name: told.get(name) for name in PEER_FIELDS} if told else {}
     fields: dict[str, Any] = {name: about.get(name) for name in ("format", "block_size", "method")}
     fields["settings"] = {name: about[name] for name in SETTINGS if name in about}
     try:

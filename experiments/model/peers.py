@@ -54,8 +54,9 @@ class PeerTask:
 
 @dataclass(frozen=True)
 class Peer:
-    """packages: those whose versions go on the record; the first one must be installed."""
+    """label: tool and method in tables. packages: those whose versions go on the record; the first one is the tool."""
 
+    label: str
     packages: tuple[str, ...]
     run: Callable[[PeerTask], None]
 
@@ -110,7 +111,7 @@ def _modelopt(method: str) -> Callable[[PeerTask], None]:
                 network(batch.to(task.device))
 
         with torch.no_grad():
-            network = mtq.quantize(task.network(), modelopt_config(method), passes)
+            network = mtq.quantize(task.network(), modelopt_config(method), None if method == "max" else passes)
             export_hf_checkpoint(network, export_dir=task.out)
         task.tokenizer().save_pretrained(task.out)
 
@@ -140,14 +141,15 @@ def _autoround(task: PeerTask) -> None:
         folder.rmdir()
 
 
+LLM_COMPRESSOR, MODELOPT = ("llmcompressor", "compressed-tensors"), ("nvidia-modelopt",)
 PEERS = {
-    "llmcompressor_rtn": Peer(("llmcompressor", "compressed-tensors"), _llmcompressor("rtn")),
-    "llmcompressor_gptq": Peer(("llmcompressor", "compressed-tensors"), _llmcompressor("gptq")),
-    **{
-        f"modelopt_{method}": Peer(("nvidia-modelopt",), _modelopt(method))
-        for method in ("max", "mse", "local_hessian", "gptq")
-    },
-    "autoround": Peer(("auto-round",), _autoround),
+    "llmcompressor_rtn": Peer("llm-compressor, round to nearest", LLM_COMPRESSOR, _llmcompressor("rtn")),
+    "llmcompressor_gptq": Peer("llm-compressor, GPTQ", LLM_COMPRESSOR, _llmcompressor("gptq")),
+    "modelopt_max": Peer("ModelOpt, max", MODELOPT, _modelopt("max")),
+    "modelopt_mse": Peer("ModelOpt, MSE", MODELOPT, _modelopt("mse")),
+    "modelopt_local_hessian": Peer("ModelOpt, Local-Hessian", MODELOPT, _modelopt("local_hessian")),
+    "modelopt_gptq": Peer("ModelOpt, GPTQ", MODELOPT, _modelopt("gptq")),
+    "autoround": Peer("AutoRound", ("auto-round",), _autoround),
 }
 
 

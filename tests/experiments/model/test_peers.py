@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments import peers as door
 from experiments.capture.tokens import token_sequences
 from experiments.config import ModelConfig, ModelSource
+from experiments.files import SourceError
 from experiments.model.evaluate_settings import as_run, compose_evaluation
+from experiments.model.evaluation import peer_label, quantization_fields
 from experiments.model.loading import load_network
 from experiments.model.peers import PEERS, Peer, PeerTask, modelopt_config
 from experiments.sources.checkpoints import open_checkpoint
@@ -37,7 +39,7 @@ def test_a_tool_gets_the_sequences_of_a_calibration_and_its_folder_says_what_ran
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks: list[PeerTask] = []
-    monkeypatch.setitem(PEERS, "modelopt_max", Peer(("numpy",), tasks.append))
+    monkeypatch.setitem(PEERS, "modelopt_max", Peer("Tool, max", ("numpy",), tasks.append))
     arguments = settings(tiny, tmp_path, "tool=modelopt_max", f"out={tmp_path / 'out'}")
     assert door.main(arguments) == 0
     (task,) = tasks
@@ -47,11 +49,27 @@ def test_a_tool_gets_the_sequences_of_a_calibration_and_its_folder_says_what_ran
     assert torch.equal(task.ids, token_sequences(as_run(config, model), tokenize).ids["calibration"])
     assert (task.ids.shape, task.model, task.device) == ((4, 32), tiny.folder, "cpu")
     about = json.loads((tmp_path / "out" / "peer.json").read_text())
-    assert about["tool"] == "modelopt_max" and about["seconds"] > 0 and {"torch", "numpy"} <= about["versions"].keys()
-    assert (about["calibration"]["sequences"], about["calibration"]["seq_len"]) == (4, 32)
+    assert about["quantize_s"] > 0 and {"torch", "numpy"} <= about["versions"].keys()
+    assert about["label"] == f"Tool, max ({about['versions']['numpy']})"
+    assert (about["settings"]["sequences"], about["settings"]["seq_len"]) == (4, 32)
     assert capsys.readouterr().out.startswith(f"modelopt_max: {tmp_path / 'out'}")
     assert door.main(arguments) == 1
     assert "is not empty: name a new folder" in capsys.readouterr().err and len(tasks) == 1
+
+
+def test_an_evaluation_takes_name_format_and_time_from_the_folder(tmp_path: Path) -> None:
+    model = ModelConfig("out", ModelSource.hub, path=str(tmp_path))
+    assert quantization_fields(model) == {} and peer_label(model) is None
+    task = PeerTask(tmp_path, torch.zeros(4, 32, dtype=torch.int64, device="cpu"), tmp_path, "cpu")
+    about = door.about_peer("autoround", task, "words") | {"quantize_s": 2.5}
+    (tmp_path / "peer.json").write_text(json.dumps(about))
+    found = quantization_fields(model)
+    assert (found["format"], found["block_size"], found["bits_per_weight"]) == ("nvfp4", 16, 4.5)
+    assert (found["quantize_s"], found["settings"]["sequences"]) == (2.5, 4)
+    assert str(peer_label(model)).startswith("AutoRound (")
+    (tmp_path / "peer.json").write_text("{")
+    with pytest.raises(SourceError, match=r"peer\.json is damaged .* Run peers.py again"):
+        peer_label(model)
 
 
 def test_calibration_is_on_256_sequences_of_the_validation_split(tmp_path: Path) -> None:
@@ -102,7 +120,7 @@ def test_a_tool_that_is_missing_or_fails_leaves_no_record(
         ("autoround", absent, "tool=autoround cannot be imported: No module named 'tool'. pip install auto-round"),
         ("modelopt_mse", broken, "tool=modelopt_mse failed: RuntimeError: no kernel"),
     ):
-        monkeypatch.setitem(PEERS, name, Peer(PEERS[name].packages, run))
+        monkeypatch.setitem(PEERS, name, Peer(name, PEERS[name].packages, run))
         out = tmp_path / name
         assert door.main(settings(tiny, tmp_path, f"tool={name}", f"out={out}")) == 1
         assert message in capsys.readouterr().err and not (out / "peer.json").exists()
