@@ -2,7 +2,7 @@
 
     compressed_tensors   the package's own decompression, and the model as transformers loads it
     gpt_oss              a reader of this file, and the model as transformers loads it
-    modelopt             a reader of this file, written against the documented layout (the package itself needs a GPU)
+    modelopt             ModelOpt's own unpacker if it is installed, else a reader of this file
     gguf                 the gguf package's own dequantizer (gguf_file.py)
 
 Beside that it looks for what engines read wrongly without an error: scales that are NaN, negative or zero, a global
@@ -40,6 +40,7 @@ EXPERTS_DEFECT = (
     "transformers {version} loads the nvfp4 weights of experts without their global scale (huggingface/transformers "
     "issue 48371), so its outputs are wrong; the folder is right, and vLLM and SGLang read it"
 )
+WITHOUT_PACKAGE = "compressed-tensors is not installed, so its own decompression was not tried"
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 
 
@@ -243,26 +244,49 @@ class _Check:
         self.problems.append(f"{name}: {count} of {meant.numel()} decoded weights differ from the quantized model's")
 
     def _decoder(self) -> Callable[[dict[str, Tensor]], Tensor]:
-        if self.layout.name == "compressed_tensors":
+        """The layout's own package if it is installed, else a reader of this file."""
+        makers = {"compressed_tensors": self._by_compressed_tensors, "modelopt": self._by_modelopt}
+        if self.layout.name in makers:
             try:
-                from compressed_tensors.compressors import BaseCompressor
-                from compressed_tensors.quantization import QuantizationConfig
+                return makers[self.layout.name]()
             except ImportError:
-                self.warnings.append("compressed-tensors is not installed, so its own decompression was not tried")
-            else:
-                config = QuantizationConfig.model_validate(self.folder.config["quantization_config"])
-                compressor = BaseCompressor.get_value_from_registry(config.format)
-                scheme = config.config_groups["group_0"]
-                self.routes.append(f"compressed-tensors {version('compressed-tensors')}")
-
-                def decompress(tensors: dict[str, Tensor]) -> Tensor:
-                    local = {end.removeprefix("."): tensor for end, tensor in tensors.items()}
-                    weight: Tensor = compressor.decompress(local, scheme)["weight"]
-                    return weight
-
-                return decompress
+                self.warnings += [] if self.layout.name == "modelopt" else [WITHOUT_PACKAGE]
         self.routes.append("an own reader of the documented layout")
         return self._plain
+
+    def _by_compressed_tensors(self) -> Callable[[dict[str, Tensor]], Tensor]:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig
+
+        config = QuantizationConfig.model_validate(self.folder.config["quantization_config"])
+        compressor = BaseCompressor.get_value_from_registry(config.format)
+        scheme = config.config_groups["group_0"]
+        self.routes.append(f"compressed-tensors {version('compressed-tensors')}")
+
+        def decompress(tensors: dict[str, Tensor]) -> Tensor:
+            local = {end.removeprefix("."): tensor for end, tensor in tensors.items()}
+            weight: Tensor = compressor.decompress(local, scheme)["weight"]
+            return weight
+
+        return decompress
+
+    def _by_modelopt(self) -> Callable[[dict[str, Tensor]], Tensor]:
+        from modelopt import __version__
+        from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+        self.routes.append(f"ModelOpt {__version__}")
+
+        def dequantize(tensors: dict[str, Tensor]) -> Tensor:
+            codes, scales = tensors[self.kind.codes], tensors[self.kind.scales]
+            shape = torch.Size((*codes.shape[:-1], 2 * codes.shape[-1]))
+            stored = NVFP4QTensor(shape, self.kind.dtype, codes)
+            double_scale = tensors[str(self.kind.global_scale)]
+            weight: Tensor = stored.dequantize(
+                dtype=self.kind.dtype, scale=scales, double_scale=double_scale, block_sizes={-1: 16}
+            )
+            return weight
+
+        return dequantize
 
     def _plain(self, tensors: dict[str, Tensor]) -> Tensor:
         """Decoded weights, in the loaders' dtype, from a table of values and NumPy alone."""

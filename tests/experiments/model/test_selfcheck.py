@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +214,35 @@ def test_without_compressed_tensors_an_own_reader_checks(made: Made, monkeypatch
     verdict = check(made.sources["nvfp4"], made.folders["nvfp4", "compressed_tensors"], "compressed_tensors")
     assert verdict.equal == verdict.weights == 14 and "an own reader of the documented layout" in verdict.routes
     assert "compressed-tensors is not installed" in verdict.warnings[0]
+
+
+def test_modelopts_own_unpacker_reads_where_it_is_installed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of the same interface stands for it here: it keeps what it is given, and decodes by quantkit."""
+    from quantkit.formats import NVFP4
+    from quantkit.tensor import QuantizedTensor
+
+    class Unpacker:
+        wrong = False
+
+        def __init__(self, shape: torch.Size, dtype: torch.dtype, codes: Tensor) -> None:
+            assert dtype == torch.float32 and shape == (codes.shape[0], 2 * codes.shape[1])
+            self.codes = codes
+
+        def dequantize(
+            self, dtype: torch.dtype, scale: Tensor, double_scale: Tensor, block_sizes: dict[int, int]
+        ) -> Tensor:
+            q = QuantizedTensor(self.codes, scale.view(torch.uint8), double_scale, NVFP4, block_sizes[-1])
+            return q.dequantize(dtype) * (2 if self.wrong else 1)
+
+    modules = __import__("sys").modules
+    monkeypatch.setitem(modules, "modelopt", SimpleNamespace(__version__="9.9", __path__=[]))
+    for name in ("modelopt.torch", "modelopt.torch.quantization", "modelopt.torch.quantization.qtensor"):
+        monkeypatch.setitem(modules, name, SimpleNamespace(NVFP4QTensor=Unpacker, __path__=[]))
+    folder = made.folders["nvfp4", "modelopt"]
+    verdict = check(made.sources["nvfp4"], folder, "modelopt")
+    assert verdict.ok and verdict.routes == ["ModelOpt 9.9"] and verdict.equal == 14
+    monkeypatch.setattr(Unpacker, "wrong", True)
+    assert check(made.sources["nvfp4"], folder, "modelopt").equal == 0
 
 
 def test_a_large_folder_is_not_loaded_whole(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
