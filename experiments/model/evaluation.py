@@ -150,8 +150,9 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
 
 PEER_FIELDS = ("format", "block_size", "settings", "bits_per_weight", "quantize_s", "quantize_device")
 SETTINGS = (
-    *("method_settings", "calibrate", "alpha", "residual_alpha", "hessian_weighting", "hessian_groups"),
-    *("hessian_samples", "data", "seq_len", "sequences", "seed"),
+    *("method_settings", "calibrate", "alpha", "residual_alpha", "calibrate_damping", "weight_exponent"),
+    *("global_scale", "scale_rule", "init", "hessian_weighting", "hessian_groups", "hessian_samples"),
+    *("data", "seq_len", "sequences", "seed"),
 )
 
 

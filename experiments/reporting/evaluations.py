@@ -71,11 +71,19 @@ def make_rows(records: Iterable[EvaluationRecord]) -> dict[Evaluated, list[Row]]
     subjects = sorted(newest, key=lambda subject: tuple(map(str, vars(subject).values())))
     return {
         subject: sorted(
-            (Row(*key, runs=tuple(runs.values())) for key, runs in newest[subject].items()),
+            (row for key, runs in newest[subject].items() for row in _rows(*key, list(runs.values()))),
             key=lambda row: (rank(FORMATS, row.format or ""), row.block_size or 0, -row.kl, row.label),
         )
         for subject in subjects
     }
+
+
+def _rows(fmt: str | None, size: int | None, label: str, runs: list[EvaluationRecord]) -> list[Row]:
+    """One row of several calibration seeds; else one for each run, named by its hash if there are several."""
+    seeds = [(run.settings or {}).get("seed") for run in runs]
+    if len(set(seeds)) == len(seeds):
+        return [Row(fmt, size, label, tuple(runs))]
+    return [Row(fmt, size, f"{label} ({run.model.rpartition('-')[2]})", (run,)) for run in runs]
 
 
 def label_of(record: EvaluationRecord) -> str:
@@ -93,6 +101,12 @@ def label_of(record: EvaluationRecord) -> str:
         parts.append(f"sequential α {told['alpha']:g}")
         if told.get("residual_alpha"):
             parts.append(f"residual {told['residual_alpha']:g}")
+        if told.get("calibrate_damping") is not None:
+            parts.append(f"its damping {told['calibrate_damping']:g}")
+    if told.get("weight_exponent") not in (None, 1.0):
+        parts.append(f"weights to the power {told['weight_exponent']:g}")
+    parts += [f"global scale {told['global_scale']}"] if told.get("global_scale") not in (None, "amax", "none") else []
+    parts += ["from another model's codes"] if told.get("init") else []
     sweeps = (told.get("method_settings") or {}).get("sweeps")
     parts += [f"{sweeps} sweeps"] if sweeps else []
     size = told.get("sequences"), told.get("seq_len")

@@ -93,6 +93,22 @@ def test_seeds_are_one_row_with_their_spread() -> None:
     assert table.frame["KL, mean"].tolist() == ["0.0270 (2 seeds, 0.0260 to 0.0280)"]
 
 
+def test_runs_of_one_seed_that_are_not_named_apart_are_no_spread() -> None:
+    (table,) = evaluation_tables([make(kl=0.026, model="a-111"), make(kl=0.028, model="a-222")])
+    assert table.frame["KL, mean"].str[:6].tolist() == ["0.0280", "0.0260"]
+    assert table.frame["Method"].str[-5:].tolist() == ["(222)", "(111)"]
+
+
+def test_settings_that_differ_are_named() -> None:
+    told = {"calibrate_damping": 0.1, "weight_exponent": 0.5, "global_scale": "search", "init": "x"}
+    assert label_of(make(settings=SETTINGS | told)) == (
+        "GPTQ, loss-weighted, sequential α 0.5, residual 0.5, its damping 0.1, weights to the power 0.5, "
+        "global scale search, from another model's codes, 128 × 512 tokens"
+    )
+    same = {"calibrate_damping": None, "weight_exponent": 1.0, "global_scale": "amax", "init": None}
+    assert label_of(make(settings=SETTINGS | same)) == label_of(make())
+
+
 def test_the_newer_of_two_evaluations_counts() -> None:
     old, new = make(kl=0.5), make(kl=0.03, started_at="2026-02-01T00:00:00+00:00")
     ((row,),) = make_rows([new, old]).values()
