@@ -121,7 +121,8 @@ def _memoised(name: str, split: str, identity: dict[str, Any], cache: Path, load
 
     def known() -> dict[str, Any] | None:
         try:
-            return {"sha256": "", "chat": False} | read_sealed(meta)
+            values = {"chat": False} | read_sealed(meta)
+            return values if re.fullmatch(r"[0-9a-f]{64}", str(values.get("sha256"))) else None
         except (OSError, ValueError, TypeError):
             return None
 

@@ -54,7 +54,7 @@ QUANTIZE = """
 import torch
 from quantkit import quantize
 rows, columns, method = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-quantize(torch.randn(64, 64, dtype=torch.bfloat16), "nvfp4", 16, method)
+quantize(torch.randn(2048, 2048, dtype=torch.bfloat16), "nvfp4", 16, method)  # touches the libraries
 weight = torch.empty(rows, columns, dtype=torch.bfloat16)
 for part in weight.split(1024):
     part.normal_()
@@ -83,11 +83,11 @@ def test_a_capture_of_many_tokens_stays_within_2_gib(tmp_path: Path) -> None:
 
 
 def test_a_large_weight_is_quantized_without_a_copy() -> None:
-    """Beside the result: chunks of constant size. A float32 copy of the weight would take more, at either size."""
+    """Beside the result: chunks of constant size. A copy of the weight would take more, at either size."""
     rows, columns = size((16_384, 4864), (65_536, 9728))
     found = measured(QUANTIZE, rows, columns, "naive")
     extra = found["peak"] - found["result"]
-    assert extra < 512 * MIB
+    assert extra < size(384, 512) * MIB  # a copy in float32 takes 304 MiB more in CI, 2,432 MiB at full size
     note(
         "memory of a large weight",
         rows=rows,
@@ -118,10 +118,10 @@ def test_the_report_of_2000_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (tmp_path / f"run-{seed}").mkdir()
         record = dataclasses.replace(RECORD, run_id=f"run-{seed}", seed=seed)
         (tmp_path / f"run-{seed}" / RECORD_NAME).write_text(record.to_json())
-    started = time.perf_counter()
+    started = time.process_time()  # of the processor: the machine may have other work
     assert report.main(["--runs", str(tmp_path)]) == 0
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert len((tmp_path / "table.csv").read_text().splitlines()) > 1
     assert not FULL or seconds < 10
     capsys.readouterr()
-    note("report of a sweep", runs=2000, seconds=round(seconds, 1))
+    note("report of a sweep", runs=2000, processor_seconds=round(seconds, 1))
