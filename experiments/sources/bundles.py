@@ -104,6 +104,8 @@ def _layer_and_data(model: ModelConfig, manifest: dict[str, Any]) -> tuple[Layer
         data.source = DataSource(data.source)
         if not (isinstance(layer.index, int) and isinstance(layer.module, str) and isinstance(manifest["seed"], int)):
             raise TypeError("layer or seed")
+        if not 0 <= manifest["seed"] < 2**32:
+            raise ValueError(f"seed={manifest['seed']}")
     except (ValueError, TypeError) as error:
         raise SourceError(
             f"{Path(str(model.path)) / MANIFEST_NAME} is damaged ({one_line(error)}). Copy the bundle again."
