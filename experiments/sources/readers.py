@@ -1,8 +1,8 @@
 """Reads files and tables of text into one string: plain text, JSON lines, CSV, Parquet, and folders saved by datasets.
 
 A column holds texts, or chats: lists of messages with a role and a content. Chats are kept as JSON lines, because the
-model's template renders them (chats.py). A damaged file raises SourceError, which names it. pyarrow and datasets are
-imported only when a table is read.
+model's template renders them (chats.py). A damaged file raises SourceError, which names it. pyarrow, datasets and
+fsspec are imported only when a table is read.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def _read(kind: str, file: Path, data: DataConfig) -> Content:
             return _parquet(file, data)
         if kind == "datasets":
             return _saved(file, data)
+        if kind == "json":
+            return _json(file, data)
         return _streamed(kind, file, data)
     except SourceError:
         raise
@@ -81,6 +83,28 @@ def _saved(folder: Path, data: DataConfig) -> Content:
     import datasets
 
     return table_content(datasets.load_from_disk(str(folder)), data, str(folder))
+
+
+def _json(file: Path, data: DataConfig) -> Content:
+    """One object per line, or one list of objects. Not by pyarrow, which a damaged file can crash."""
+    import fsspec
+
+    with fsspec.open(str(file), "rt", encoding="utf-8", compression="infer") as stream:
+        text = stream.read()
+    rows = (
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(line) for line in text.split("\n") if line.strip()]
+    )
+    wrong = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        raise SourceError(
+            f"{file}: row {wrong} is {_described(rows[wrong])}, no object with a column {data.text_column}."
+        )
+    _check_column(list(dict.fromkeys(name for row in rows for name in row)), data, file.name)
+    content = column_content([row.get(data.text_column) for row in rows], data, file.name)
+    content.text.encode("utf-8")  # raises for half a surrogate pair, which JSON can hold
+    return content
 
 
 def _streamed(kind: str, file: Path, data: DataConfig) -> Content:
