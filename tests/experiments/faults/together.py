@@ -18,12 +18,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.experiments.faults.killer import SECONDS, differences, finish, outcome, start
+from tests.experiments.faults.killer import PHASES, SECONDS, Victim, differences, finish, outcome, start, sweep
+
+SWEEP = Victim(PHASES, sweep, outcome)
 
 
 def together(root: Path, work: Path, count: int, kill: bool) -> dict[str, Any]:
     """kill: the first process that captures is killed in the middle of it."""
-    children = dict(reversed(start(root, work)) for _ in range(count))  # pipe → process
+    children = dict(reversed(start(SWEEP, root, work)) for _ in range(count))  # pipe → process
     open_pipes, times = set(children), Counter[str]()
     killed: int | None = None
     deadline = time.monotonic() + SECONDS * 2
@@ -44,13 +46,13 @@ def together(root: Path, work: Path, count: int, kill: bool) -> dict[str, Any]:
 
 
 def trials(root: Path, count: int) -> list[dict[str, Any]]:
-    finish(root, root / "undisturbed")
+    finish(SWEEP, root, root / "undisturbed")
     want = outcome(root / "undisturbed")
     found = []
     for kill in (False, True):
         work = root / f"together-{kill}"
         trial = together(root, work, count, kill)
-        found.append(trial | {"wrong": differences(want, work)})
+        found.append(trial | {"wrong": differences(SWEEP, want, work)})
     return found
 
 
