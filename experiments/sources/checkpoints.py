@@ -339,7 +339,7 @@ def _refuse_unknown(name: str, config: dict[str, Any]) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING_NAMES:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES:
         return
     if "auto_map" in config:
         raise SourceError(
