@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from experiments.capture.store import is_intact, save_tensors
 from experiments.config import CacheConfig, ModelConfig, ModelSource
-from experiments.files import FULL, SourceError, check_writable, listing, sha256_file, write_atomically
+from experiments.files import FULL, SourceError, check_writable, listing, sha256_file, sync, write_atomically
 from experiments.sources.checkpoints import Checkpoint, DequantizedCheckpoint
 from experiments.sources.decoder import Decoder, build_whole
 from experiments.sources.quantized import (
@@ -283,7 +282,7 @@ class CheckpointWriter:
         path = self.partial / self._file(key)
         with self._full_disk():
             saved = save_tensors(path, tensors)
-            _sync(path)
+            sync(path)
             self.shards[key] = {
                 "shard": key,
                 "file": path.name,
@@ -337,15 +336,15 @@ class CheckpointWriter:
         for path in sorted(self.partial.iterdir()):
             if path.name not in {JOURNAL_NAME, MANIFEST_NAME, *files}:
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                _sync(path)
+                sync(path)
         return files
 
     def _rename(self) -> None:
-        _sync(self.partial)
+        sync(self.partial)
         if self.folder.is_dir() and any(self.folder.iterdir()):
             self.folder.rename(self.replaced)
         self.partial.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     @contextmanager
@@ -397,12 +396,3 @@ class FolderLock:
             with suppress(OSError):
                 self.path.unlink()  # while it is locked; one who waits sees that and makes a new file
             self.lock.release()
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file's bytes, or the folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

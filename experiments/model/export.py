@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from experiments.capture.store import save_tensors
-from experiments.files import SourceError, listing, write_atomically
+from experiments.files import SourceError, listing, sync, write_atomically
 from experiments.model import gguf_file
 from experiments.model.card import About, card
 from experiments.model.checkpoint import FolderLock
@@ -87,11 +86,11 @@ def _export(source: QuantizedCheckpoint, folder: Path, layout: Layout, about: Ab
     write_atomically(partial / "README.md", card(source, verdict.to_dict(), about))
     write_atomically(partial / EXPORT_NAME, json.dumps(verdict.to_dict(), indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     if folder.is_dir():
         folder.rename(replaced)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return verdict
 
@@ -183,11 +182,3 @@ def _write_configuration(source: QuantizedCheckpoint, folder: Path, layout: Layo
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
