@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,24 +58,24 @@ AROUND_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.
 DEQUANTIZED = "Give the unquantized checkpoint (float16, bfloat16, float32 or float64)."
 
 
-class Checkpoint:
+class Checkpoint(ABC):
     """A checkpoint on disk. `names` are the stored names of its tensors."""
 
     name: str
     config: Any  # transformers' PretrainedConfig
     names: list[str]
 
+    @abstractmethod
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors as stored (GGUF: dequantized to float32). Raises SourceError for a missing or damaged shard."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokenizer(self) -> Tokenize:
         """Text → token ids, without special tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
         """Write config.json with `changes` to its values, generation_config.json and the tokenizer's files."""
-        raise NotImplementedError
 
 
 def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
