@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -17,8 +16,8 @@ from typing import Any
 import pytest
 
 from experiments.config import REPO_ROOT
-from tests.experiments import tiny_models
 from tests.experiments.faults.sizes import note, size
+from tests.experiments.faults.told import told_by
 
 MOMENTS = size(3, 50)
 
@@ -34,18 +33,7 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
 
 def survivors(killer: str, folder: Path, moments: int) -> dict[str, Any]:
     """What a killer tells, of a tiny model; after the check that nothing differs."""
-    tiny_models.qwen3(folder / "model")
-    tiny_models.write_text(folder / "text")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"tests.experiments.faults.{killer}", str(folder), str(moments), "1"],
-        cwd=REPO_ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = told_by(killer, folder, moments, 1)
     assert found["wrong"] == []
     return found
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.config import REPO_ROOT
-from tests.experiments import tiny_models
 from tests.experiments.faults.sizes import note, size
+from tests.experiments.faults.told import told_by
 
 PROCESSES = size(3, 8)
 RUNS = 8
@@ -22,18 +17,7 @@ RUNS = 8
 @pytest.mark.timeout(size(300, 1800))
 def test_processes_of_one_sweep_capture_once_and_record_every_run_once(tmp_path: Path) -> None:
     """Also where the process that captures, and holds the lock, is killed: another one goes on."""
-    tiny_models.qwen3(tmp_path / "model")
-    tiny_models.write_text(tmp_path / "text")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.experiments.faults.together", str(tmp_path), str(PROCESSES)],
-        cwd=REPO_ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole, killed = json.loads(done.stdout)
+    whole, killed = told_by("together", tmp_path, PROCESSES)
     assert whole["wrong"] == [] and killed["wrong"] == []
     assert whole["status"] == [0] * PROCESSES and killed["status"] == [0] * (PROCESSES - 1)
     assert killed["killed"] == -9
