@@ -108,6 +108,13 @@ def check_sweep(name: str) -> None:
     )
 
 
+def check_run(block_size: int, seed: int, sweep: str) -> None:
+    """Raises ValueError for settings, common to several scripts, that are out of their range."""
+    require(block_size > 0, f"block_size={block_size}: must be positive.")
+    require(0 <= seed < 2**32, f"seed={seed}: use 0 <= seed < 2**32.")
+    check_sweep(sweep)
+
+
 @dataclass
 class FormatConfig:
     name: str
@@ -308,9 +315,7 @@ class Config:
     sweep: str = field(default_factory=new_sweep_id)
 
     def __post_init__(self) -> None:
-        require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
-        check_sweep(self.sweep)
+        check_run(self.block_size, self.seed, self.sweep)
         require(
             self.format.global_scale != "search" or self.hessian.groups == 1,
             f"format.global_scale=search, hessian.groups={self.hessian.groups}: row groups share a global scale that "

@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 import traceback
-from datetime import datetime, timezone
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -36,12 +35,11 @@ from experiments.model.evaluation import (
     resolve_evaluation,
 )
 from experiments.overrides import mistake
-from experiments.run_log import LOG_NAME, run_log, status_of
+from experiments.run_log import AGAIN_LOG_NAME, LOG_NAME, run_log, status_of
 from experiments.tracking import track_evaluation
 
 log = logging.getLogger(__name__)
 
-AGAIN_LOG_NAME = "again.log"  # of a forced evaluation, while an earlier record is kept
 FAILED: list[str] = []  # why evaluations of this process failed
 
 
@@ -87,17 +85,13 @@ def evaluate(config: EvaluationConfig) -> EvaluationRecord:
 
 def _execute(resolved: ResolvedEvaluation) -> EvaluationRecord:
     started = time.perf_counter()
-    fields = base_fields(resolved) | {"started_at": _now()} | execute(resolved)
+    fields = base_fields(resolved) | execute(resolved)
     return EvaluationRecord(**fields, status="ok", reason=None, duration_s=round(time.perf_counter() - started, 3))
 
 
 def _failed(resolved: ResolvedEvaluation, error: Exception) -> EvaluationRecord:
-    fields = base_fields(resolved) | {"started_at": _now()}
+    fields = base_fields(resolved)
     return EvaluationRecord(**fields, status=status_of(error), reason=reason(error))
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def described(record: EvaluationRecord) -> str:

@@ -9,7 +9,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from experiments.config import REPO_ROOT, BackendConfig
 
@@ -46,6 +48,13 @@ def git_state(root: Path = REPO_ROOT) -> tuple[str, bool | None]:
 def versions() -> dict[str, str]:
     """Package → version: Python and the installed PACKAGES."""
     return {"python": platform.python_version()} | installed(PACKAGES)
+
+
+def record_fields() -> dict[str, Any]:
+    """The fields of every record that say what made it, and when."""
+    commit, dirty = git_state()
+    started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"commit": commit, "dirty": dirty, "versions": versions(), "started_at": started_at}
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:

@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from experiments import provenance
 from experiments.config import plain_config
 from experiments.console import full_errors, reason
 from experiments.files import check_writable
-from experiments.model.settings import QuantizeConfig
+from experiments.model.settings import QuantizeConfig, method_fields
 from experiments.model_record import ModelRecord
 from experiments.overrides import mistake
 from experiments.record import RECORD_NAME, RecordError, read_record_of
@@ -150,20 +149,10 @@ def point_to(run: ModelRun) -> None:
 def base_fields(run: ModelRun) -> dict[str, Any]:
     """The fields of a record that are known before the run starts."""
     config, device = run.config, run.resolved.device
-    commit, dirty = provenance.git_state()
     return {
         "run_id": run.run_id,
         "sweep": config.sweep,
-        "format": config.format.name,
-        "block_size": config.block_size,
-        "method": config.method.name,
-        "method_settings": config.method.settings,
-        "calibrate": str(config.calibrate.mode),
-        "alpha": config.calibrate.alpha,
-        "residual_alpha": config.calibrate.residual_alpha,
-        "hessian_weighting": str(config.hessian.weighting),
-        "hessian_groups": config.hessian.groups,
-        "hessian_samples": config.hessian.samples,
+        **ModelRecord.known(method_fields(config)),
         "backend": run.resolved.backend,
         "device": device,
         "device_name": provenance.device_name(device),
@@ -171,11 +160,8 @@ def base_fields(run: ModelRun) -> dict[str, Any]:
         "data": config.data.name,
         "seq_len": config.data.seq_len,
         "seed": config.seed,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": provenance.versions(),
         "config_hash": run.identity,
-        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance.record_fields(),
     }
 
 

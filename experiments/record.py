@@ -81,6 +81,11 @@ class Record:
         return tuple(f.name for f in dataclasses.fields(cls))
 
     @classmethod
+    def known(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the values that are fields."""
+        return {name: value for name, value in values.items() if name in cls.fields()}
+
+    @classmethod
     def from_dict(cls, values: Any, where: str = "record") -> Self:
         if not isinstance(values, dict):
             raise RecordError(f"{where}: expected a JSON object, found {type(values).__name__}.")

@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ from experiments.console import Console, full_errors, reason
 from experiments.files import remove_orphans
 from experiments.overrides import mistake
 from experiments.record import BLOCKS_NAME, RECORD_NAME, WEIGHTS_NAME, Histograms, RecordError, RunRecord, read_record
-from experiments.run_log import LOG_NAME, run_log, status_of
+from experiments.run_log import AGAIN_LOG_NAME, LOG_NAME, run_log, status_of
 from experiments.sweep import layers_ahead
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AGAIN_LOG_NAME = "again.log"  # of a forced run, while an earlier run's record is kept
 CONSOLE = Console()
 
 
@@ -194,7 +192,6 @@ def finished_record(resolved: Resolved) -> RunRecord | None:
 def base_fields(resolved: Resolved) -> dict[str, Any]:
     """The fields of a record that are known before the run starts."""
     config, device = resolved.config, resolved.device
-    commit, dirty = provenance.git_state()
     return {
         "run_id": resolved.run_id,
         "sweep": config.sweep,
@@ -216,11 +213,8 @@ def base_fields(resolved: Resolved) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "heldout": config.data.heldout,
         "seed": config.seed,
-        "commit": commit,
-        "dirty": dirty,
-        "versions": provenance.versions(),
         "config_hash": resolved.config_hash,
-        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance.record_fields(),
     }
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOG_NAME = "run.log"
+AGAIN_LOG_NAME = "again.log"  # of a forced run, while an earlier record is kept
 
 
 def status_of(error: Exception) -> str:

@@ -117,7 +117,6 @@ def _one_text(data: DataConfig) -> DataConfig:
 def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
     """The fields of a record that are known before the evaluation starts."""
     config, device = resolved.config, resolved.device
-    commit, dirty = provenance.git_state()
     return {
         "run_id": resolved.run_id,
         "sweep": config.sweep,
@@ -141,10 +140,8 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
         "device_name": provenance.device_name(device),
         "file_bytes": stored_bytes(resolved.model),
         **quantization_fields(resolved.model),
-        "commit": commit,
-        "dirty": dirty,
-        "versions": provenance.versions(),
         "config_hash": resolved.config_hash,
+        **provenance.record_fields(),
     }
 
 

@@ -28,6 +28,7 @@ from experiments.model.select import Selection, select
 from experiments.model.settings import (
     QuantizeConfig,
     as_run,
+    method_fields,
     model_run_id,
     result_settings,
     with_sources,
@@ -247,21 +248,7 @@ def about(run: ModelRun, sequences: Sequences, selection: Selection) -> Fields:
     assert model is not None
     return {
         "run_id": run.run_id,
-        "format": config.format.name,
-        "block_size": config.block_size,
-        "method": config.method.name,
-        "method_settings": config.method.settings,
-        "calibrate": str(config.calibrate.mode),
-        "alpha": config.calibrate.alpha,
-        "residual_alpha": config.calibrate.residual_alpha,
-        "calibrate_damping": config.calibrate.damping,
-        "weight_exponent": config.calibrate.weight_exponent,
-        "global_scale": config.format.global_scale,
-        "scale_rule": config.format.rule,
-        "init": None if config.init is None else Path(config.init).name,
-        "hessian_weighting": str(config.hessian.weighting),
-        "hessian_groups": config.hessian.groups,
-        "hessian_samples": config.hessian.samples,
+        **method_fields(config),
         "model": model.name,
         "model_revision": model.revision,
         "model_origin": config.model.origin,
@@ -284,9 +271,7 @@ def describe(run: ModelRun, sequences: Sequences, selection: Selection, records:
     names = ("naive_weight_error", "weight_error", "naive_output_error", "output_error")
     few = {name: tokens for record in records for name, tokens in record.get("few_tokens", {}).items()}
     size = quantized_bits(run.config)
-    known = set(ModelRecord.fields())
-    told = {name: value for name, value in about(run, sequences, selection).items() if name in known}
-    return told | {
+    return ModelRecord.known(about(run, sequences, selection)) | {
         "substituted": run.resolved.substituted,
         "folder": MODEL_FOLDER,
         "layers": len(records),

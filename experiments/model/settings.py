@@ -29,7 +29,7 @@ from experiments.config import (
     RecordConfig,
     TimingConfig,
     TrackingConfig,
-    check_sweep,
+    check_run,
     config_hash,
     new_sweep_id,
     require,
@@ -106,9 +106,7 @@ class QuantizeConfig:
     sweep: str = field(default_factory=new_sweep_id)
 
     def __post_init__(self) -> None:
-        require(self.block_size > 0, f"block_size={self.block_size}: must be positive.")
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
-        check_sweep(self.sweep)
+        check_run(self.block_size, self.seed, self.sweep)
         require(
             self.init is None or self.method.name == "descent",
             f"init={self.init}: method={self.method.name} takes no codes to begin with. Use method=descent.",
@@ -165,6 +163,27 @@ def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[s
     values["device"] = device.partition(":")[0]
     values["backend"] = backend
     return values
+
+
+def method_fields(config: QuantizeConfig) -> dict[str, Any]:
+    """How the matrices are quantized, for the manifest and, as far as it has them, for the record."""
+    return {
+        "format": config.format.name,
+        "block_size": config.block_size,
+        "method": config.method.name,
+        "method_settings": config.method.settings,
+        "calibrate": str(config.calibrate.mode),
+        "alpha": config.calibrate.alpha,
+        "residual_alpha": config.calibrate.residual_alpha,
+        "calibrate_damping": config.calibrate.damping,
+        "weight_exponent": config.calibrate.weight_exponent,
+        "global_scale": config.format.global_scale,
+        "scale_rule": config.format.rule,
+        "init": None if config.init is None else Path(config.init).name,
+        "hessian_weighting": str(config.hessian.weighting),
+        "hessian_groups": config.hessian.groups,
+        "hessian_samples": config.hessian.samples,
+    }
 
 
 def model_run_id(config: QuantizeConfig, settings: dict[str, Any]) -> str:

@@ -332,7 +332,6 @@ class Walk:
         if step.matrices[0].experts:
             self._add_experts(sums, step, taps, original, weights, number, changed)
             return
-        per_batch = self.batches[0].numel()
         tokens = self.batches[number].numel()
 
         def rows(x: Tensor | None) -> Tensor | None:
@@ -352,7 +351,7 @@ class Walk:
             rows(original[step.residual]) if original and step.residual else None,
         )
         for total, name in {id(sums[m.name]): (sums[m.name], m.name) for m in step.matrices}.values():
-            own = weights[name][number * per_batch :][:tokens] if weights else None
+            own = self._of_batch(weights[name], number) if weights else None
             assert isinstance(total, Sums)
             total.update(inputs, own)
 
@@ -377,13 +376,16 @@ class Walk:
             before = expert_rows(matrix.target, call.with_input(original[step.tap].to(self.device)))
         own = None
         if weights:
-            per_batch, tokens = self.batches[0].numel(), self.batches[number].numel()
-            of_tokens = weights[matrix.name][number * per_batch :][:tokens].mean(1)
+            of_tokens = self._of_batch(weights[matrix.name], number).mean(1)
             own = routed_weights(call, len(rows), of_tokens)
             check_rows(call, rows, own)
         for expert, x in enumerate(rows):
             inputs = Inputs(x, None if before is None else before[expert])
             total.update(expert, inputs, None if own is None else own[expert])
+
+    def _of_batch(self, weights: Tensor, number: int) -> Tensor:
+        """The token weights of one batch. All batches but the last have the size of the first."""
+        return weights[number * self.batches[0].numel() :][: self.batches[number].numel()]
 
     def _solve(self, index: int, matrices: Sequence[Matrix], sums: AllSums) -> list[Solved]:
         for matrix in matrices:
