@@ -14,6 +14,15 @@ from experiments.record import Record
 
 SCHEMA_VERSION = 1
 TOKENS_NAME = "tokens.npz"
+PEER_LABELS = {  # settings["tool"] of other tools' models by peers.py → their names in tables, without the version
+    "llmcompressor_rtn": "llm-compressor, round to nearest",
+    "llmcompressor_gptq": "llm-compressor, GPTQ",
+    "modelopt_max": "ModelOpt, max",
+    "modelopt_mse": "ModelOpt, MSE",
+    "modelopt_local_hessian": "ModelOpt, Local-Hessian",
+    "modelopt_gptq": "ModelOpt, GPTQ",
+    "autoround": "AutoRound, learned rounding",
+}
 
 
 @dataclass(frozen=True)

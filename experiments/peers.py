@@ -6,8 +6,8 @@
 
 tool=float writes the unquantized model as a float32 folder in the hub's layout, which the tools read. Further settings
 are those of conf/evaluate.yaml. Calibration takes data.samples=256 sequences of data.split=validation, the same as
-quantize_model.py does with these settings. FOLDER/peer.json, written last, has the tool's versions and its time.
-experiments/model/peers.py lists the tools.
+quantize_model.py does with these settings. FOLDER/peer.json, written last, has the tool's versions and its time, from
+the loaded model to the written checkpoint. experiments/model/peers.py lists the tools.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,15 @@ from experiments import provenance
 from experiments.capture.tokens import token_sequences
 from experiments.config import ModelConfig, ModelSource
 from experiments.console import full_errors
+from experiments.evaluation_record import PEER_LABELS
 from experiments.files import SourceError, check_writable, write_atomically
-from experiments.model.evaluate_settings import PEER_NAME, EvaluationConfig, as_run, compose_evaluation, evaluated_model
+from experiments.model.evaluate_settings import (
+    PEER_NAME,
+    EvaluationConfig,
+    as_run,
+    compose_evaluation,
+    evaluated_model,
+)
 from experiments.model.loading import load_network
 from experiments.model.peers import PeerTask, get_peer, run_peer
 from experiments.sources.checkpoints import open_checkpoint
@@ -69,7 +75,6 @@ def quantize_by(tool: str, out: Path, config: EvaluationConfig) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model = evaluated_model(config)
     device = provenance.resolve_device(config.device)
-    started = time.perf_counter()
     if tool == "float":
         save_float(model, out, config)
         return
@@ -77,8 +82,8 @@ def quantize_by(tool: str, out: Path, config: EvaluationConfig) -> None:
         raise SourceError("model.path is not set to a float folder: write one with tool=float.")
     sequences = token_sequences(as_run(config, model), open_checkpoint(model, config.cache.folder).tokenizer())
     task = PeerTask(model_folder(model), sequences.ids["calibration"], out, device)
-    run_peer(tool, task)
-    about = about_peer(tool, task, sequences.data) | {"quantize_s": round(time.perf_counter() - started, 3)}
+    seconds = run_peer(tool, task)
+    about = about_peer(tool, task, sequences.data) | {"quantize_s": round(seconds, 3)}
     write_atomically(out / PEER_NAME, json.dumps(about, indent=1))
     print(f"{tool}: {out}, {about['quantize_s']:.1f} s on {about['quantize_device']}", flush=True)
 
@@ -94,12 +99,15 @@ def about_peer(tool: str, task: PeerTask, data: str) -> dict[str, Any]:
     """What peer.json says, without the time."""
     peer = get_peer(tool)
     installed = provenance.installed(peer.packages)
+    settings: dict[str, Any] = {"tool": tool}
+    if peer.calibrated:
+        settings |= {"data": data, "sequences": len(task.ids), "seq_len": task.ids.shape[1]}
     return {
-        "label": f"{peer.label} ({installed.get(peer.packages[0], 'unknown version')})",
+        "label": f"{PEER_LABELS[tool]} ({installed.get(peer.packages[0], 'unknown version')})",
         "format": "nvfp4",
         "block_size": 16,
         "bits_per_weight": 4.5,
-        "settings": {"tool": tool, "data": data, "sequences": len(task.ids), "seq_len": task.ids.shape[1]},
+        "settings": settings,
         "versions": provenance.versions() | installed,
         "quantize_device": provenance.device_name(task.device),
     }

@@ -17,33 +17,40 @@ need a GPU.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.evaluation_record import PEER_LABELS
 from experiments.files import SourceError, one_line
 
 BATCH = 8  # sequences in a pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class PeerTask:
-    """model: folder of the float checkpoint. ids: calibration tokens ``[sequences, seq_len]``. out: folder to write."""
+    """model: folder of the float checkpoint. ids: calibration tokens ``[sequences, seq_len]``. out: folder to write.
+
+    begun: when the tool got the loaded model, by time.perf_counter.
+    """
 
     model: Path
     ids: Tensor
     out: Path
     device: str
+    begun: float | None = field(default=None, init=False)
 
     def network(self) -> Any:
         from transformers import AutoModelForCausalLM
 
         network = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(self.device).eval()
         network.config.architectures = network.config.architectures or [type(network).__name__]  # ModelOpt reads it
+        self.begun = time.perf_counter()
         return network
 
     def tokenizer(self) -> Any:
@@ -54,11 +61,11 @@ class PeerTask:
 
 @dataclass(frozen=True)
 class Peer:
-    """label: tool and method in tables. packages: those whose versions go on the record; the first one is the tool."""
+    """packages: their versions go on the record; the first one is the tool. calibrated: whether it sees tokens."""
 
-    label: str
     packages: tuple[str, ...]
     run: Callable[[PeerTask], None]
+    calibrated: bool = True
 
 
 def _llmcompressor(modifier: str) -> Callable[[PeerTask], None]:
@@ -111,7 +118,8 @@ def _modelopt(method: str) -> Callable[[PeerTask], None]:
                 network(batch.to(task.device))
 
         with torch.no_grad():
-            network = mtq.quantize(task.network(), modelopt_config(method), None if method == "max" else passes)
+            calibrate = passes if method in ("local_hessian", "gptq") else None
+            network = mtq.quantize(task.network(), modelopt_config(method), calibrate)
             export_hf_checkpoint(network, export_dir=task.out)
         task.tokenizer().save_pretrained(task.out)
 
@@ -143,14 +151,15 @@ def _autoround(task: PeerTask) -> None:
 
 LLM_COMPRESSOR, MODELOPT = ("llmcompressor", "compressed-tensors"), ("nvidia-modelopt",)
 PEERS = {
-    "llmcompressor_rtn": Peer("llm-compressor, round to nearest", LLM_COMPRESSOR, _llmcompressor("rtn")),
-    "llmcompressor_gptq": Peer("llm-compressor, GPTQ", LLM_COMPRESSOR, _llmcompressor("gptq")),
-    "modelopt_max": Peer("ModelOpt, max", MODELOPT, _modelopt("max")),
-    "modelopt_mse": Peer("ModelOpt, MSE", MODELOPT, _modelopt("mse")),
-    "modelopt_local_hessian": Peer("ModelOpt, Local-Hessian", MODELOPT, _modelopt("local_hessian")),
-    "modelopt_gptq": Peer("ModelOpt, GPTQ", MODELOPT, _modelopt("gptq")),
-    "autoround": Peer("AutoRound", ("auto-round",), _autoround),
+    "llmcompressor_rtn": Peer(LLM_COMPRESSOR, _llmcompressor("rtn"), calibrated=False),
+    "llmcompressor_gptq": Peer(LLM_COMPRESSOR, _llmcompressor("gptq")),
+    "modelopt_max": Peer(MODELOPT, _modelopt("max"), calibrated=False),
+    "modelopt_mse": Peer(MODELOPT, _modelopt("mse"), calibrated=False),
+    "modelopt_local_hessian": Peer(MODELOPT, _modelopt("local_hessian")),
+    "modelopt_gptq": Peer(MODELOPT, _modelopt("gptq")),
+    "autoround": Peer(("auto-round",), _autoround),
 }
+assert PEERS.keys() == PEER_LABELS.keys()
 
 
 def get_peer(name: str) -> Peer:
@@ -160,8 +169,12 @@ def get_peer(name: str) -> Peer:
     return PEERS[name]
 
 
-def run_peer(name: str, task: PeerTask) -> None:
-    """Writes the tool's checkpoint into task.out. Raises SourceError where the tool is missing or fails."""
+def run_peer(name: str, task: PeerTask) -> float:
+    """Writes the tool's checkpoint into task.out. Returns seconds, from the loaded model to the written checkpoint.
+
+    Raises SourceError where the tool is missing or fails.
+    """
+    started = time.perf_counter()
     try:
         get_peer(name).run(task)
     except ImportError as error:
@@ -170,3 +183,4 @@ def run_peer(name: str, task: PeerTask) -> None:
         ) from None
     except Exception as error:  # other tools raise whatever they like
         raise SourceError(f"tool={name} failed: {type(error).__name__}: {one_line(error)[:500]}") from error
+    return time.perf_counter() - (task.begun or started)

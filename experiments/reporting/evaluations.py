@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.evaluation_record import EvaluationRecord
+from experiments.evaluation_record import PEER_LABELS, EvaluationRecord
 from experiments.reporting.labels import FORMATS, METHODS, NONE, rank
 from experiments.reporting.table import Table
 
@@ -135,6 +135,54 @@ def evaluation_summary(records: Iterable[EvaluationRecord]) -> Table | None:
     }
     title = f"{subject.reference}, all linear layers: KL to the model itself (perplexity {_base(rows)})"
     return Table(title, tuple(_notes(subject, rows)[:2]), pd.DataFrame(columns))
+
+
+def peer_table(records: Iterable[EvaluationRecord]) -> Table | None:
+    """Other tools' models beside quantkit's of the same format, in falling KL; None without a model of peers.py.
+
+    Of the subject that has the most of them. A note names the tools that have no row.
+    """
+    found = {
+        subject: tools
+        for subject, rows in make_rows(records).items()
+        if (tools := [row for row in rows if tool_of(row) is not None])
+    }
+    if not found:
+        return None
+    subject, tools = max(found.items(), key=lambda item: len(item[1]))
+    formats = {(row.format, row.block_size) for row in tools}
+    rows = [row for row in make_rows(records)[subject] if (row.format, row.block_size) in formats]
+    columns = {
+        "Method": [f"quantkit: {row.label}" if row.runs[0].method else row.label for row in rows],
+        "Calibration": [_calibration(row) for row in rows],
+        "KL, nats a token": [_kl(row) for row in rows],
+        "Same top token": [_percent(row.mean("same_top")) for row in rows],
+        "Perplexity ratio": [_ratio(row) for row in rows],
+        "Time, s": [_number(row.mean("quantize_s"), 0) for row in rows],
+        "On": [row.runs[0].quantize_device or NONE for row in rows],
+    }
+    run = set(map(tool_of, tools))
+    absent = [label for tool, label in PEER_LABELS.items() if tool not in run]
+    notes = [
+        *_notes(subject, rows),
+        "Time of other tools is from the loaded model to the written checkpoint, with calibration",
+    ]
+    notes += [f"Not run: {'; '.join(absent)}"] if absent else []
+    kinds = ", ".join(dict.fromkeys(_format(row) for row in tools))
+    return Table(f"{subject.reference}, {kinds}, other tools beside quantkit", tuple(notes), pd.DataFrame(columns))
+
+
+def tool_of(row: Row) -> str | None:
+    """The name in peers.py of the tool that made a row's model; None for others."""
+    return (row.runs[0].settings or {}).get("tool")
+
+
+def _calibration(row: Row) -> str:
+    """Its tokens; none for methods that see only weights."""
+    told = row.runs[0].settings or {}
+    if row.runs[0].method in PLAIN or not told.get("sequences"):
+        return NONE
+    return f"{told['sequences']} × {told['seq_len']}"
 
 
 def _table(subject: Evaluated, rows: Sequence[Row]) -> Table:

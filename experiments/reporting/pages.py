@@ -4,6 +4,7 @@ A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED:
 
     NAME               every table of results/records/NAME.jsonl
     model              the evaluations of whole models, results/records/model.jsonl
+    model_peers        those of other tools' models, beside quantkit's of the same format
     model_summary      one of their tables, in five columns: the best row of each format and method
     summary            one figure and one table of output errors, at the smallest block size
     published          the tables of results/published
@@ -33,7 +34,7 @@ from experiments.evaluation_record import EvaluationRecord
 from experiments.record import RunRecord
 from experiments.reporting import ReportError
 from experiments.reporting.evaluations import NAME as MODEL
-from experiments.reporting.evaluations import evaluation_summary, evaluation_tables
+from experiments.reporting.evaluations import evaluation_summary, evaluation_tables, peer_table
 from experiments.reporting.figure_data import SETTINGS, Sources
 from experiments.reporting.figures import FIGURES, FOLDER
 from experiments.reporting.pivots import by_layer, by_method
@@ -51,6 +52,8 @@ PUBLISHED = "published"
 FAULTS = "reliability"
 SUMMARY = "summary"
 MODEL_SUMMARY = "model_summary"
+MODEL_PEERS = "model_peers"
+NO_PEERS = "No model of another tool has been evaluated on the same text yet.\n"
 SUMMARY_FIGURE = "output_error"
 SUMMARY_WIDTH = 400  # of the picture, in pixels, so that picture, table and text fit on one screen
 OPTIMALITY = "optimality"  # its table has the results of verify
@@ -136,6 +139,9 @@ def _content(name: str, page: str, material: Material) -> str:
         return _summary(page, material)
     if name.startswith(FIGURE):
         return _figure(name, page, material)
+    if name == MODEL_PEERS:
+        peers = peer_table(material.evaluations)
+        return NO_PEERS if peers is None else peers.markdown()
     if name in (MODEL, MODEL_SUMMARY):
         return _evaluations(name, page, material)
     if which and kind in BENCHMARKS:

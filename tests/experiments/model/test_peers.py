@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,14 @@ def test_a_tool_gets_the_sequences_of_a_calibration_and_its_folder_says_what_ran
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks: list[PeerTask] = []
-    monkeypatch.setitem(PEERS, "modelopt_max", Peer("Tool, max", ("numpy",), tasks.append))
+
+    def slow(task: PeerTask) -> None:
+        tasks.append(task)
+        time.sleep(0.25)  # loading, which is not the tool's time
+        task.network()
+        time.sleep(0.125)
+
+    monkeypatch.setitem(PEERS, "modelopt_max", Peer(("numpy",), slow))
     arguments = settings(tiny, tmp_path, "tool=modelopt_max", f"out={tmp_path / 'out'}")
     assert door.main(arguments) == 0
     (task,) = tasks
@@ -49,9 +57,10 @@ def test_a_tool_gets_the_sequences_of_a_calibration_and_its_folder_says_what_ran
     assert torch.equal(task.ids, token_sequences(as_run(config, model), tokenize).ids["calibration"])
     assert (task.ids.shape, task.model, task.device) == ((4, 32), tiny.folder, "cpu")
     about = json.loads((tmp_path / "out" / "peer.json").read_text())
-    assert about["quantize_s"] > 0 and {"torch", "numpy"} <= about["versions"].keys()
-    assert about["label"] == f"Tool, max ({about['versions']['numpy']})"
+    assert about["quantize_s"] >= 0.125 and {"torch", "numpy"} <= about["versions"].keys()
+    assert about["label"] == f"ModelOpt, max ({about['versions']['numpy']})"
     assert (about["settings"]["sequences"], about["settings"]["seq_len"]) == (4, 32)
+    assert task.begun is not None
     assert capsys.readouterr().out.startswith(f"modelopt_max: {tmp_path / 'out'}")
     assert door.main(arguments) == 1
     assert "is not empty: name a new folder" in capsys.readouterr().err and len(tasks) == 1
@@ -66,7 +75,7 @@ def test_an_evaluation_takes_name_format_and_time_from_the_folder(tmp_path: Path
     found = quantization_fields(model)
     assert (found["format"], found["block_size"], found["bits_per_weight"]) == ("nvfp4", 16, 4.5)
     assert (found["quantize_s"], found["settings"]["sequences"]) == (2.5, 4)
-    assert str(peer_label(model)).startswith("AutoRound (")
+    assert str(peer_label(model)).startswith("AutoRound, learned rounding (")
     (tmp_path / "peer.json").write_text("{")
     with pytest.raises(SourceError, match=r"peer\.json is damaged .* Run peers.py again"):
         peer_label(model)
@@ -120,7 +129,7 @@ def test_a_tool_that_is_missing_or_fails_leaves_no_record(
         ("autoround", absent, "tool=autoround cannot be imported: No module named 'tool'. pip install auto-round"),
         ("modelopt_mse", broken, "tool=modelopt_mse failed: RuntimeError: no kernel"),
     ):
-        monkeypatch.setitem(PEERS, name, Peer(name, PEERS[name].packages, run))
+        monkeypatch.setitem(PEERS, name, Peer(PEERS[name].packages, run))
         out = tmp_path / name
         assert door.main(settings(tiny, tmp_path, f"tool={name}", f"out={out}")) == 1
         assert message in capsys.readouterr().err and not (out / "peer.json").exists()

@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 
 from experiments import report
-from experiments.evaluation_record import EvaluationRecord
+from experiments.evaluation_record import PEER_LABELS, EvaluationRecord
 from experiments.reporting import figures
-from experiments.reporting.evaluations import evaluation_summary, evaluation_tables, kl_layers, label_of, make_rows
+from experiments.reporting.evaluations import (
+    evaluation_summary,
+    evaluation_tables,
+    kl_layers,
+    label_of,
+    make_rows,
+    peer_table,
+)
 from experiments.reporting.figure_data import Sources
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -142,6 +149,37 @@ def test_the_summary_has_the_subject_with_the_most_rows() -> None:
     worse = evaluation_summary([*several(), make("gptq", 0.04, model="w", settings=SETTINGS | {"alpha": 1.0})])
     assert worse is not None and worse.frame["KL, nats a token"].tolist() == summary.frame["KL, nats a token"].tolist()
     assert evaluation_summary([]) is None
+
+
+def peer(tool: str, kl: float, version: str = "1.0", **settings: Any) -> EvaluationRecord:
+    label = f"{PEER_LABELS[tool]} ({version})"
+    return make(None, kl, model=tool, label=label, settings={"tool": tool} | settings, quantize_s=12.3)
+
+
+def test_other_tools_stand_beside_quantkit_told_apart_by_method_and_version() -> None:
+    theirs = [
+        peer("modelopt_max", 0.049, "0.47.0"),
+        peer("modelopt_gptq", 0.04, "0.47.0", sequences=256, seq_len=512),
+        peer("modelopt_max", 0.051, "0.48.0"),
+    ]
+    table = peer_table([*several(), *theirs, make(reference="other"), peer("autoround", 1.0), make(protocol="x")])
+    assert table is not None and table.title == "tiny, NVFP4 16, other tools beside quantkit"
+    assert table.frame["Method"].tolist() == [
+        "AutoRound, learned rounding (1.0)",
+        "quantkit: Naive",
+        "ModelOpt, max (0.48.0)",
+        "theirs",
+        "ModelOpt, max (0.47.0)",
+        "ModelOpt, GPTQ (0.47.0)",
+        "quantkit: GPTQ, loss-weighted, sequential α 0.5, residual 0.5, 128 × 512 tokens",
+    ]
+    assert table.frame["Calibration"].tolist() == ["–", "–", "–", "–", "–", "256 × 512", "128 × 512"]
+    assert table.frame["KL, nats a token"].tolist()[-2:] == ["0.0400 [0.0388, 0.0412]", "0.0300 [0.0291, 0.0309]"]
+    assert table.frame["Time, s"].tolist() == ["12", "30", "12", "–", "12", "12", "30"]
+    assert table.notes[-1] == (
+        "Not run: llm-compressor, round to nearest; llm-compressor, GPTQ; ModelOpt, MSE; ModelOpt, Local-Hessian"
+    )
+    assert peer_table(several()) is None
 
 
 LAYERS = [{"layer": f"model.layers.{i}.mlp.{n}_proj", "mean": 0.001 * (i + 1), "error": 1e-5}
