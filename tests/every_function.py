@@ -44,6 +44,8 @@ ELSEWHERE = {
     "experiments.model.evaluation.peer_label": "of another tool's folder, and makes no tensor",
     "experiments.model.evaluate_settings.peer_about": "of another tool's folder, and makes no tensor",
     "experiments.run": "runs what is called here, under Hydra",
+    "experiments.bench_model": "starts processes of what is called here",
+    "experiments.random_model": "makes a model from nothing; its own tests read one",
     "experiments.train_small": "makes a model from nothing; its own tests train one",
     "experiments.launchers": "processes and GPUs of other runs",
     "experiments.one_block.main": "writes what survey returns, of a model that is fetched",
@@ -448,6 +450,7 @@ def sum_experts() -> object:
     for expert in range(sums.num_groups):
         sums.update(expert, Inputs(rows[expert]), own[expert])
     sums.add(sums, 0, Ranks())
+    assert Ranks().share_tensors(("plain", rows), 0, torch.device("cpu"))[0] == "plain"
     return rows, own, sums.few(), [sums.of_group(expert)[0] for expert in range(4)]
 
 

@@ -168,13 +168,14 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
         listener.began(len(decoder.stack), len(shared.finished), selection)
         job = replace(_job(run, decoder, selection, sequences, loss, given), ranks=ranks)
         if not shared.is_complete:
-            Walk(job, shared, listener.layer, listener.tick).run()
+            Walk(job, shared, listener.layer, listener.tick, clock).run()
         if shared.writer is None:
             return {}
         writer = shared.writer
         if not writer.is_complete:
             resolved.check_unchanged()
-            finish(run, writer, checkpoint, decoder, selection, sequences)
+            with clock.of("write"):
+                finish(run, writer, checkpoint, decoder, selection, sequences)
         records = [writer.finished[index] for index in sorted(writer.finished)]
     with clock.of("export"):
         exports = export_model(run)

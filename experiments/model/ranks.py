@@ -64,6 +64,18 @@ class Ranks:
             torch.distributed.broadcast_object_list(values, source)
         return values[0]
 
+    def share_tensors(
+        self, own: tuple[T, Sequence[Tensor]] | None, source: int, device: torch.device
+    ) -> tuple[T, list[Tensor]]:
+        """The source's plain value and its tensors, on `device`."""
+        header = None if own is None else (own[0], [(x.shape, x.dtype) for x in own[1]])
+        value, kinds = self.share(header, source)
+        if own is None:
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
+        else:
+            tensors = [x.contiguous().to(device) for x in own[1]]
+        return value, [self.broadcast(x, source) for x in tensors]
+
     def largest(self, values: Tensor) -> Tensor:
         """The elementwise largest values of all processes."""
         if self.size > 1:

@@ -126,11 +126,25 @@ class Solver:
         if self.ranks.size == 1:
             assert own is not None
             return own
-        found = self.ranks.share(None if own is None else (own.quantized.to("cpu"), own.record), owner)
+        found = None
+        if own is not None:
+            q = own.quantized
+            found = (q.method, q.nearest_codes, q.objective, own.record), (q.codes, q.scales, q.global_scale)
+        (method, nearest, objective, record), tensors = self.ranks.share_tensors(found, owner, work.device)
         if own is not None:
             return own
-        quantized = found[0].to(work.device)
-        return Solved(work.matrix, quantized, quantized.dequantize(), found[1])
+        codes, scales, global_scale = tensors
+        quantized = QuantizedTensor(
+            codes,
+            scales,
+            global_scale,
+            self.format,
+            self.config.block_size,
+            method=method,
+            nearest_codes=nearest,
+            objective=objective,
+        )
+        return Solved(work.matrix, quantized, quantized.dequantize(), record)
 
     def _target(self, work: Work) -> Tensor:
         if work.sums is None:

@@ -82,7 +82,7 @@ class Job:
 
 class Walk:
     """tell: called with the record of each layer after it is written, and the number of layers. tick: called with the
-    share of a layer that is done."""
+    share of a layer that is done. outer: gets the seconds that are in no layer's record, those of writing."""
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class Walk:
         writer: SharedWriter,
         tell: Callable[[dict[str, Any]], None],
         tick: Callable[[float], None] = lambda share: None,
+        outer: Clock | None = None,
     ) -> None:
         self.job, self.writer, self.tell, self.tick = job, writer, tell, tick
         self.config, self.decoder = job.config, job.decoder
@@ -97,7 +98,8 @@ class Walk:
         self.ranks = job.ranks
         self.solver = Solver(job.config, job.backend, job.start, job.ranks)
         self.runner = LayerRunner(job.decoder)
-        self.clock = Clock(self.device)
+        self.clock = Clock(self.device)  # of a layer
+        self.outer = outer or Clock(self.device)
         calibrate = self.config.calibrate
         self.has_data = self.solver.method.needs is not None
         self.sequential = self.has_data and calibrate.mode == Calibration.sequential
@@ -164,8 +166,8 @@ class Walk:
             self.share = 1 / (passes * max(1, len(self.own)))
             walk = self._sequential if self.sequential else self._parallel
             solved = walk(index, steps)
-        with self.clock.of("write"):
-            record = self._record(index, solved, started)
+        record = self._record(index, solved, started)
+        with self.outer.of("write"):  # the record is written, too, so it cannot have this time
             self._write(index, solved, record)
         self.tell(record)
 

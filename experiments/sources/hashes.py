@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.files import SourceError, one_line, read_sealed, write_sealed
 SETTLED_NS = 2_000_000_000  # a hash is cached if the last change is at least this old
 BAR_BYTES = 1 << 30  # a progress bar is shown for at least this much to read
 CHUNK = 1 << 22
+THREADS = min(8, os.cpu_count() or 1)
 
 _known: dict[str, Any] = {}  # path → stamp and hash, within this process
 
@@ -83,12 +85,17 @@ def _read_all(paths: list[Path], cache: Path | None) -> dict[Path, str]:
     total = sum(path.stat().st_size for path in paths)
     found = {}
     with tqdm(total=total, desc="hash", unit="B", unit_scale=True, disable=True if total < BAR_BYTES else None) as bar:
-        for path in paths:
+
+        def read(path: Path) -> tuple[list[int], str]:
             stamp, digest = _stamp(path), hashlib.sha256()
             with path.open("rb") as file:
                 while chunk := file.read(CHUNK):
                     digest.update(chunk)
                     bar.update(len(chunk))
-            found[path] = digest.hexdigest()
-            _remember(path, cache, stamp, found[path])
+            return stamp, digest.hexdigest()
+
+        with ThreadPoolExecutor(THREADS) as pool:  # hashlib and reading release Python's GIL
+            for path, (stamp, digest) in zip(paths, pool.map(read, paths), strict=True):
+                found[path] = digest
+                _remember(path, cache, stamp, digest)
     return found
