@@ -20,7 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +70,13 @@ class Weighting(Choice):
 
     output = "output"  # 1: squared error of the layer's output
     loss = "loss"  # the mean squared gradient of the model's loss at the layer's output
+
+
+class Matmul(Choice):
+    """The precision of matrix products of float32 tensors on a GPU. On a CPU it changes nothing."""
+
+    float32 = "float32"
+    tf32 = "tf32"  # factors rounded to 10 bits of mantissa, sums in float32; several times as fast
 
 
 class Offline(Choice):
@@ -235,8 +242,13 @@ class HessianConfig:
     weighting: Weighting = Weighting.output
     groups: int = 1  # of neighbouring rows of the weight, each with token weights and Hessians of its own
     samples: int = 1  # labels drawn from the model for each token
+    matmul: Matmul = Matmul.float32  # of the model's forward and backward pass for loss weights
 
     def __post_init__(self) -> None:
+        require(
+            self.matmul == Matmul.float32 or self.weighting == Weighting.loss,
+            f"hessian.matmul={self.matmul}: only loss weights take a backward pass. Add hessian=loss, or leave it out.",
+        )
         for name in ("groups", "samples"):
             value = getattr(self, name)
             require(value > 0, f"hessian.{name}={value}: must be positive.")
@@ -381,9 +393,24 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
     values["method"] = {"name": config.method.name} | config.method.settings  # newer, too: most methods have none
     if config.hessian == HessianConfig():  # newer, too
         del values["hessian"]
+    else:
+        values["hessian"] = hessian_settings(config.hessian)
     values["device"] = device.partition(":")[0]
     values["backend"] = backend
     return values
+
+
+def hessian_settings(hessian: HessianConfig) -> dict[str, Any]:
+    """As plain JSON values; matmul, a newer setting, only where it is not the default."""
+    values = asdict(hessian)
+    if hessian.matmul == Matmul.float32:
+        del values["matmul"]
+    return values
+
+
+def on_device(hessian: HessianConfig, device: str) -> HessianConfig:
+    """The settings that have an effect on `device`."""
+    return hessian if device.startswith("cuda") else replace(hessian, matmul=Matmul.float32)
 
 
 def config_hash(values: Any) -> str:

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class ModelRecord(Record):
     VERSION: ClassVar[int] = SCHEMA_VERSION
+    SPARSE: ClassVar[tuple[str, ...]] = ("hessian_matmul",)
 
     format: str
     block_size: int
@@ -59,6 +60,7 @@ class ModelRecord(Record):
     naive_output_error: float | None = None
     output_error: float | None = None
     hidden_error: float | None = None  # ‖h_q − h‖ / ‖h‖ after the last layer
+    hessian_matmul: str | None = None  # None: float32
 
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     peak_device_bytes: int | None = None

@@ -33,6 +33,7 @@ SPARSE_FIELDS = (
     "hessian_weighting",
     "hessian_groups",
     "hessian_samples",
+    "hessian_matmul",
     "objective",
     "verified_to_hessian",
 )
@@ -149,6 +150,7 @@ class RunRecord(Record):
     hessian_weighting: str | None = None
     hessian_groups: int | None = None
     hessian_samples: int | None = None
+    hessian_matmul: str | None = None  # None: float32
 
     model: str | None = None
     model_revision: str | None = None

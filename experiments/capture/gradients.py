@@ -9,8 +9,8 @@ Parameters need no gradient, because the graph begins at the embedding's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,17 @@ DRAW_ROWS = 128  # rows of logits that are converted to float64 at a time
 def layer_name(layer: LayerConfig) -> str:
     """The name of a module's weights in a file."""
     return f"{layer.index}.{layer.module}"
+
+
+@contextmanager
+def matmul(precision: str) -> Iterator[None]:
+    """A context in which a GPU's products of float32 matrices are in float32 or tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @ordinary_defaults()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.capture.gradients import layer_name, loss_weights
+from experiments.capture.gradients import layer_name, loss_weights, matmul
 from experiments.capture.progress import BAR, ticking, waiting
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
@@ -216,7 +216,8 @@ class _Pass:
         ids = self.ids[first : first + self.batch]
         draws = torch.stack([self._draws(first + i) for i in range(len(ids))])
         recompute = graph_bytes(self.checkpoint.config, ids.numel(), ids.shape[1]) > GRAPH_BYTES
-        weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups, recompute)
+        with matmul(self.config.hessian.matmul):
+            weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups, recompute)
         bar.update(len(ids))
         return weights
 

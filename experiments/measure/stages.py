@@ -22,7 +22,7 @@ from experiments.capture.inputs import LayerInputs
 from experiments.capture.limit import limit_calibration
 from experiments.capture.load import load_layer_inputs
 from experiments.capture.weighted import weigh_by_loss
-from experiments.config import Config, LayerConfig, Weighting
+from experiments.config import Config, LayerConfig, Matmul, Weighting
 from experiments.files import replacing
 from experiments.measure import timing
 from experiments.measure.blocks import block_columns, counts, histograms, write_blocks
@@ -165,6 +165,7 @@ def describe(config: Config, inputs: LayerInputs, work: Quantized) -> Fields:
         "hessian_weighting": str(config.hessian.weighting) if by_loss else None,
         "hessian_groups": config.hessian.groups if by_loss else None,
         "hessian_samples": config.hessian.samples if by_loss else None,
+        "hessian_matmul": None if config.hessian.matmul == Matmul.float32 else str(config.hessian.matmul),
     }
 
 

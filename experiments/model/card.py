@@ -33,7 +33,7 @@ SERVE = {
     "gguf": {"llama.cpp": "llama-server -m FOLDER/model.gguf"},
 }
 TOLD = ("method", "calibrate", "data", "sequences", "seq_len", "tokens", "seed", "alpha", "residual_alpha")
-WEIGHTING = ("hessian_weighting", "hessian_groups", "hessian_samples")
+WEIGHTING = ("hessian_weighting", "hessian_groups", "hessian_samples", "hessian_matmul")
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def base_fields(resolved: ResolvedEvaluation) -> dict[str, Any]:
 PEER_FIELDS = ("format", "block_size", "settings", "bits_per_weight", "quantize_s", "quantize_device")
 SETTINGS = (
     *("method_settings", "calibrate", "alpha", "residual_alpha", "calibrate_damping", "weight_exponent"),
-    *("global_scale", "scale_rule", "init", "hessian_weighting", "hessian_groups", "hessian_samples"),
+    *("global_scale", "scale_rule", "init", "hessian_weighting", "hessian_groups", "hessian_samples", "hessian_matmul"),
     *("data", "seq_len", "sequences", "seed"),
 )
 

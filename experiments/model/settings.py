@@ -23,6 +23,7 @@ from experiments.config import (
     FormatConfig,
     HessianConfig,
     LayerConfig,
+    Matmul,
     MethodConfig,
     ModelConfig,
     Offline,
@@ -31,6 +32,7 @@ from experiments.config import (
     TrackingConfig,
     check_run,
     config_hash,
+    hessian_settings,
     new_sweep_id,
     require,
 )
@@ -142,9 +144,9 @@ def as_run(config: QuantizeConfig) -> Config:
 
 
 def with_sources(config: QuantizeConfig, run: Config) -> QuantizeConfig:
-    """`config` with the model and text of `run`, whose sources are available."""
+    """`config` with the model and text of `run`, whose sources are available, and what its device leaves of hessian."""
     model = replace(run.model, include=config.model.include, exclude=config.model.exclude)
-    return replace(config, model=model, data=run.data)
+    return replace(config, model=model, data=run.data, hessian=run.hessian)
 
 
 def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[str, Any]:
@@ -158,6 +160,7 @@ def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[s
     for name in ("origin", "num_layers"):  # descriptions that do not select the model
         del values["model"][name]
     values["method"] = {"name": config.method.name} | config.method.settings
+    values["hessian"] = hessian_settings(config.hessian)
     if config.init is None:
         del values["init"]
     values["device"] = device.partition(":")[0]
@@ -183,6 +186,7 @@ def method_fields(config: QuantizeConfig) -> dict[str, Any]:
         "hessian_weighting": str(config.hessian.weighting),
         "hessian_groups": config.hessian.groups,
         "hessian_samples": config.hessian.samples,
+        **({} if config.hessian.matmul == Matmul.float32 else {"hessian_matmul": str(config.hessian.matmul)}),
     }
 
 

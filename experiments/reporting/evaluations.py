@@ -94,7 +94,8 @@ def label_of(record: EvaluationRecord) -> str:
     if record.method in PLAIN:
         return parts[0]
     if told.get("hessian_weighting") == "loss":
-        parts.append("loss-weighted")
+        matmul = told.get("hessian_matmul")
+        parts.append(f"loss-weighted in {matmul.upper()}" if matmul else "loss-weighted")
     if (told.get("hessian_groups") or 1) > 1:
         parts.append(f"{told['hessian_groups']} row groups")
     if told.get("calibrate") == "sequential":

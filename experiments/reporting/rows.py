@@ -19,7 +19,7 @@ from experiments.reporting.labels import BACKENDS, FORMATS, METHODS, rank
 # Relative; the two backends' errors may differ by rounding, but not in a table's digits.
 BACKEND_TOLERANCE = 1e-3
 
-Hessian = tuple[str | None, int | None, int | None]
+Hessian = tuple[str | None, int | None, int | None, str | None]
 Settings = tuple[tuple[str, Any], ...]
 
 
@@ -58,7 +58,7 @@ class Row:
     scale_rule: str | None
     method: str
     settings: Settings  # of the method, as (name, value)
-    hessian: Hessian  # weighting, groups, samples; None if all tokens have the same weight
+    hessian: Hessian  # weighting, groups, samples, matmul; None if all tokens have the same weight
     runs: tuple[RunRecord, ...]  # the newest of each backend, the reference first
 
     @property
@@ -113,7 +113,7 @@ def make_rows(records: Iterable[RunRecord]) -> list[Row]:
 
 
 def _hessian(record: RunRecord) -> Hessian:
-    return record.hessian_weighting, record.hessian_groups, record.hessian_samples
+    return record.hessian_weighting, record.hessian_groups, record.hessian_samples, record.hessian_matmul
 
 
 def _settings(record: RunRecord) -> Settings:
@@ -125,6 +125,8 @@ def method_label(record: RunRecord) -> str:
     label = METHODS.get(record.method, record.method)
     if record.hessian_weighting is not None:
         label += f", {record.hessian_weighting}-weighted"
+    if record.hessian_matmul is not None:
+        label += f" in {record.hessian_matmul.upper()}"
     if (record.hessian_groups or 1) > 1:
         label += f", {record.hessian_groups} row groups"
     if (record.hessian_samples or 1) > 1:

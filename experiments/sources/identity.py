@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Config, LayerConfig, ModelSource, Weighting
+from experiments.config import Config, LayerConfig, Matmul, ModelSource, Weighting
 from experiments.files import sha256_json
 from experiments.sources.bundles import CAPTURE_VERSION, bundle_identity
 from experiments.sources.hashes import file_hashes
@@ -68,16 +68,19 @@ def folder_in_cache(config: Config, identity: Identity, layer: LayerConfig) -> P
 
 def loss_file(config: Config) -> str:
     """The name of a layer's own loss weights, in its folder."""
-    return f"loss-g{config.hessian.groups}-s{config.hessian.samples}.safetensors"
+    matmul = "" if config.hessian.matmul == Matmul.float32 else f"-{config.hessian.matmul}"
+    return f"loss-g{config.hessian.groups}-s{config.hessian.samples}{matmul}.safetensors"
 
 
 def losses_folder(config: Config, identity: Identity) -> Path:
     """The cache folder of the loss weights of all layers. identity: that of any layer of the run.
 
-    They are computed in float32, whatever the dtype of the captured inputs.
+    They are computed in float32, whatever the dtype of the captured inputs; hessian.matmul may round factors.
     """
     of_all = {name: value for name, value in identity.items() if name not in ("layer", "dtype")}
-    hessian = {"version": LOSS_VERSION, "groups": config.hessian.groups, "samples": config.hessian.samples}
+    hessian: Identity = {"version": LOSS_VERSION, "groups": config.hessian.groups, "samples": config.hessian.samples}
+    if config.hessian.matmul != Matmul.float32:
+        hessian["matmul"] = str(config.hessian.matmul)
     key = sha256_json(of_all | {"loss": hessian})[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", config.model.label)
     return config.cache.folder / "losses" / f"{name}-{key}"

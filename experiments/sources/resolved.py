@@ -6,12 +6,12 @@ GPU, so that a sweep of finished runs is quick.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments import provenance
-from experiments.config import Config, LayerConfig, config_hash, result_config, run_id
+from experiments.config import Config, LayerConfig, config_hash, on_device, result_config, run_id
 from experiments.files import SourceError, sha256_json
 from experiments.sources.identity import Identity, folder_in_cache, source_identity
 from experiments.sources.models import ModelIdentity, model_identity
@@ -79,6 +79,7 @@ def resolve(config: Config) -> Resolved:
     backend = provenance.resolve_backend_name(
         config.backend, device, config.method.name, config.block_size, config.format.name
     )
+    config = replace(config, hessian=on_device(config.hessian, device))
     refuse_idle_paths(config)
     refuse_loss_without_model(config)
     substituted, model, identity, error = False, None, None, None

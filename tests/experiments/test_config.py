@@ -269,10 +269,13 @@ def test_weighting_by_loss_is_part_of_the_identity_and_the_default_is_not() -> N
     assert "hessian" not in settings() and settings("hessian=output") == settings()
     assert settings("hessian=loss")["hessian"] == {"weighting": "loss", "groups": 1, "samples": 1}
     assert settings("hessian=loss", "hessian.groups=4") != settings("hessian=loss", "hessian.samples=4")
+    tf32 = {"weighting": "loss", "groups": 1, "samples": 1, "matmul": "tf32"}
+    assert settings("hessian=loss", "hessian.matmul=tf32")["hessian"] == tf32
     for wrong, message in (
         (["hessian=loss", "hessian.groups=0"], r"hessian\.groups=0: must be positive"),
         (["hessian.groups=4"], r"hessian\.groups=4: only loss weights have groups\. Add hessian=loss"),
         (["hessian.samples=2"], r"hessian\.samples=2: only loss weights have samples"),
+        (["hessian.matmul=tf32"], r"hessian\.matmul=tf32: only loss weights take a backward pass\. Add hessian=loss"),
     ):
         with pytest.raises(ValueError, match=message):
             compose(wrong)

@@ -40,7 +40,8 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_the_order_of_the_fields_is_kept() -> None:
     settings, objective = {"scale": "joint"}, [2.0, 1.5]
     weighted = dataclasses.replace(RECORD, hessian_weighting="loss", hessian_groups=1, hessian_samples=2)
-    full = dataclasses.replace(weighted, method_settings=settings, objective=objective, verified_to_hessian=0.4)
+    more = {"method_settings": settings, "objective": objective, "hessian_matmul": "tf32"}
+    full = dataclasses.replace(weighted, verified_to_hessian=0.4, **more)
     assert tuple(json.loads(full.to_json())) == (*FIELDS, CHECKSUM)
     assert RunRecord.from_json(full.to_json()) == full
     plain = tuple(name for name in FIELDS if name not in SPARSE_FIELDS)

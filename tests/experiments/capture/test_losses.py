@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,11 @@ from experiments.capture.limit import limit_calibration
 from experiments.capture.store import is_intact
 from experiments.capture.tokens import token_sequences
 from experiments.capture.weighted import weigh_by_loss
-from experiments.config import Config, HessianConfig, LayerConfig, ModelConfig, ModelSource, Weighting
+from experiments.config import Config, HessianConfig, LayerConfig, Matmul, ModelConfig, ModelSource, Weighting
 from experiments.files import SourceError
 from experiments.sources import decoder as decoders
 from experiments.sources.checkpoints import open_checkpoint
-from experiments.sources.identity import losses_folder
+from experiments.sources.identity import loss_file, losses_folder
 from experiments.sources.resolved import resolve
 from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, change, configuration
 
@@ -413,3 +414,33 @@ def test_more_groups_than_rows_are_refused(tiny: SimpleNamespace) -> None:
 def test_kept_gram_matrices_alone_are_not_enough(tiny: SimpleNamespace) -> None:
     with pytest.raises(SourceError, match=r"cache\.activations=true"):
         load_weighted(config_for(tiny, cache__activations=False))
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_tf32_is_another_pass_on_a_gpu_and_changes_nothing_on_a_cpu(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny)
+    rounded = change(config, hessian=HessianConfig(Weighting.loss, matmul=Matmul.tf32))
+    resolved = resolve(config)
+    assert resolve(rounded) == resolved
+    folder = losses_folder(rounded, resolved.sources)  # as on a GPU
+    assert folder != folder_of(config) and loss_file(rounded) == "loss-g1-s1-tf32.safetensors"
+    assert loss_file(config) == "loss-g1-s1.safetensors"
+    seen: list[str] = []
+    real = losses.loss_weights
+
+    def noting(*arguments: Any) -> dict[str, Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return real(*arguments)
+
+    monkeypatch.setattr(losses, "loss_weights", noting)
+    before = torch.get_float32_matmul_precision()
+    exact = losses.open_loss_weights(resolved)
+    on_gpu = losses.open_loss_weights(replace(resolved, config=rounded))
+    assert set(seen) == {"highest", "high"} and torch.get_float32_matmul_precision() == before
+    layer = LayerConfig(0, "mlp.up_proj")
+    assert torch.equal(exact.of(layer), on_gpu.of(layer))  # this is a CPU
+    assert not {path.parent for path in exact.paths} & {path.parent for path in on_gpu.paths}
