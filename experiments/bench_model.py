@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ if __name__ == "__main__":
 from experiments.files import check_writable, parse_json, sha256_file, write_atomically
 from experiments.model_record import ModelRecord
 from experiments.record import RECORD_NAME, RecordError, read_record_of
+from experiments.run_log import LOG_NAME
 
 CASES: dict[str, tuple[str, ...]] = {
     "hessian": ("method=hessian", "hessian=output", "calibrate=parallel"),
@@ -114,6 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds of one run")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds of all runs")
     parser.add_argument("--work", type=Path, help="folder of caches and models, which are removed; default: temporary")
+    parser.add_argument("--records", type=Path, help="folder that keeps each run's record, layers.jsonl and run.log")
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     options = parser.parse_args(argv)
     if not any(override.startswith("model.path=") for override in options.overrides):
@@ -135,6 +138,8 @@ def one_run(
         overrides = [*options.overrides, *CASES[case], f"output_dir={work / 'models'}", f"cache.dir={work / 'cache'}"]
         threads = max(1, (os.cpu_count() or 1) // max(options.processes))  # the same for every number of processes
         seconds, error = run(command_of(processes, overrides), threads, limit)
+        if options.records is not None:
+            keep_records(work / "models", options.records / f"{case}-{processes}")
         if error is not None:
             return replace(row, wall_s=seconds, note=error)
         try:
@@ -148,6 +153,14 @@ def one_run(
         same = first.setdefault(case, digest) == digest
         found = fields_of(record) | sizes_of(options.overrides)
         return replace(row, **found, wall_s=seconds, same_bytes=same)
+
+
+def keep_records(models: Path, folder: Path) -> None:
+    """Copy the small files of the run in `models`, also those of an unfinished one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in (RECORD_NAME, LOG_NAME, "*/layers.jsonl"):
+        for path in models.glob(f"[!l]*/{pattern}"):  # beside `latest`
+            shutil.copyfile(path, folder / path.name)
 
 
 def command_of(processes: int, overrides: Sequence[str]) -> list[str]:

@@ -25,7 +25,10 @@ def test_runs_are_timed_and_have_the_same_bytes(tiny: SimpleNamespace, tmp_path:
         *(f"model.path={tiny.folder}", f"data.path={tiny.texts}", "data.seq_len=32", "data.samples=8"),
         *("device=cpu", "model.dtype=float32"),
     ]
+    records = tmp_path / "records"
+    overrides += ["--records", str(records)]
     assert bench_model.main([*overrides, "--cases", "gptq", "--processes", "1", "2", "--out", str(out)]) == 0
+    assert {path.name for path in (records / "gptq-2").iterdir()} == {"record.json", "run.log", "layers.jsonl"}
     one, two = lines(out)
     assert (one["case"], one["processes"], two["processes"]) == ("gptq", "1", "2")
     assert one["same_bytes"] == two["same_bytes"] == "True" and not one["note"]
