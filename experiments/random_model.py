@@ -34,7 +34,7 @@ from experiments import provenance
 from experiments.files import check_writable, write_atomically
 from experiments.train_small import END, read_text, train_tokenizer
 
-TOKENS = 2048  # of the tokenizer: few, so that a short text has many tokens
+TOKENS = 4096  # of the tokenizer: more than the inputs of a first layer have channels, and few, so a text has many
 STD = 0.02
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
 SHAPES: dict[str, dict[str, Any]] = {

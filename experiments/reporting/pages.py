@@ -16,6 +16,7 @@ A block stands between `<!-- BEGIN GENERATED: name -->` and `<!-- END GENERATED:
     speed:NAME         eight of these rows: every method and dequantize, at the smallest block size
     gram:NAME          time and output error of every method and the peers' GPTQ, from a benchmark with --gram
     scaling:NAME       the growth of time with the rows, from a benchmark of several numbers of rows
+    whole_model:NAME   whole models by phase and number of GPUs, from a file of bench_model.py
 
 Text outside the blocks is left alone. Imports no torch.
 """
@@ -45,8 +46,9 @@ from experiments.reporting.speed import brief_speed_tables, gram_tables, speed_t
 from experiments.reporting.table import Table
 from experiments.reporting.tables import make_tables, summary_table, unfinished
 from experiments.reporting.verification import verification_tables
+from experiments.reporting.whole import whole_model_tables
 
-PAGES = (Path("README.md"), Path("docs/results.md"), Path("docs/reliability.md"))
+PAGES = tuple(map(Path, ("README.md", "docs/results.md", "docs/reliability.md", "docs/whole_models.md")))
 TABLES_PAGE = PAGES[1]  # where a new table belongs
 PUBLISHED = "published"
 FAULTS = "reliability"
@@ -63,11 +65,12 @@ BENCHMARKS: dict[str, Callable[[pd.DataFrame], list[Table]]] = {
     "speed": brief_speed_tables,
     "gram": gram_tables,
     "scaling": scaling_tables,
+    "whole_model": whole_model_tables,
 }
 PIVOTS: dict[str, Callable[[Iterable[RunRecord]], list[Table]]] = {"layers": by_layer, "methods": by_method}
 HOW_TO_BENCH = (
     "run `python experiments/bench.py --out results/bench/NAME.csv` on a GPU, with --shapes rows for scaling, with "
-    "--gram and a NAME that ends in gram for gram"
+    "--gram and a NAME that ends in gram for gram; for whole_model, run bench_model.py"
 )
 HOW_TO_RECORD = "run `make run`, then `python experiments/report.py --collect main`"
 HOW_TO_EVALUATE = (
