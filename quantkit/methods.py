@@ -2,7 +2,7 @@
 
 A method quantizes a whole weight. It stands on search.py, whose *objectives* choose the scale of one block. naive, sse,
 hessian and joint apply the objective of their name to every block on its own. gptq and descent (layer/) let the blocks
-of a row make up for each other's errors.
+of a row, and with an output Gram matrix also the rows, make up for each other's errors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quantkit.formats import BlockFormat
-from quantkit.layer import descent, gptq
+from quantkit.layer import descent, gptq, rows
 from quantkit.layer.common import LayerOptions, LayerResult, LayerTask
 from quantkit.reference.amax import global_scale_of
 from quantkit.search import OBJECTIVES, Found, Objective, quantize_matrix
@@ -23,6 +23,7 @@ from quantkit.search import OBJECTIVES, Found, Objective, quantize_matrix
 __all__ = ["METHODS", "Method", "Problem", "get_method"]
 
 NEEDS = (None, "hessian", "gram")
+LAYER_OPTIONS = ("scale", "order", "damping", "rows", "output_damping")  # of every method of quantkit/layer
 
 
 class Problem(NamedTuple):
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
     gram: ``[K, K]`` for a method that needs "gram", else None.
     backend: "reference" or "triton".
     name: the name of hessians or gram in errors.
-    start: codes and scales to begin with, as in :class:`quantkit.layer.common.LayerTask`.
+    start, output_gram: as in :class:`quantkit.layer.common.LayerTask`.
 
     All tensors are on one device.
     """
@@ -53,6 +54,7 @@ class Problem(NamedTuple):
     name: str
     options: LayerOptions
     start: tuple[Tensor, Tensor] | None = None
+    output_gram: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Method:
     nearest_codes: every code is round-to-nearest at the scale of its block.
     options: settings of LayerOptions that it takes.
     takes_init: it can begin with given codes and scales.
+    takes_output_gram: rows can make up for each other's errors.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Method:
     nearest_codes: bool = True
     options: tuple[str, ...] = ()
     takes_init: bool = False
+    takes_output_gram: bool = False
 
     def __post_init__(self) -> None:
         if self.needs not in NEEDS:
@@ -115,7 +119,7 @@ class Method:
     def of_layer(
         cls,
         name: str,
-        solve_layer: Callable[[LayerTask], LayerResult],
+        solve_layer: Callable[[LayerTask, gptq.Prepared | None], LayerResult],
         options: tuple[str, ...],
         takes_init: bool = False,
     ) -> Method:
@@ -135,21 +139,29 @@ class Method:
                 problem.backend,
                 problem.options,
                 problem.start,
+                problem.output_gram,
             )
-            found = solve_layer(task)
+            found = rows.solve(solve_layer, task)
             candidates = found.candidates if problem.count_candidates else None
             return Found(found.codes, found.scales, problem.global_scale, candidates, None, found.objective)
 
         return cls(
-            name, solve, OBJECTIVES["joint"], "gram", nearest_codes=False, options=options, takes_init=takes_init
+            name,
+            solve,
+            OBJECTIVES["joint"],
+            "gram",
+            nearest_codes=False,
+            options=options,
+            takes_init=takes_init,
+            takes_output_gram=True,
         )
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {name: Method.of_objective(OBJECTIVES[name]) for name in ("naive", "sse", "hessian", "joint")}
     | {
-        "gptq": Method.of_layer("gptq", gptq.solve, ("scale", "order", "damping")),
-        "descent": Method.of_layer("descent", descent.solve, ("scale", "order", "damping", "sweeps"), takes_init=True),
+        "gptq": Method.of_layer("gptq", gptq.solve, LAYER_OPTIONS),
+        "descent": Method.of_layer("descent", descent.solve, (*LAYER_OPTIONS, "sweeps"), takes_init=True),
     }
 )
 

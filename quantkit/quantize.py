@@ -38,6 +38,7 @@ def quantize(
     check_finite: bool = True,
     count_candidates: bool = False,
     init: QuantizedTensor | None = None,
+    output_gram: Tensor | None = None,
     **options: Any,
 ) -> QuantizedTensor:
     """Quantizes ``weight [..., K]``, float16, bfloat16, float32 or float64, along its last dimension.
@@ -60,9 +61,12 @@ def quantize(
     count_candidates: also return, for each block, how many scales were evaluated.
     init: for "descent", a quantized weight of the same shape, format and block size, such as another tool's, whose
         codes, scales and global scale the sweeps begin with. The error is nowhere above its.
+    output_gram: for "gptq" and "descent" of a weight [N, K], the Gram matrix ``[N, N]`` of the loss's gradients at the
+        layer's outputs, Σ g gᵀ over tokens. Rows then make up for each other's errors (docs/layer.md).
     options: of "gptq" and "descent": scale="joint" (or "naive", "sse", "hessian": how a block's scale is chosen),
         order="descending" (block columns by the mean diagonal of their Hessian, or "natural"), damping=0.01 (share of
-        the mean diagonal that is added to the Gram matrix), and sweeps=4 of "descent".
+        the mean diagonal that is added to the Gram matrix), sweeps=4 of "descent", and, with an output_gram, rows=96
+        (rows solved together) and output_damping=0.3 (as damping, of output_gram).
 
     The experts of a weight ``[E, N, K]`` share what is given, or have their own: activations as a sequence of E
     tensors, gram ``[E, K, K]``, hessian ``[E, K/block_size, block_size, block_size]``, global_scale "amax_per_expert"
@@ -79,6 +83,7 @@ def quantize(
         global_scale = _check_init(init, weight, fmt, block_size, chosen, global_scale)
     use_triton = choose_backend(backend, weight.device.type, _without_kernel(chosen, block_size, fmt)) == "triton"
     calibration.check_given(method, chosen.needs, activations=activations, gram=gram, hessian=hessian)
+    outputs = None if output_gram is None else _output_gram(output_gram, weight, chosen, init)
     if weight.ndim == 3 and experts.has_own(weight, activations, gram, hessian, global_scale):
         global_scale = _of_all_experts(weight, fmt, global_scale, check_finite)
         each = partial(
@@ -123,6 +128,7 @@ def quantize(
         name=source,
         options=settings,
         start=None if init is None else (init.codes.reshape(len(matrix), -1), init.scales.reshape(len(matrix), -1)),
+        output_gram=outputs,
     )
     found = solve_jointly(chosen, problem) if jointly else chosen.solve(problem)
     if check_finite and found.flags is not None and any(found.flags.tolist()):
@@ -319,6 +325,24 @@ def _gram(weight: Tensor, method: Method, activations: Tensor | Sequence[Tensor]
         calibration.check_gram(gram, columns)
         calibration.check_finite(gram, "gram")
         result = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    return _detached(result).to(weight.device)
+
+
+def _output_gram(output_gram: Tensor, weight: Tensor, method: Method, init: QuantizedTensor | None) -> Tensor:
+    """The output Gram matrix on the weight's device, float32 or float64."""
+    if not method.takes_output_gram:
+        takers = [other.name for other in METHODS.values() if other.takes_output_gram]
+        raise ValueError(f"method {method.name!r} takes no output_gram; {' and '.join(takers)} do")
+    if init is not None:
+        raise ValueError("output_gram cannot be used with init, whose error it could raise; leave one of them out")
+    calibration.check_tensor(output_gram, "output_gram")
+    if weight.ndim != 2 or output_gram.shape != (len(weight), len(weight)):
+        raise ValueError(
+            f"output_gram has shape {list(output_gram.shape)} and the weight {list(weight.shape)}; a weight [N, K] "
+            "needs [N, N]"
+        )
+    calibration.check_finite(output_gram, "output_gram")
+    result = output_gram.to(torch.promote_types(output_gram.dtype, torch.float32))
     return _detached(result).to(weight.device)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "columns_over_blocks",
     "damped",
     "diagonal_blocks",
+    "factors_of",
     "objective_of",
     "panels",
     "submatrix",
@@ -55,22 +56,30 @@ class LayerOptions:
     order: of the block columns: by "descending" mean diagonal of the Hessian, or "natural". Blocks keep their columns.
     damping: share of the Hessian's mean diagonal that is added to its diagonal.
     sweeps: number of sweeps of block descent, for the method "descent".
+    rows: of the weight that are solved together, with an output Gram matrix (rows.py).
+    output_damping: share of the output Gram matrix's mean diagonal that is added to its diagonal.
     """
 
     scale: str = "joint"
     order: str = "descending"
     damping: float = 0.01
     sweeps: int = 4
+    rows: int = 96
+    output_damping: float = 0.3
 
     def __post_init__(self) -> None:
         if self.scale not in OBJECTIVES:
             raise ValueError(f"unknown scale {self.scale!r}; known ways to choose one: {', '.join(OBJECTIVES)}")
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}; known orders: {', '.join(ORDERS)}")
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, got {self.damping!r}; 0.01 is usual")
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
-            raise ValueError(f"sweeps must be a whole number from 1 on, got {self.sweeps!r}")
+        for name, usual in (("damping", 0.01), ("output_damping", 0.3)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}; {usual} is usual")
+        for name in ("sweeps", "rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
 
 
 def damped(gram: Tensor, damping: float, columns: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,7 +139,8 @@ class LayerTask:
 
     weight: float16, bfloat16 or float32 ``[rows, K]``; gram: float32 or float64 ``[K, K]``; global_scale: float32
     scalar; rule: of the naive scale; backend: "reference" or "triton". start: for descent, packed codes ``[rows, K/2]``
-    and scale bytes ``[rows, K/block_size]`` at that global scale, to begin with; None: those of GPTQ.
+    and scale bytes ``[rows, K/block_size]`` at that global scale, to begin with; None: those of GPTQ. output_gram:
+    float32 or float64 ``[rows, rows]``, by which rows make up for each other's errors; None: they do not.
     """
 
     weight: Tensor
@@ -142,11 +152,12 @@ class LayerTask:
     backend: str
     options: LayerOptions
     start: tuple[Tensor, Tensor] | None = None
+    output_gram: Tensor | None = None
 
 
 class LayerResult(NamedTuple):
-    """codes, scales, candidates: as in :class:`quantkit.search.Found`; objective: for descent, tr(D H Dᵀ) with the
-    damped Hessian, at the start and after each sweep."""
+    """codes, scales, candidates: as in :class:`quantkit.search.Found`; objective: for descent without an output Gram
+    matrix, tr(D H Dᵀ) with the damped Hessian, at the start and after each sweep."""
 
     codes: Tensor
     scales: Tensor
@@ -214,11 +225,6 @@ class Pass:
         return (
             task.backend == "triton" and task.options.scale == "joint" and task.block_size in kernels.PANEL_BLOCK_SIZES
         )
-
-    def factors(self, metrics: Tensor) -> Factors | None:
-        """Factors of ``metrics [K/block_size, block_size, block_size]``; None for an objective without factors."""
-        scale = self.task.options.scale
-        return factorize(metrics, self.task.backend, objective=scale) if OBJECTIVES[scale].needs_factors else None
 
     def solve(
         self, panel: slice, target: Tensor, factors: Factors | None, feedback: Tensor, metrics: Tensor | None = None
@@ -312,6 +318,12 @@ class Pass:
         scales.copy_(found.scales)
         before.copy_(after)
         return change
+
+
+def factors_of(task: LayerTask, metrics: Tensor) -> Factors | None:
+    """Factors of ``metrics [K/block_size, block_size, block_size]``; None for an objective without factors."""
+    scale = task.options.scale
+    return factorize(metrics, task.backend, objective=scale) if OBJECTIVES[scale].needs_factors else None
 
 
 def _row_pieces(target: Tensor) -> list[tuple[slice]]:

@@ -22,6 +22,7 @@ from quantkit.layer.common import (
     columns_over_blocks,
     damped,
     diagonal_blocks,
+    factors_of,
     objective_of,
     panels,
 )
@@ -31,17 +32,17 @@ __all__ = ["solve"]
 RISE = 1e-5  # relative; more than the objective's rounding error in float32
 
 
-def solve(task: LayerTask) -> LayerResult:
+def solve(task: LayerTask, prepared: gptq.Prepared | None = None) -> LayerResult:
     """Codes and scales by GPTQ, or ``task.start``, and ``task.options.sweeps`` sweeps.
 
     Raises ValueError for an objective beyond float32, and RuntimeError if it rises, which only a defect can cause.
     """
-    determined = gptq.determined_channels(task.gram)
-    state = gptq.run(task) if task.start is None else Pass.begin_with(task, *task.start)
+    determined = prepared.determined if prepared else gptq.determined_channels(task.gram)
+    state = gptq.run(task, prepared) if task.start is None else Pass.begin_with(task, *task.start)
     hessian = damped(task.gram, task.options.damping, state.columns)
     blocks = diagonal_blocks(hessian, task.block_size).double()
     inverses = torch.linalg.inv(blocks)
-    factors = state.factors(blocks)
+    factors = factors_of(task, blocks)
     history = [objective_of(state.error, hessian)]
     for _ in range(task.options.sweeps):
         for panel in panels(hessian.shape[1]):

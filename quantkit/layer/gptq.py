@@ -18,6 +18,7 @@ before. The order is that of the columns or of the Hessian's diagonal, by whole 
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +31,14 @@ from quantkit.layer.common import (
     columns_over_blocks,
     damped,
     diagonal_blocks,
+    factors_of,
     objective_of,
     panels,
     visiting_order,
 )
-from quantkit.search import quantize_matrix
+from quantkit.search import Factors, quantize_matrix
 
-__all__ = ["determined_channels", "factor", "finish", "run", "solve"]
+__all__ = ["Prepared", "determined_channels", "factor", "finish", "prepare", "run", "solve"]
 
 # With this small damping, a pivot below UNDETERMINED times the damping is noise: other channels determine the channel.
 # On Gaussian tokens with the covariance of real layers, the count of larger pivots is the rank within 2 %.
@@ -44,24 +46,42 @@ PROBE_DAMPING = 1e-6
 UNDETERMINED = 100
 
 
-def solve(task: LayerTask) -> LayerResult:
+class Prepared(NamedTuple):
+    """What weights with the same Gram matrix and options share. determined: see determined_channels; factors: of the
+    metrics M_b; feedback: F ``[K, K]``, float32."""
+
+    determined: int
+    factors: Factors | None
+    feedback: Tensor
+
+
+def prepare(task: LayerTask) -> Prepared:
+    """To solve several weights with the task's Gram matrix and options."""
+    return Prepared(determined_channels(task.gram), *_columns(task))
+
+
+def solve(task: LayerTask, prepared: Prepared | None = None) -> LayerResult:
     """Codes and scales by GPTQ; see finish for a Gram matrix of too few tokens."""
-    determined = determined_channels(task.gram)
-    return finish(run(task), None, determined)
+    determined = prepared.determined if prepared else determined_channels(task.gram)
+    return finish(run(task, prepared), None, determined)
 
 
-def run(task: LayerTask) -> Pass:
+def run(task: LayerTask, prepared: Prepared | None = None) -> Pass:
     """The state after one pass over the block columns."""
-    upper = factor(task.gram, task.options.damping, visiting_order(task)[1])
-    state = Pass(task)  # made after the factor, whose working copy then is gone
-    corner = diagonal_blocks(upper, task.block_size).double()
-    factors = state.factors(corner @ corner.mT)
-    feedback = _scaled_columns(upper, torch.linalg.inv(corner))
+    factors, feedback = (prepared.factors, prepared.feedback) if prepared else _columns(task)
+    state = Pass(task)
     target = state.weight.float().clone()
     for panel in panels(target.shape[1]):
         change = state.solve(panel, target[:, panel].contiguous(), factors, feedback[panel, panel])
         target[:, panel.stop :].addmm_(change, feedback[panel, panel.stop :])
     return state
+
+
+def _columns(task: LayerTask) -> tuple[Factors | None, Tensor]:
+    """Factors of the metrics M_b, and the feedback matrix F ``[K, K]``."""
+    upper = factor(task.gram, task.options.damping, visiting_order(task)[1])
+    corner = diagonal_blocks(upper, task.block_size).double()
+    return factors_of(task, corner @ corner.mT), _scaled_columns(upper, torch.linalg.inv(corner))
 
 
 def finish(state: Pass, history: tuple[float, ...] | None, determined: int) -> LayerResult:
@@ -119,19 +139,20 @@ def determined_channels(gram: Tensor) -> int:
     return len(pivots) - int((noise & (pivots < 0.01 * diagonal)).sum())
 
 
-def factor(gram: Tensor, damping: float, columns: Tensor | None = None) -> Tensor:
+def factor(gram: Tensor, damping: float, columns: Tensor | None = None, name: str = "") -> Tensor:
     """Upper triangular R ``[K, K]`` with R Rᵀ = gram + damping · mean(diag gram) · I, in gram's dtype.
 
     columns: int64 ``[K]``, an order of rows and columns to take the Gram matrix in. In float64 on a CPU, and where
-    float32 does not suffice. A Gram of zeros becomes the identity. Raises ValueError for an indefinite Gram matrix.
+    float32 does not suffice. A Gram of zeros becomes the identity. name: a prefix of "gram" and "damping" in the error.
+    Raises ValueError for an indefinite Gram matrix.
     """
     for dtype in (torch.float64,) if gram.device.type == "cpu" else (gram.dtype, torch.float64):
         lower, failed = _lower(gram, damping, columns, dtype)
         if not failed:
             return _reverse_(lower)
     raise ValueError(
-        f"gram is not positive semi-definite: with {damping:g} of its mean diagonal added it has no Cholesky factor; "
-        "accumulate it as XᵀX in float32 or better, or raise damping"
+        f"{name}gram is not positive semi-definite: with {damping:g} of its mean diagonal added it has no Cholesky "
+        f"factor; accumulate it as XᵀX in float32 or better, or raise {name}damping"
     )
 
 
