@@ -20,8 +20,7 @@ if __name__ == "__main__":
 from experiments.evaluation_record import EvaluationRecord
 from experiments.files import write_atomically
 from experiments.record import RECORD_NAME, RecordError, read_record_of
-
-CARD_NAME = "README.md"
+from experiments.sources.exported import CARD_NAME
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from experiments.model.evaluation import (
     resolve_evaluation,
 )
 from experiments.overrides import mistake
+from experiments.record import read_records_of
 from experiments.run_log import AGAIN_LOG_NAME, LOG_NAME, run_log, status_of
 from experiments.tracking import track_evaluation
 
@@ -65,6 +66,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationRecord:
     previous = finished_evaluation(resolved)
     if previous is not None and not config.force:
         print(f"{described(previous)}\n  finished before; force=true evaluates again", flush=True)
+        tell_cards(resolved)
         return previous
     log_file = resolved.run_dir / (LOG_NAME if previous is None else AGAIN_LOG_NAME)
     with run_log(log_file):
@@ -80,7 +82,22 @@ def evaluate(config: EvaluationConfig) -> EvaluationRecord:
         track_evaluation(record, resolved.settings, config.tracking, Path(config.output_dir))
     log_file.replace(resolved.run_dir / LOG_NAME)
     print(f"{described(record)}\n  record: {path}", flush=True)
+    tell_cards(resolved)
     return record
+
+
+def tell_cards(resolved: ResolvedEvaluation) -> None:
+    """Put all evaluations of this model in output_dir into the model cards of its exports."""
+    if resolved.model.path is None:
+        return
+    from experiments.model.card import put_into_cards
+
+    found = read_records_of(EvaluationRecord, resolved.config.output_dir, damaged=[])
+    revision = resolved.model_identity.revision
+    same = [record for record in found if record.model_revision == revision and record.status == "ok"]
+    same.sort(key=lambda record: record.started_at or "")
+    for path in put_into_cards(Path(resolved.model.path).expanduser(), same):
+        print(f"  model card: {path}", flush=True)
 
 
 def _execute(resolved: ResolvedEvaluation) -> EvaluationRecord:

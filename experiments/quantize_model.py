@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import provenance
 from experiments.config import plain_config
 from experiments.console import full_errors, reason
-from experiments.files import check_writable
+from experiments.files import SourceError, check_writable
 from experiments.model.settings import QuantizeConfig, method_fields
 from experiments.model_record import ModelRecord
 from experiments.overrides import mistake
@@ -90,13 +90,31 @@ def run(composed: DictConfig, console: ModelConsole) -> None:
 
 
 def finished_record(run: ModelRun) -> ModelRecord | None:
-    """The record of an earlier run that ended well, from the same sources, if its model is still there."""
+    """The record of an earlier run that ended well, from the same sources, if its model is still there, bit for bit.
+
+    Raises SourceError for a damaged model that cannot be made again, because its sources are missing.
+    """
     try:
         record = read_record_of(ModelRecord, run.run_dir / RECORD_NAME)
     except (FileNotFoundError, RecordError):
         return None
     same = run.resolved.error is not None or record.config_hash == run.identity
-    return record if record.status == "ok" and same and run.folder.is_dir() else None
+    if record.status != "ok" or not same or not run.folder.is_dir():
+        return None
+    return record if _is_intact(run) else None
+
+
+def _is_intact(run: ModelRun) -> bool:
+    from experiments.sources.quantized import open_quantized
+
+    try:
+        open_quantized(run.folder, run.config.cache.folder).verify()
+    except SourceError as error:
+        if run.resolved.error is not None:
+            raise
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def with_export(run: ModelRun, record: ModelRecord) -> ModelRecord:

@@ -6,11 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from experiments.evaluation_record import EvaluationRecord
+from experiments.files import write_atomically
 from experiments.provenance import versions
-from experiments.sources.quantized import QuantizedCheckpoint
+from experiments.sources.exported import CARD_NAME, EXPORT_NAME, read_export
+from experiments.sources.quantized import MANIFEST_NAME, QuantizedCheckpoint
 from quantkit.layouts import get_layout
 
 SERVE = {
@@ -32,6 +35,7 @@ SERVE = {
     },
     "gguf": {"llama.cpp": "llama-server -m FOLDER/model.gguf"},
 }
+NOT_EVALUATED = "Not evaluated yet"
 TOLD = ("method", "calibrate", "data", "sequences", "seq_len", "tokens", "seed", "alpha", "residual_alpha")
 WEIGHTING = ("hessian_weighting", "hessian_groups", "hessian_samples", "hessian_matmul")
 
@@ -57,7 +61,7 @@ def card(source: QuantizedCheckpoint, verdict: Mapping[str, Any], about: About) 
         "## Method",
         _method(told),
         "## Evaluation",
-        "\n\n".join(about.tables) or "Not evaluated yet: `python experiments/evaluate.py model.path=FOLDER`.",
+        "\n\n".join(about.tables) or f"{NOT_EVALUATED}: `python experiments/evaluate.py model.path=FOLDER`.",
         "## Serve",
         _serve(layout.name),
         "## Check",
@@ -139,6 +143,46 @@ def with_evaluations(text: str, records: Sequence[EvaluationRecord]) -> str:
         raise ValueError("it has no section Evaluation before its section Serve, so it is no model card of quantkit")
     table = evaluation_table(records)
     return EVALUATION.sub(lambda _: table, text)
+
+
+def cards_of(folder: Path) -> list[Path]:
+    """The cards that an evaluation of this folder belongs to: an export's own, or those of a quantized model's exports
+    beside it."""
+    if (folder / EXPORT_NAME).is_file():
+        return [folder / CARD_NAME]
+    try:
+        identity = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    beside = sorted(path.parent for path in folder.resolve().parent.glob(f"*/{EXPORT_NAME}"))
+    return [path / CARD_NAME for path in beside if (read_export(path) or {}).get("identity") == identity]
+
+
+def put_into_cards(folder: Path, records: Sequence[EvaluationRecord]) -> list[Path]:
+    """Write the table of these evaluations of `folder` into its cards. Returns those that were changed.
+
+    A card that its owner has rewritten, without the sections of quantkit, is left alone.
+    """
+    changed = []
+    for path in cards_of(folder):
+        try:
+            before = path.read_text(encoding="utf-8")
+            after = with_evaluations(before, records)
+        except (OSError, ValueError):
+            continue
+        if after != before:
+            write_atomically(path, after)
+            changed.append(path)
+    return changed
+
+
+def evaluations_of(path: Path) -> list[str]:
+    """The tables of evaluations that a card has, for a new card of the same model; [] without any."""
+    try:
+        found = EVALUATION.search(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [] if found is None or found[0].startswith(NOT_EVALUATED) else [found[0]]
 
 
 def evaluation_table(records: Sequence[EvaluationRecord]) -> str:

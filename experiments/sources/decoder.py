@@ -238,7 +238,7 @@ class Decoder:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=self.stored.mapping,
         )
-        with _quiet():
+        with without_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, settings)
         self._check(info)
         self._tie(ties)
@@ -544,14 +544,20 @@ def _get(model: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """A context without transformers' progress bars, of which there would be one for each layer."""
+def without_bars() -> Iterator[None]:
+    """A context in which transformers, and the packages that it loads with, show no progress bars."""
+    from tqdm import tqdm
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    def hidden(bar: Any, *args: Any, **options: Any) -> None:
+        shown_init(bar, *args, **options | {"disable": True})
+
+    shown, shown_init = logging.is_progress_bar_enabled(), tqdm.__init__
     logging.disable_progress_bar()
+    tqdm.__init__ = hidden
     try:
         yield
     finally:
+        tqdm.__init__ = shown_init
         if shown:
             logging.enable_progress_bar()

@@ -23,6 +23,7 @@ from experiments.model.card import About
 from experiments.model.checkpoint import load_dequantized
 from experiments.model.export import EXPORT_NAME, export, read_verdict
 from experiments.model.selfcheck import load_in_transformers
+from experiments.sources.exported import check_export_intact
 from experiments.sources.quantized import QuantizedCheckpoint
 from tests.experiments.model.exported import quantized
 
@@ -232,6 +233,57 @@ def test_a_finished_export_is_not_written_again(made: Made, monkeypatch: pytest.
     folder = made.folder("llama", "nvfp4", "modelopt")
     monkeypatch.setattr(export_module, "_write", None)
     assert export(made.source("llama", "nvfp4"), folder, "modelopt") == read_verdict(folder)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("modelopt", "model-00001-of-00003.safetensors"),
+        ("compressed_tensors", "model-00003-of-00003.safetensors"),
+        ("compressed_tensors", "config.json"),
+        ("gguf", "model.gguf"),
+    ],
+)
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_finished_export_that_is_damaged_later_is_refused_and_written_again(
+    made: Made, tmp_path: Path, layout: str, name: str, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made.folder("llama", "nvfp4", layout), out)
+    damage(out / name)
+    with pytest.raises(SourceError, match=rf"out is damaged: {name} .* Run the command that exported it again"):
+        check_export_intact(out)
+    export(made.source("llama", "nvfp4"), out, layout)
+    assert f"is damaged and is written again: {name}" in caplog.text
+    check_export_intact(out)
+    assert contents(out) == contents(made.folder("llama", "nvfp4", layout))
+
+
+def test_an_export_without_its_verdict_is_no_finished_one(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.folder("llama", "nvfp4", "modelopt"), tmp_path / "out")
+    flip(tmp_path / "out" / EXPORT_NAME)
+    (tmp_path / "out" / EXPORT_NAME).write_text("{")
+    with pytest.raises(SourceError, match="no export of this model"):
+        export(made.source("llama", "nvfp4"), tmp_path / "out", "modelopt")
+
+
+def test_a_card_keeps_its_evaluations_when_the_export_is_written_again(made: Made, tmp_path: Path) -> None:
+    out, table = tmp_path / "out", "| KL |\n| --- |\n| 0.01 |"
+    export(made.source("llama", "nvfp4"), out, "modelopt", About(tables=[table]))
+    export(made.source("llama", "nvfp4"), out, "modelopt", force=True)
+    assert table in (out / "README.md").read_text()
+
+
+def test_an_export_shows_no_progress_bars(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export(made.source("qwen3_moe", "mxfp4"), tmp_path / "moe", "compressed_tensors")
+    export(made.source("llama", "nvfp4"), tmp_path / "dense", "compressed_tensors")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_killed_at_random_moments_and_started_again_it_has_the_same_bytes(made: Made, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from experiments import quantize_model as entry
 from experiments.config import ModelConfig, ModelSource
 from experiments.evaluate import evaluate
 from experiments.evaluation_record import EvaluationRecord
+from experiments.files import SourceError
 from experiments.model import exportable, gguf_file, job
 from experiments.model.export import read_verdict
 from experiments.model_record import ModelRecord
@@ -56,9 +57,41 @@ def test_a_model_goes_through_export_check_import_and_evaluation(
     assert "28 of 28 weights read back" in capsys.readouterr().out
     card = (folder / layout / "README.md").read_text()
     assert "python experiments/quantize_model.py model=" in card and f"export={layout}" in card
-    own = evaluated(tiny, folder / "model", tmp_path / "own")
     exported = evaluated(tiny, folder / layout, tmp_path / "exported")
+    kl = f"| {exported.kl_mean:.4g} [{exported.kl_low:.4g}, {exported.kl_high:.4g}] |"
+    assert kl in (folder / layout / "README.md").read_text()
+    (folder / layout / "README.md").write_text(card)
+    own = evaluated(tiny, folder / "model", tmp_path / "own")
     assert exported.kl_mean == own.kl_mean > 0.001 and exported.ppl == own.ppl
+    assert kl in (folder / layout / "README.md").read_text()
+    assert (exported.model, exported.method, exported.settings) == (own.model, own.method, own.settings)
+    assert exported.calibrated_on == own.calibrated_on is not None
+
+
+def test_a_damaged_export_is_not_evaluated(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    _, folder, _ = quantized(tiny, tmp_path / "out", "method=naive", "export=compressed_tensors")
+    shard = next((folder / "compressed_tensors").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    for reader in ("quantkit", "transformers"):
+        pair = SimpleNamespace(quantized=folder / "compressed_tensors", texts=tiny.texts, folder=tiny.folder)
+        with pytest.raises(SourceError, match=rf"{shard.name} has another sha256. Run the command that exported it"):
+            evaluate(evaluation(pair, tmp_path / reader, evaluate__reader=reader))
+
+
+def test_a_damaged_model_is_found_by_the_same_command(
+    tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder, _ = quantized(tiny, tmp_path, "method=naive", "export=modelopt")
+    files = {path: path.read_bytes() for part in ("model", "modelopt") for path in (folder / part).iterdir()}
+    for shard in (folder / "model").glob("*-00002-*"), (folder / "modelopt").glob("*-00002-*"):
+        path = next(shard)
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    capsys.readouterr()
+    record, _, console = quantized(tiny, tmp_path, "method=naive", "export=modelopt")
+    assert record.status == "ok" and console.close() == 0
+    assert {path: path.read_bytes() for path in files if path.name != "layers.jsonl"} == {
+        path: data for path, data in files.items() if path.name != "layers.jsonl"
+    }
 
 
 def test_a_finished_model_is_exported_later(
