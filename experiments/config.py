@@ -29,6 +29,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 DTYPES = ("bfloat16", "float16", "float32")  # of a model
+TWO_SIDED = ("gptq", "descent")  # methods that take the Gram matrix of a layer's outputs, too
 GLOBAL_SCALES = ("none", "amax", "headroom", "search")
 REPO_ROOT = Path(__file__).resolve().parent.parent
 CONF_DIR = REPO_ROOT / "conf"
@@ -147,13 +148,16 @@ class FormatConfig:
 
 @dataclass
 class MethodConfig:
-    """scale, order, damping and sweeps: of the methods of a whole layer (quantkit.layer); None for the others."""
+    """scale, order, damping and sweeps: of the methods of a whole layer (quantkit.layer); None for the others. rows and
+    output_damping: of the same, with hessian.outputs=true; None for the library's defaults."""
 
     name: str
     scale: str | None = None
     order: str | None = None
     damping: float | None = None
     sweeps: int | None = None
+    rows: int | None = None
+    output_damping: float | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -243,8 +247,14 @@ class HessianConfig:
     groups: int = 1  # of neighbouring rows of the weight, each with token weights and Hessians of its own
     samples: int = 1  # labels drawn from the model for each token
     matmul: Matmul = Matmul.float32  # of the model's forward and backward pass for loss weights
+    outputs: bool = False  # also the Gram matrices of the loss's gradients at the outputs, for errors between rows
 
     def __post_init__(self) -> None:
+        require(
+            not self.outputs or self.weighting == Weighting.loss,
+            "hessian.outputs=true: only loss weights come with gradients at the outputs. Use hessian=kronecker, or "
+            "leave it out.",
+        )
         require(
             self.matmul == Matmul.float32 or self.weighting == Weighting.loss,
             f"hessian.matmul={self.matmul}: only loss weights take a backward pass. Add hessian=loss, or leave it out.",
@@ -344,7 +354,29 @@ def register_schema() -> None:
 
 def to_config(composed: Any) -> Config:
     """The plain dataclasses of run.py's composed configuration. Raises ValueError for a value outside its range."""
-    return plain_config(composed, Config)
+    config = plain_config(composed, Config)
+    require(
+        not config.hessian.outputs,
+        "hessian.outputs=true: run.py has no gradients at the outputs of a single layer. Use "
+        "experiments/quantize_model.py, or hessian=loss.",
+    )
+    check_outputs(config.method, config.hessian)
+    return config
+
+
+def check_outputs(method: MethodConfig, hessian: HessianConfig) -> None:
+    """Raises ValueError for gradients at the outputs that the method cannot use, and for settings without them."""
+    require(
+        not hessian.outputs or method.name in TWO_SIDED,
+        f"hessian.outputs=true: method={method.name} lets no row make up for another's errors. Use method=gptq or "
+        "method=descent, or hessian=loss.",
+    )
+    for name in ("rows", "output_damping"):
+        value = getattr(method, name)
+        require(
+            value is None or hessian.outputs,
+            f"method.{name}={value}: only hessian=kronecker uses it. Add that, or leave it out.",
+        )
 
 
 T = TypeVar("T")
@@ -401,10 +433,12 @@ def result_config(config: Config, device: str, backend: str) -> dict[str, Any]:
 
 
 def hessian_settings(hessian: HessianConfig) -> dict[str, Any]:
-    """As plain JSON values; matmul, a newer setting, only where it is not the default."""
+    """As plain JSON values; matmul and outputs, newer settings, only where they are not the defaults."""
     values = asdict(hessian)
     if hessian.matmul == Matmul.float32:
         del values["matmul"]
+    if not hessian.outputs:
+        del values["outputs"]
     return values
 
 

@@ -17,7 +17,13 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class ModelRecord(Record):
     VERSION: ClassVar[int] = SCHEMA_VERSION
-    SPARSE: ClassVar[tuple[str, ...]] = ("hessian_matmul",)
+    SPARSE: ClassVar[tuple[str, ...]] = (
+        "hessian_matmul",
+        "hessian_outputs",
+        "rows",
+        "output_damping",
+        "without_outputs",
+    )
 
     format: str
     block_size: int
@@ -61,6 +67,10 @@ class ModelRecord(Record):
     output_error: float | None = None
     hidden_error: float | None = None  # ‖h_q − h‖ / ‖h‖ after the last layer
     hessian_matmul: str | None = None  # None: float32
+    hessian_outputs: bool | None = None  # rows of a weight made up for each other's errors; None: they did not
+    rows: int | None = None  # of hessian_outputs: those that are solved together
+    output_damping: float | None = None
+    without_outputs: int | None = None  # of hessian_outputs: matrices without gradients at their outputs
 
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     peak_device_bytes: int | None = None

@@ -218,6 +218,8 @@ class ModelConsole:
             print(
                 f"  for {record.warned} matrices the text is short: see warnings in layers.jsonl, or more data.samples"
             )
+        if record.without_outputs:
+            print(f"  {record.without_outputs} matrices have no gradients at their outputs: solved as by hessian=loss")
         for name, tokens in record.few_tokens.items():
             print(f"  {name}: {tokens} tokens; the experts' shared Hessian is mixed in")
         print(f"  {run.folder}", flush=True)

@@ -407,8 +407,9 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     from experiments.model import job, ranks, settings
 
     config = settings.QuantizeConfig(
-        **{name: getattr(tiny, name) for name in settings.SHARED if name not in ("hessian", "output_dir")},
-        hessian=c.HessianConfig(c.Weighting.loss),
+        **{name: getattr(tiny, name) for name in settings.SHARED if name not in ("hessian", "method", "output_dir")},
+        method=c.MethodConfig("gptq"),
+        hessian=c.HessianConfig(c.Weighting.loss, outputs=True),
         output_dir=str(folder / "models"),
         export=settings.Export.modelopt,
     )
@@ -418,7 +419,9 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     losses.compute_share(run.resolved, 0, 2)
     assert ranks.started().device("cpu") == "cpu"
     fields = job.quantize_model(run, job.Listener())
-    better = job.resolve_model(dataclasses.replace(config, method=c.MethodConfig("descent"), init=str(run.folder)))
+    hessian = c.HessianConfig(c.Weighting.loss)
+    refined = dataclasses.replace(config, method=c.MethodConfig("descent"), hessian=hessian, init=str(run.folder))
+    better = job.resolve_model(refined)
     job.quantize_model(better, job.Listener())
     folders = (run.folder, better.folder)
     shards = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.safetensors"))]

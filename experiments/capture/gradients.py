@@ -44,19 +44,25 @@ def matmul(precision: str) -> Iterator[None]:
 
 @ordinary_defaults()
 def loss_weights(
-    decoder: Decoder, ids: Tensor, draws: Tensor, groups: int, recompute: bool = False
+    decoder: Decoder,
+    ids: Tensor,
+    draws: Tensor,
+    groups: int,
+    recompute: bool = False,
+    listen: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """layer_name → float32 weights [sequences · seq_len, groups] on the CPU, of every linear module called once, and of
     the module of all experts, whose output is that of a layer's MLP.
 
     decoder: the whole model, float32. ids: [sequences, seq_len]. draws: float64 [sequences, samples, seq_len] from
     [0, 1), which choose the tokens' labels. The weights are the mean over the samples. recompute: keep only the inputs
-    of the decoder layers and run a layer again in the backward pass; less memory, the same bits. Raises SourceError for
-    gradients that are not finite, and for a module with fewer outputs than groups.
+    of the decoder layers and run a layer again in the backward pass; less memory, the same bits. listen: called with
+    each module's name and its gradient [tokens, out_features], once for each sample. Raises SourceError for gradients
+    that are not finite, and for a module with fewer outputs than groups.
     """
     ids, draws = ids.to(decoder.device), draws.to(decoder.device)
     samples = draws.shape[1]
-    outputs = _Outputs(decoder, groups, recompute)
+    outputs = _Outputs(decoder, groups, recompute, listen)
     with outputs, torch.enable_grad():
         with _same_bits(decoder.device):
             logits = decoder.model(input_ids=ids, use_cache=False).logits
@@ -101,8 +107,10 @@ class _Outputs:
 
     root: Tensor
 
-    def __init__(self, decoder: Decoder, groups: int, recompute: bool) -> None:
-        self.decoder, self.groups, self.recompute = decoder, groups, recompute
+    def __init__(
+        self, decoder: Decoder, groups: int, recompute: bool, listen: Callable[[str, Tensor], None] | None = None
+    ) -> None:
+        self.decoder, self.groups, self.recompute, self.listen = decoder, groups, recompute, listen
         self.again = False  # a layer runs for the second time
         self.sums: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}
@@ -154,7 +162,10 @@ class _Outputs:
         return hook
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        squares = mean_squares(gradient.reshape(-1, gradient.shape[-1]), self.groups)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if self.listen is not None:
+            self.listen(name, rows)
+        squares = mean_squares(rows, self.groups)
         self.sums[name] = self.sums[name] + squares if name in self.sums else squares
 
 

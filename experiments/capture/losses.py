@@ -5,6 +5,7 @@ weights-00000.safetensors …  layer_name → [tokens, groups] float32, whole se
 manifest.json                model and settings, with the sha256 of every piece; written last
 capture.json                 the finished pieces, until the manifest lists them
 weights-00000.json …         a finished piece of one of several processes, until the manifest lists it
+outputs-…, partial-…         with hessian.outputs=true, the Gram matrices of output_grams.py
 
 Only calibration sequences are used. An interrupted pass continues at the first missing piece. A damaged piece is
 computed again, with the same bytes. Of two processes that need the same weights, one computes them. Memory holds one
@@ -16,8 +17,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from experiments.capture.gradients import layer_name, loss_weights, matmul
+from experiments.capture.output_grams import OutputSums, Totals, by_layer, check_fits
 from experiments.capture.progress import BAR, ticking, waiting
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
@@ -32,6 +35,7 @@ from experiments.capture.writing import lock
 from experiments.config import LayerConfig
 from experiments.files import SourceError, read_sealed, remove_orphans, write_sealed, writing
 from experiments.sources.bundles import MANIFEST_NAME
+from experiments.sources.decoder import Decoder
 from experiments.sources.identity import losses_folder
 from experiments.sources.resolved import Resolved
 
@@ -40,6 +44,7 @@ log = logging.getLogger(__name__)
 PIECE_TOKENS = 1 << 15
 BATCH_TOKENS = 1024  # a batch keeps the activations of all layers for the backward pass
 LOGIT_BYTES = 1 << 28  # size limit of a batch's logits
+Manifest = dict[str, Any]  # of a pass; so is its journal
 SHARE_SUFFIX = ".json"  # of a piece's entry, until the journal has it
 GRAPH_BYTES = 4 << 30  # a batch's activations beyond this are computed again in the backward pass, layer by layer
 
@@ -82,11 +87,12 @@ def open_loss_weights(resolved: Resolved) -> LossPieces:
     folder = losses_folder(resolved.config, resolved.sources)
     with lock(folder):
         remove_orphans(folder)
-        pieces = _complete(folder)
-        if pieces is None:
+        manifest = _complete(folder)
+        if manifest is None:
             with writing(resolved.config.cache.folder):
-                pieces = _Pass(resolved, folder).run()
-    return LossPieces(tuple(folder / name for name in sorted(pieces)), resolved.config.model.label)
+                manifest = _Pass(resolved, folder).run()
+    paths = tuple(folder / name for name in sorted(manifest["pieces"]))
+    return LossPieces(paths, resolved.config.model.label, by_layer(folder, _totals(manifest).files))
 
 
 def compute_share(resolved: Resolved, process: int, processes: int) -> None:
@@ -102,27 +108,49 @@ def compute_share(resolved: Resolved, process: int, processes: int) -> None:
 
 @dataclass(frozen=True)
 class LossPieces:
-    """The files with the loss weights of a model's layers. model: its name in errors."""
+    """The files with the loss weights of a model's layers. model: its name in errors. outputs: decoder layer → the file
+    with the Gram matrices of its outputs, if there are any."""
 
     paths: tuple[Path, ...]
     model: str
+    outputs: Mapping[int, Path] = field(default_factory=dict)
 
     def of(self, layer: LayerConfig) -> Tensor:
         """[calibration tokens, groups], float32 on the CPU. Raises SourceError for a module without loss weights."""
         return torch.cat([_read(path, layer, self.model) for path in self.paths])
 
+    def output_gram(self, layer: LayerConfig) -> Tensor | None:
+        """G [out_features, out_features], float32 on the CPU, see output_grams.py. None for a module without."""
+        from safetensors import safe_open
 
-def _complete(folder: Path) -> dict[str, Entry] | None:
-    """The pieces of a complete pass, from its manifest; else None."""
+        name = layer_name(layer)
+        if layer.index not in self.outputs:
+            return None
+        with safe_open(self.outputs[layer.index], framework="pt") as file:
+            return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (no mapping)
+
+
+def _complete(folder: Path) -> Manifest | None:
+    """The manifest of a complete pass; else None."""
     try:
-        pieces: dict[str, Entry] = read_sealed(folder / MANIFEST_NAME)["pieces"]
-        damaged = next((name for name, entry in pieces.items() if not is_intact(folder / name, entry)), None)
+        manifest: Manifest = read_sealed(folder / MANIFEST_NAME)
+        damaged = _damaged(folder, {**manifest["pieces"], **_totals(manifest).files})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     if damaged is not None:
         log.warning("%s is missing or damaged; computing it again", folder / damaged)
         return None
-    return pieces
+    return manifest
+
+
+def _damaged(folder: Path, files: Mapping[str, Entry]) -> str | None:
+    """The first file that is not what its entry says."""
+    return next((name for name, entry in files.items() if not is_intact(folder / name, entry)), None)
+
+
+def _totals(journal: Manifest) -> Totals:
+    """The Gram matrices of outputs that a manifest or a journal lists."""
+    return Totals(**journal["outputs"]) if "outputs" in journal else Totals()
 
 
 def _read(path: Path, layer: LayerConfig, model: str) -> Tensor:
@@ -149,6 +177,7 @@ class _Pass:
         self.checkpoint = open_checkpoint(self.config.model, self.config.cache.folder)
         self.ids = token_sequences(self.config, self.checkpoint.tokenizer()).ids["calibration"]
         self.finished = _finished_before(folder)
+        self.totals = self._totals_before() if self.config.hessian.outputs else None
         self.decoder: Any = None
 
     @property
@@ -162,8 +191,8 @@ class _Pass:
         """Sequences per piece."""
         return max(self.batch, PIECE_TOKENS // self.config.data.seq_len // self.batch * self.batch)
 
-    def run(self) -> dict[str, Entry]:
-        """Compute the missing pieces and write the manifest. Returns all pieces."""
+    def run(self) -> Manifest:
+        """Compute the missing pieces and write the manifest. Returns it."""
         from tqdm import tqdm
 
         total, name = len(self.ids), self.checkpoint.name
@@ -171,20 +200,34 @@ class _Pass:
             print(f"Computing the loss weights of all layers of {name}: {total} sequences", flush=True)
         pieces: dict[str, Entry] = {}
         with ticking(tqdm(total=total, desc=f"loss weights {name}", bar_format=BAR, disable=None)) as bar:
-            for file, first in self._files().items():
-                pieces[file] = self._piece(file, first, bar)
-                write_sealed(self.folder / JOURNAL_NAME, {"pieces": self.finished})
-        self._finish(pieces)
-        return pieces
+            for number, (file, first) in enumerate(self._files().items()):
+                pieces[file] = self._piece(number, file, first, bar)
+                self._write_journal()
+                if self.totals is not None:
+                    self._add_outputs(number, pieces[file])
+        return self._finish(pieces)
+
+    def _write_journal(self, **more: Any) -> None:
+        outputs = {} if self.totals is None else {"outputs": asdict(self.totals)}
+        write_sealed(self.folder / JOURNAL_NAME, {"pieces": self.finished} | outputs | more)
+
+    def _add_outputs(self, number: int, entry: Entry) -> None:
+        """Adds a piece's Gram matrices of outputs to those of the pieces before. Then its own are not needed."""
+        assert self.totals is not None
+        partial = entry.pop("outputs", {})
+        if number == self.totals.pieces:
+            self.totals = self.totals.with_piece(self.folder, entry["sequences"], partial)
+        self._write_journal()
+        self.totals.remove_others(self.folder, [name for e in self.finished.values() for name in e.get("outputs", {})])
 
     def run_share(self, process: int, processes: int) -> None:
         """Compute a part of the pieces, each with its entry beside it. The journal stays as it is."""
         from tqdm import tqdm
 
-        files = list(self._files().items())[process::processes]
+        files = list(enumerate(self._files().items()))[process::processes]
         with ticking(tqdm(total=len(self.ids) // processes, bar_format=BAR, disable=True if process else None)) as bar:
-            for file, first in files:
-                entry = self._piece(file, first, bar)
+            for number, (file, first) in files:
+                entry = self._piece(number, file, first, bar)
                 write_sealed((self.folder / file).with_suffix(SHARE_SUFFIX), entry)
 
     def _files(self) -> dict[str, int]:
@@ -192,32 +235,64 @@ class _Pass:
         starts = range(0, len(self.ids), self.piece)
         return {f"weights-{first // self.piece:05d}.safetensors": first for first in starts}
 
-    def _piece(self, file: str, first: int, bar: Any) -> Entry:
+    def _totals_before(self) -> Totals:
+        """The Gram matrices of outputs of the first pieces, if an earlier pass left them."""
+        for name in (JOURNAL_NAME, MANIFEST_NAME):
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+                totals = _totals(read_sealed(self.folder / name))
+                same = totals.sequences == min(totals.pieces * self.piece, len(self.ids))
+                return totals if same and _damaged(self.folder, totals.files) is None else Totals()
+        return Totals()
+
+    def _piece(self, number: int, file: str, first: int, bar: Any) -> Entry:
         count = min(self.piece, len(self.ids) - first)
         about = {"first_sequence": first, "sequences": count}
         known = self.finished.get(file, {})
-        if {key: known.get(key) for key in about} == about and is_intact(self.folder / file, known):
+        if {key: known.get(key) for key in about} == about and self._has(number, file, known):
             bar.update(count)
             return known
-        batches = [self._weights(start, bar) for start in range(first, first + count, self.batch)]
+        sums = OutputSums(self._decoder()) if self._adds(number) else None
+        batches = [self._weights(start, bar, sums) for start in range(first, first + count, self.batch)]
         names = sorted(set.intersection(*(set(batch) for batch in batches)))
         tensors = {name: torch.cat([batch[name] for batch in batches]) for name in names}
-        entry = about | save_tensors(self.folder / file, tensors)
+        entry: Entry = {**about, **save_tensors(self.folder / file, tensors)}
+        if sums is not None:
+            entry["outputs"] = sums.save(self.folder, number, names)
         self.finished[file] = entry
         return entry
 
-    def _weights(self, first: int, bar: Any) -> dict[str, Tensor]:
-        """The weights of the batch that begins with sequence `first`."""
+    def _adds(self, number: int) -> bool:
+        """Whether the Gram matrices of a piece's outputs are wanted and not yet among the totals."""
+        return self.totals is not None and number >= self.totals.pieces
+
+    def _has(self, number: int, file: str, known: Entry) -> bool:
+        """Whether a piece's files are there. known: its entry."""
+        if not is_intact(self.folder / file, known):
+            return False
+        if not self._adds(number):
+            return True
+        own = known.get("outputs", {})
+        return bool(own) and _damaged(self.folder, own) is None
+
+    def _decoder(self) -> Decoder:
         if self.decoder is None:
             from experiments.sources.decoder import build_whole
 
             with waiting(f"reading {self.checkpoint.name}"):
                 self.decoder = build_whole(self.checkpoint, "float32", self.resolved.device)
+            if self.totals is not None:
+                check_fits(self.decoder)
+        return self.decoder
+
+    def _weights(self, first: int, bar: Any, sums: OutputSums | None) -> dict[str, Tensor]:
+        """The weights of the batch that begins with sequence `first`. sums: to which its outputs are added."""
+        decoder = self._decoder()
         ids = self.ids[first : first + self.batch]
         draws = torch.stack([self._draws(first + i) for i in range(len(ids))])
         recompute = graph_bytes(self.checkpoint.config, ids.numel(), ids.shape[1]) > GRAPH_BYTES
         with matmul(self.config.hessian.matmul):
-            weights = loss_weights(self.decoder, ids, draws, self.config.hessian.groups, recompute)
+            listen = None if sums is None else sums.add
+            weights = loss_weights(decoder, ids, draws, self.config.hessian.groups, recompute, listen)
         bar.update(len(ids))
         return weights
 
@@ -227,9 +302,9 @@ class _Pass:
         shape = (self.config.hessian.samples, self.config.data.seq_len)
         return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    def _finish(self, pieces: dict[str, Entry]) -> None:
+    def _finish(self, pieces: dict[str, Entry]) -> Manifest:
         self.resolved.check_unchanged()
-        manifest = {
+        manifest: Manifest = {
             "key": self.folder.name.rpartition("-")[2],
             "model": self.checkpoint.name,
             "groups": self.config.hessian.groups,
@@ -238,10 +313,13 @@ class _Pass:
             "tokens": self.ids.numel(),
             "pieces": pieces,
         }
+        if self.totals is not None:
+            manifest["outputs"] = asdict(self.totals)
         write_sealed(self.folder / JOURNAL_NAME, manifest)
         os.replace(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)  # so that none of the two is left over
         for file in pieces:
             (self.folder / file).with_suffix(SHARE_SUFFIX).unlink(missing_ok=True)
+        return manifest
 
 
 def _finished_before(folder: Path) -> dict[str, Entry]:

@@ -38,6 +38,11 @@ SERVE = {
 NOT_EVALUATED = "Not evaluated yet"
 TOLD = ("method", "calibrate", "data", "sequences", "seq_len", "tokens", "seed", "alpha", "residual_alpha")
 WEIGHTING = ("hessian_weighting", "hessian_groups", "hessian_samples", "hessian_matmul")
+OUTPUTS = ("hessian_outputs", "rows", "output_damping")
+TWO_SIDED = (
+    "The rows of a weight make up for each other's errors. The Gram matrix of the loss's gradients at the layer's "
+    "outputs says how errors of rows add up: it is the other factor of Kronecker-factored curvature."
+)
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,10 @@ def _front(layout: str, model: str) -> str:
 
 
 def _method(told: Mapping[str, Any]) -> str:
-    rows = [(name, told[name]) for name in (*TOLD, *WEIGHTING) if told.get(name) is not None]
+    rows = [(name, told[name]) for name in (*TOLD, *WEIGHTING, *OUTPUTS) if told.get(name) is not None]
     rows += sorted((f"method.{name}", value) for name, value in dict(told.get("method_settings") or {}).items())
-    return _table(("setting", "value"), rows)
+    table = _table(("setting", "value"), rows)
+    return f"{table}\n\n{TWO_SIDED}" if told.get("hessian_outputs") else table
 
 
 def _serve(layout: str) -> str:

@@ -149,6 +149,7 @@ PEER_FIELDS = ("format", "block_size", "settings", "bits_per_weight", "quantize_
 SETTINGS = (
     *("method_settings", "calibrate", "alpha", "residual_alpha", "calibrate_damping", "weight_exponent"),
     *("global_scale", "scale_rule", "init", "hessian_weighting", "hessian_groups", "hessian_samples", "hessian_matmul"),
+    *("hessian_outputs", "rows", "output_damping"),
     *("data", "seq_len", "sequences", "seed"),
 )
 

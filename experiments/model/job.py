@@ -45,6 +45,7 @@ from experiments.sources.models import model_identity
 from experiments.sources.resolved import Resolved, resolve
 from quantkit import get_method, quantize
 from quantkit.formats import get_format
+from quantkit.layer.common import LayerOptions
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
     _check_options(config)
     resolved = resolve(as_run(config))
     if resolved.error is None and not _loss_fits(config, resolved):
-        config = replace(config, hessian=HessianConfig())
+        method = replace(config.method, rows=None, output_damping=None)  # of hessian.outputs
+        config = replace(config, hessian=HessianConfig(), method=method)
         resolved = resolve(as_run(config))
     config = with_sources(config, resolved.config)
     settings = result_settings(config, resolved.device, resolved.backend)
@@ -119,6 +121,8 @@ def _check_options(config: QuantizeConfig) -> None:
     method, size = get_method(config.method.name), config.block_size
     gram = torch.eye(size, dtype=torch.float32, device="cpu")
     given: dict[str, Any] = {"gram": {"gram": gram}, "hessian": {"hessian": gram[None]}}.get(method.needs or "", {})
+    if config.hessian.outputs:
+        given["output_gram"] = gram[:0, :0]
     quantize(
         torch.empty(0, size, dtype=torch.float32, device="cpu"),
         config.format.name,
@@ -250,6 +254,7 @@ def about(run: ModelRun, sequences: Sequences, selection: Selection) -> Fields:
     return {
         "run_id": run.run_id,
         **method_fields(config),
+        **_output_settings(config),
         "model": model.name,
         "model_revision": model.revision,
         "model_origin": config.model.origin,
@@ -264,6 +269,14 @@ def about(run: ModelRun, sequences: Sequences, selection: Selection) -> Fields:
         "seed": config.seed,
         "left_out": selection.left_out,
     }
+
+
+def _output_settings(config: QuantizeConfig) -> Fields:
+    """Those of hessian.outputs, with the library's defaults where the configuration has none."""
+    if not config.hessian.outputs:
+        return {}
+    options = LayerOptions(**config.method.settings)
+    return {"rows": options.rows, "output_damping": options.output_damping}
 
 
 def describe(run: ModelRun, sequences: Sequences, selection: Selection, records: list[Fields]) -> Fields:
@@ -281,6 +294,7 @@ def describe(run: ModelRun, sequences: Sequences, selection: Selection, records:
         "bits_per_weight": size,
         "few_tokens": few,
         "warned": sum("warnings" in matrix for matrix in matrices),
+        "without_outputs": sum(not m["outputs"] for m in matrices) if run.config.hessian.outputs else None,
         "hidden_error": records[-1].get("hidden_error") if records else None,
         **{name: mean_error(matrices, name) for name in names},
     }

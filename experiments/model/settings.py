@@ -30,6 +30,7 @@ from experiments.config import (
     RecordConfig,
     TimingConfig,
     TrackingConfig,
+    check_outputs,
     check_run,
     config_hash,
     hessian_settings,
@@ -113,6 +114,12 @@ class QuantizeConfig:
             self.init is None or self.method.name == "descent",
             f"init={self.init}: method={self.method.name} takes no codes to begin with. Use method=descent.",
         )
+        check_outputs(self.method, self.hessian)
+        require(
+            self.init is None or not self.hessian.outputs,
+            f"hessian.outputs=true: errors could rise above those of init={self.init}. Use hessian=loss, or leave init "
+            "out.",
+        )
         require(
             self.init is None or self.format.global_scale in (None, "none", "amax"),  # the formats' own defaults
             f"format.global_scale={self.format.global_scale}: the codes of init have their own. Leave it out.",
@@ -187,6 +194,7 @@ def method_fields(config: QuantizeConfig) -> dict[str, Any]:
         "hessian_groups": config.hessian.groups,
         "hessian_samples": config.hessian.samples,
         **({} if config.hessian.matmul == Matmul.float32 else {"hessian_matmul": str(config.hessian.matmul)}),
+        **({"hessian_outputs": True} if config.hessian.outputs else {}),
     }
 
 

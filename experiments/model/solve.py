@@ -41,12 +41,14 @@ class Work:
 
     read: reads the weight, [out_features, in_features] or [experts, out_features, in_features], on `device`. sums: of
     its inputs; None for a method without. A part of the matrix is a group of rows or an expert, with sums of its own.
+    read_outputs: reads the Gram matrix of the gradients at its outputs; None: there are none.
     """
 
     matrix: Matrix
     read: Callable[[Matrix], Tensor]
     device: torch.device
     sums: Sums | ExpertSums | None
+    read_outputs: Callable[[Matrix], Tensor | None] | None = None
 
     @cached_property
     def weight(self) -> Tensor:
@@ -73,6 +75,15 @@ class Work:
     def hessians(self) -> list[Tensor]:
         """[in_features, in_features] of each part; none without sums."""
         return [] if self.sums is None else [self.sums.of_group(number)[0] for number in range(self.num_parts)]
+
+    def output_grams(self) -> list[Tensor] | None:
+        """[rows, rows] of each part, float32 on `device`; None without gradients at the outputs."""
+        gram = None if self.read_outputs is None or self.matrix.experts else self.read_outputs(self.matrix)
+        if gram is None:
+            return None
+        rows = self.parts(torch.arange(len(gram), dtype=torch.int64, device="cpu"))
+        own = (slice(int(part[0]), int(part[-1]) + 1) for part in rows)
+        return [gram[part, part].contiguous().to(self.device) for part in own]
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,9 @@ class Solver:
             start = self.start(work.matrix, work.weight.shape).to(target.device)
             given = [own | {"init": q} for own, q in zip(given, work.quantized_parts(start), strict=True)]
             scales = [None] * len(parts)  # of the codes
+        outputs = work.output_grams()
+        if outputs is not None:
+            given = [own | {"output_gram": gram} for own, gram in zip(given, outputs, strict=True)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             each = zip(parts, scales, given, strict=True)
@@ -190,6 +204,8 @@ class Solver:
             **_errors(work, target, values, ""),
             "correction": weight_error(work.weight.float(), target),
         }
+        if self.config.hessian.outputs:
+            record["outputs"] = outputs is not None
         if caught:  # of a text that does not determine every channel
             record["warnings"] = sorted({str(warning.message) for warning in caught})
         if quantized.objective is not None:

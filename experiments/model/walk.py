@@ -395,12 +395,17 @@ class Walk:
             if isinstance(own, ExpertSums):
                 self.few_tokens |= {f"{matrix.full_name}.{e}": tokens for e, tokens in own.few().items()}
         with self.clock.of("solve"):
-            return self.solver.solve([Work(m, self._weight, self.device, sums.get(m.name)) for m in matrices])
+            read = partial(self._output_gram, index) if self.config.hessian.outputs else None
+            return self.solver.solve([Work(m, self._weight, self.device, sums.get(m.name), read) for m in matrices])
 
     def _weight(self, matrix: Matrix) -> Tensor:
         """[out_features, in_features] in the checkpoint's dtype, on the device."""
         stored = self.decoder.stored.tensor(matrix.stored, None)
         return matrix.target.as_matrix(stored).contiguous().to(self.device)
+
+    def _output_gram(self, index: int, matrix: Matrix) -> Tensor | None:
+        """[out_features, out_features], float32 on the CPU; None without gradients at the matrix's outputs."""
+        return None if self.job.loss is None else self.job.loss.output_gram(LayerConfig(index, matrix.name))
 
     def _changed(self, solved: Sequence[Solved]) -> Changed:
         changed: Changed = {}
@@ -423,6 +428,9 @@ class Walk:
             record["hidden_error"] = self._hidden_error()
         if self.few_tokens:
             record["few_tokens"] = self.few_tokens
+        without = [one["name"] for one in matrices if not one.get("outputs", True)]
+        if without:  # such as experts; solved as by hessian=loss
+            record["without_outputs"] = without
         seconds = {phase: round(value, 3) for phase, value in self.clock.seconds.items()}
         record |= {"matrices": matrices, "seconds": seconds, "duration_s": round(time.perf_counter() - started, 3)}
         return record

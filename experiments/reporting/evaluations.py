@@ -96,6 +96,8 @@ def label_of(record: EvaluationRecord) -> str:
     if told.get("hessian_weighting") == "loss":
         matmul = told.get("hessian_matmul")
         parts.append(f"loss-weighted in {matmul.upper()}" if matmul else "loss-weighted")
+    if told.get("hessian_outputs"):
+        parts.append(f"two-sided in panels of {told['rows']} rows, output damping {told['output_damping']:g}")
     if (told.get("hessian_groups") or 1) > 1:
         parts.append(f"{told['hessian_groups']} row groups")
     if told.get("calibrate") == "sequential":

@@ -81,6 +81,8 @@ def losses_folder(config: Config, identity: Identity) -> Path:
     hessian: Identity = {"version": LOSS_VERSION, "groups": config.hessian.groups, "samples": config.hessian.samples}
     if config.hessian.matmul != Matmul.float32:
         hessian["matmul"] = str(config.hessian.matmul)
+    if config.hessian.outputs:
+        hessian["outputs"] = True
     key = sha256_json(of_all | {"loss": hessian})[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", config.model.label)
     return config.cache.folder / "losses" / f"{name}-{key}"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from experiments.config import (
@@ -22,9 +24,10 @@ from experiments.config import (
     compose_as,
     result_config,
     run_id,
+    to_config,
 )
 from experiments.model.evaluate_settings import EvaluationConfig
-from experiments.model.settings import QuantizeConfig
+from experiments.model.settings import QuantizeConfig, method_fields, result_settings
 
 SMALL = ("model=synthetic", "data=synthetic")
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF_DIR.glob("*/*.yaml"))
@@ -71,6 +74,27 @@ def test_defaults_of_a_whole_model() -> None:
 
 def test_the_paper_never_takes_a_twin() -> None:
     assert compose(["experiment=paper"]).offline == "never"
+
+
+def test_settings_of_outputs_leave_other_identities_alone() -> None:
+    """These are the settings of which the hash was made before there were outputs."""
+    config = compose_model(["method=descent", "hessian=loss"])
+    settings = result_settings(config, "cpu", "reference")
+    assert settings["hessian"] == {"weighting": "loss", "groups": 1, "samples": 1}
+    assert settings["method"] == {
+        "name": "descent", "scale": "joint", "order": "descending", "damping": 0.01, "sweeps": 4
+    }  # fmt: skip
+    assert not {"hessian_outputs", "rows", "output_damping"} & method_fields(config).keys()
+    both = result_settings(compose_model(["hessian=kronecker", "method.rows=64"]), "cpu", "reference")
+    assert both["hessian"]["outputs"] is True and both["method"]["rows"] == 64
+
+
+@pytest.mark.parametrize("overrides", [["hessian=kronecker"], ["hessian=kronecker", "method.rows=4"]])
+def test_one_layer_has_no_outputs(overrides: list[str]) -> None:
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        composed = hydra_compose("config", overrides=["method=gptq", *overrides])
+    with pytest.raises(ValueError, match=r"run\.py has no gradients .* Use experiments/quantize_model\.py, or hessian"):
+        to_config(composed)
 
 
 @pytest.mark.parametrize("value", ["damping=0", "damping=1.5", "weight_exponent=-0.1", "weight_exponent=2"])
@@ -269,12 +293,18 @@ def test_weighting_by_loss_is_part_of_the_identity_and_the_default_is_not() -> N
     assert "hessian" not in settings() and settings("hessian=output") == settings()
     assert settings("hessian=loss")["hessian"] == {"weighting": "loss", "groups": 1, "samples": 1}
     assert settings("hessian=loss", "hessian.groups=4") != settings("hessian=loss", "hessian.samples=4")
+    kronecker = {"weighting": "loss", "groups": 1, "samples": 2, "outputs": True}
+    assert settings("hessian=kronecker")["hessian"] == kronecker
     tf32 = {"weighting": "loss", "groups": 1, "samples": 1, "matmul": "tf32"}
     assert settings("hessian=loss", "hessian.matmul=tf32")["hessian"] == tf32
     for wrong, message in (
         (["hessian=loss", "hessian.groups=0"], r"hessian\.groups=0: must be positive"),
         (["hessian.groups=4"], r"hessian\.groups=4: only loss weights have groups\. Add hessian=loss"),
         (["hessian.samples=2"], r"hessian\.samples=2: only loss weights have samples"),
+        (
+            ["hessian.outputs=true"],
+            r"hessian\.outputs=true: only loss weights come with .*\. Use hessian=kronecker, or",
+        ),
         (["hessian.matmul=tf32"], r"hessian\.matmul=tf32: only loss weights take a backward pass\. Add hessian=loss"),
     ):
         with pytest.raises(ValueError, match=message):

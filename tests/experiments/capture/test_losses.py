@@ -97,16 +97,16 @@ def one_label(probabilities: Tensor, draw: float) -> int:
     return len(probabilities) - 1
 
 
-def independent_weights(tiny: SimpleNamespace, config: Config, name: str) -> Tensor:
-    """[tokens, groups] of one module by torch.autograd on transformers' own model, a sequence and a token at a time."""
+def independent_gradients(tiny: SimpleNamespace, config: Config, name: str) -> Tensor:
+    """Float64 [sequences, samples, SEQ_LEN, out_features] at one module's output, by torch.autograd on transformers'
+    own model, a sequence and a token at a time."""
     ids = token_sequences(config, open_checkpoint(config.model, config.cache.folder).tokenizer()).ids["calibration"]
     module = tiny.model.get_submodule(f"model.layers.{name}")
-    groups, samples = config.hessian.groups, config.hessian.samples
-    rows = []
+    samples = config.hessian.samples
+    gradients = []
     for number, sequence in enumerate(ids):
         generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + number)
         draws = torch.rand(samples, SEQ_LEN, generator=generator, dtype=torch.float64)
-        total = torch.zeros(SEQ_LEN, groups, dtype=torch.float64)
         for sample in range(samples):
             seen: list[Tensor] = []
             handle = module.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output))
@@ -117,11 +117,14 @@ def independent_weights(tiny: SimpleNamespace, config: Config, name: str) -> Ten
                 for t in range(SEQ_LEN)
             )
             (gradient,) = torch.autograd.grad(loss, seen[0])
-            for t in range(SEQ_LEN):
-                parts = gradient[0, t].double().square().tensor_split(groups)
-                total[t] += torch.stack([part.mean() for part in parts])
-        rows.append(total / samples)
-    return torch.cat(rows)
+            gradients.append(gradient[0].double())
+    return torch.stack(gradients).unflatten(0, (len(ids), samples))
+
+
+def independent_weights(tiny: SimpleNamespace, config: Config, name: str) -> Tensor:
+    """[tokens, groups] of one module."""
+    squares = independent_gradients(tiny, config, name).square().mean(1).flatten(0, 1)
+    return torch.stack([part.mean(1) for part in squares.tensor_split(config.hessian.groups, 1)], 1)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,12 @@ def test_the_dearest_work_comes_first() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "overrides"),
-    [("tiny", ("hessian=loss",)), ("moe", ("hessian=loss",)), ("tiny", ("calibrate=parallel", "hessian=output"))],
+    [
+        ("tiny", ("hessian=loss",)),
+        ("moe", ("hessian=loss",)),
+        ("tiny", ("calibrate=parallel", "hessian=output")),
+        ("tiny", ("method=gptq", "hessian=kronecker", "method.rows=8")),
+    ],
 )
 def test_two_processes_write_the_bytes_of_one(
     kind: str, overrides: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path

@@ -285,7 +285,15 @@ class Interrupt(BaseException):
     pass
 
 
-@pytest.mark.parametrize("overrides", [["hessian=loss"], ["calibrate=parallel", "hessian=output"], ["method=sse"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hessian=loss"],
+        ["calibrate=parallel", "hessian=output"],
+        ["method=sse"],
+        ["method=gptq", "hessian=kronecker", "method.rows=8"],
+    ],
+)
 def test_a_continued_model_has_the_bytes_of_an_undisturbed_one(
     tiny: SimpleNamespace, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

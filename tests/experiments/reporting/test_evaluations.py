@@ -112,6 +112,10 @@ def test_settings_that_differ_are_named() -> None:
         "GPTQ, loss-weighted, sequential α 0.5, residual 0.5, its damping 0.1, weights to the power 0.5, "
         "global scale search, from another model's codes, 128 × 512 tokens"
     )
+    two_sided = {"hessian_outputs": True, "rows": 96, "output_damping": 0.3}
+    assert label_of(make(settings=SETTINGS | two_sided)).startswith(
+        "GPTQ, loss-weighted, two-sided in panels of 96 rows, output damping 0.3, sequential"
+    )
     same = {"calibrate_damping": None, "weight_exponent": 1.0, "global_scale": "amax", "init": None}
     assert label_of(make(settings=SETTINGS | same)) == label_of(make())
 

@@ -1,0 +1,133 @@
+"""Gram matrices of the loss's gradients at the outputs of linear modules, summed in the pass that gives loss weights.
+
+    G = Σ_t Σ_n g_tn g_tnᵀ        g_tn = ∂/∂y_t Σ_s −log p(ŷ_sn),   ŷ_sn drawn from the model's own p
+
+y [tokens, out_features] is a module's output, n counts the drawn labels. G ⊗ H, with H the weighted Hessian of the
+inputs, approximates the curvature of the loss in the module's weight (Kronecker-factored: Martens and Grosse 2015,
+arXiv:1503.05671; two-sided Hessians for rounding: Tseng et al. 2025, arXiv:2505.22988). Only the relation between the
+elements of G matters, so it is neither divided by tokens nor by labels.
+
+A piece of the text has sums of its own. Those of all pieces are added in the order of the pieces, so the bytes do not
+depend on which process computed which piece. Files, beside the pieces' weights:
+partial-00002-00007.safetensors   layer_name → float32 [out_features, out_features] of piece 2 and decoder layer 7
+outputs-00009-00007.safetensors   the same, of the first nine pieces together; the partial ones are removed then
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.capture.gradients import layer_name, matmul
+from experiments.capture.store import Entry, load_tensors, save_tensors
+from experiments.config import LayerConfig
+from experiments.files import SourceError
+from experiments.sources.decoder import Decoder
+from experiments.sources.modules import linear_modules
+
+FILES = re.compile(r"(?:partial|outputs)-\d{5,}-(?P<layer>\d{5,})\.safetensors")
+
+
+class OutputSums:
+    """The sums of one piece, on the decoder's device. sums: layer_name → float32 [out_features, out_features]."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.layers = [
+            {layer_name(LayerConfig(index, path)) for path, _ in linear_modules(layer)}
+            for index, layer in enumerate(decoder.stack)
+        ]
+        self.names = set().union(*self.layers)
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """gradient: [tokens, out_features] at an output. Those of fused experts are left out."""
+        if name not in self.names:
+            return
+        gradient = gradient.float()
+        with matmul("float32"):
+            if name in self.sums:
+                self.sums[name].addmm_(gradient.T, gradient)
+            else:
+                self.sums[name] = gradient.T @ gradient
+
+    def save(self, folder: Path, piece: int, names: Collection[str]) -> dict[str, Entry]:
+        """Writes those of the modules `names`, a file for each decoder layer. Raises SourceError for overflow."""
+        entries = {}
+        for index, own in enumerate(self.layers):
+            tensors = {name: self.sums[name].cpu() for name in sorted(own.intersection(names, self.sums))}
+            for name, gram in tensors.items():
+                if not bool(gram.isfinite().all()):
+                    raise SourceError(
+                        f"{self.decoder.name}: squares of the loss's gradients at {name} are beyond float32. Use "
+                        "hessian=loss."
+                    )
+            if tensors:
+                file = f"partial-{piece:05d}-{index:05d}.safetensors"
+                entries[file] = save_tensors(folder / file, tensors)
+        return entries
+
+
+def check_fits(decoder: Decoder) -> None:
+    """Raises SourceError if the sums of a piece exceed the free memory of the decoder's device."""
+    shapes = [t.as_matrix(t.module.weight).shape for layer in decoder.stack for _, t in linear_modules(layer)]  # type: ignore[arg-type]
+    need, free = sum(4 * shape[0] ** 2 for shape in shapes), free_bytes(decoder.device)
+    if need > free:
+        raise SourceError(
+            f"hessian.outputs=true: the Gram matrices of the outputs of {decoder.name} take {need / 2**30:.1f} GiB "
+            f"({need} bytes), and {decoder.device} has {free / 2**30:.1f} GiB free. Use hessian=loss."
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a process can still allocate on the device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The sums over the first pieces. pieces and sequences: their number. files: of the decoder layers, with their
+    entries."""
+
+    pieces: int = 0
+    sequences: int = 0
+    files: Mapping[str, Entry] = field(default_factory=dict)
+
+    def with_piece(self, folder: Path, sequences: int, partial: Iterable[str]) -> Totals:
+        """Adds the next piece, whose files are `partial`, in new files. Memory holds one layer."""
+        entries = {}
+        for file in partial:
+            tensors = load_tensors(folder / file)
+            name = f"outputs-{self.pieces + 1:05d}-{_layer_of(file):05d}.safetensors"
+            if self.pieces:
+                before = load_tensors(folder / f"outputs-{self.pieces:05d}-{_layer_of(file):05d}.safetensors")
+                tensors = {name: before[name] + gram for name, gram in tensors.items()}
+            entries[name] = save_tensors(folder / name, tensors)
+        return Totals(self.pieces + 1, self.sequences + sequences, entries)
+
+    def remove_others(self, folder: Path, partial: Collection[str] = ()) -> None:
+        """Removes the files of all sums but these and `partial`."""
+        for path in folder.glob("*.safetensors"):
+            if FILES.fullmatch(path.name) and path.name not in self.files and path.name not in partial:
+                path.unlink()
+
+
+def by_layer(folder: Path, files: Iterable[str]) -> dict[int, Path]:
+    """Decoder layer → its file, of the files of Totals."""
+    return {_layer_of(file): folder / file for file in files}
+
+
+def _layer_of(file: str) -> int:
+    match = FILES.fullmatch(file)
+    assert match is not None
+    return int(match["layer"])
