@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from experiments.capture.gradients import layer_name, loss_weights, matmul
-from experiments.capture.output_grams import OutputSums, Totals, by_layer, check_fits
+from experiments.capture.output_grams import OutputSums, Totals, by_layer, check_fits, read_parts, save_parts
 from experiments.capture.progress import BAR, ticking, waiting
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
@@ -178,6 +178,7 @@ class _Pass:
         self.ids = token_sequences(self.config, self.checkpoint.tokenizer()).ids["calibration"]
         self.finished = _finished_before(folder)
         self.totals = self._totals_before() if self.config.hessian.outputs else None
+        self.shares = False  # this is one of several processes
         self.decoder: Any = None
 
     @property
@@ -202,28 +203,28 @@ class _Pass:
         with ticking(tqdm(total=total, desc=f"loss weights {name}", bar_format=BAR, disable=None)) as bar:
             for number, (file, first) in enumerate(self._files().items()):
                 pieces[file] = self._piece(number, file, first, bar)
-                self._write_journal()
+                journal: Manifest = {"pieces": self.finished}
                 if self.totals is not None:
-                    self._add_outputs(number, pieces[file])
+                    self.totals = self._added(self.totals, number, pieces[file])
+                    journal["outputs"] = asdict(self.totals)
+                write_sealed(self.folder / JOURNAL_NAME, journal)
+                if self.totals is not None:
+                    waits = [name for entry in self.finished.values() for name in entry.get("outputs", {})]
+                    self.totals.remove_others(self.folder, waits)
         return self._finish(pieces)
 
-    def _write_journal(self, **more: Any) -> None:
-        outputs = {} if self.totals is None else {"outputs": asdict(self.totals)}
-        write_sealed(self.folder / JOURNAL_NAME, {"pieces": self.finished} | outputs | more)
-
-    def _add_outputs(self, number: int, entry: Entry) -> None:
-        """Adds a piece's Gram matrices of outputs to those of the pieces before. Then its own are not needed."""
-        assert self.totals is not None
-        partial = entry.pop("outputs", {})
-        if number == self.totals.pieces:
-            self.totals = self.totals.with_piece(self.folder, entry["sequences"], partial)
-        self._write_journal()
-        self.totals.remove_others(self.folder, [name for e in self.finished.values() for name in e.get("outputs", {})])
+    def _added(self, totals: Totals, number: int, entry: Entry) -> Totals:
+        """With the Gram matrices of a piece that another process computed."""
+        files = entry.pop("outputs", {})
+        if number < totals.pieces:
+            return totals
+        return totals.with_piece(self.folder, entry["sequences"], read_parts(self.folder, files))
 
     def run_share(self, process: int, processes: int) -> None:
         """Compute a part of the pieces, each with its entry beside it. The journal stays as it is."""
         from tqdm import tqdm
 
+        self.shares = True
         files = list(enumerate(self._files().items()))[process::processes]
         with ticking(tqdm(total=len(self.ids) // processes, bar_format=BAR, disable=True if process else None)) as bar:
             for number, (file, first) in files:
@@ -256,8 +257,10 @@ class _Pass:
         names = sorted(set.intersection(*(set(batch) for batch in batches)))
         tensors = {name: torch.cat([batch[name] for batch in batches]) for name in names}
         entry: Entry = {**about, **save_tensors(self.folder / file, tensors)}
-        if sums is not None:
-            entry["outputs"] = sums.save(self.folder, number, names)
+        if sums is not None and self.shares:
+            entry["outputs"] = save_parts(self.folder, number, sums.parts(names))
+        elif sums is not None and self.totals is not None:
+            self.totals = self.totals.with_piece(self.folder, count, sums.parts(names))
         self.finished[file] = entry
         return entry
 

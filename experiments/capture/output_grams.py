@@ -9,14 +9,14 @@ elements of G matters, so it is neither divided by tokens nor by labels.
 
 A piece of the text has sums of its own. Those of all pieces are added in the order of the pieces, so the bytes do not
 depend on which process computed which piece. Files, beside the pieces' weights:
-partial-00002-00007.safetensors   layer_name → float32 [out_features, out_features] of piece 2 and decoder layer 7
-outputs-00009-00007.safetensors   the same, of the first nine pieces together; the partial ones are removed then
+outputs-00009-00007.safetensors   layer_name → float32 [out_features, out_features] of nine pieces and decoder layer 7
+partial-00002-00007.safetensors   the same of piece 2, by one of several processes, until it is added
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from experiments.files import SourceError
 from experiments.sources.decoder import Decoder
 from experiments.sources.modules import linear_modules
 
+Parts = Iterator[tuple[int, dict[str, Tensor]]]  # decoder layer, and layer_name → Gram matrix on the CPU
 FILES = re.compile(r"(?:partial|outputs)-\d{5,}-(?P<layer>\d{5,})\.safetensors")
 
 
@@ -56,21 +57,33 @@ class OutputSums:
             else:
                 self.sums[name] = gradient.T @ gradient
 
-    def save(self, folder: Path, piece: int, names: Collection[str]) -> dict[str, Entry]:
-        """Writes those of the modules `names`, a file for each decoder layer. Raises SourceError for overflow."""
-        entries = {}
+    def parts(self, names: Collection[str]) -> Parts:
+        """Those of the modules `names`, by decoder layer, on the CPU. Raises SourceError for overflow."""
         for index, own in enumerate(self.layers):
-            tensors = {name: self.sums[name].cpu() for name in sorted(own.intersection(names, self.sums))}
-            for name, gram in tensors.items():
+            grams = {name: self.sums[name].cpu() for name in sorted(own.intersection(names, self.sums))}
+            for name, gram in grams.items():
                 if not bool(gram.isfinite().all()):
                     raise SourceError(
                         f"{self.decoder.name}: squares of the loss's gradients at {name} are beyond float32. Use "
                         "hessian=loss."
                     )
-            if tensors:
-                file = f"partial-{piece:05d}-{index:05d}.safetensors"
-                entries[file] = save_tensors(folder / file, tensors)
-        return entries
+            if grams:
+                yield index, grams
+
+
+def save_parts(folder: Path, piece: int, parts: Parts) -> dict[str, Entry]:
+    """Writes the sums of a piece, to be added later."""
+    entries = {}
+    for index, grams in parts:
+        file = f"partial-{piece:05d}-{index:05d}.safetensors"
+        entries[file] = save_tensors(folder / file, grams)
+    return entries
+
+
+def read_parts(folder: Path, files: Iterable[str]) -> Parts:
+    """What `save_parts` wrote."""
+    for file in files:
+        yield _layer_of(file), load_tensors(folder / file)
 
 
 def check_fits(decoder: Decoder) -> None:
@@ -103,16 +116,15 @@ class Totals:
     sequences: int = 0
     files: Mapping[str, Entry] = field(default_factory=dict)
 
-    def with_piece(self, folder: Path, sequences: int, partial: Iterable[str]) -> Totals:
-        """Adds the next piece, whose files are `partial`, in new files. Memory holds one layer."""
+    def with_piece(self, folder: Path, sequences: int, parts: Parts) -> Totals:
+        """Adds the next piece, in new files. Memory holds one layer."""
         entries = {}
-        for file in partial:
-            tensors = load_tensors(folder / file)
-            name = f"outputs-{self.pieces + 1:05d}-{_layer_of(file):05d}.safetensors"
+        for index, grams in parts:
             if self.pieces:
-                before = load_tensors(folder / f"outputs-{self.pieces:05d}-{_layer_of(file):05d}.safetensors")
-                tensors = {name: before[name] + gram for name, gram in tensors.items()}
-            entries[name] = save_tensors(folder / name, tensors)
+                before = load_tensors(folder / _total_file(self.pieces, index))
+                grams = {name: before[name] + gram for name, gram in grams.items()}
+            file = _total_file(self.pieces + 1, index)
+            entries[file] = save_tensors(folder / file, grams)
         return Totals(self.pieces + 1, self.sequences + sequences, entries)
 
     def remove_others(self, folder: Path, partial: Collection[str] = ()) -> None:
@@ -125,6 +137,10 @@ class Totals:
 def by_layer(folder: Path, files: Iterable[str]) -> dict[int, Path]:
     """Decoder layer → its file, of the files of Totals."""
     return {_layer_of(file): folder / file for file in files}
+
+
+def _total_file(pieces: int, index: int) -> str:
+    return f"outputs-{pieces:05d}-{index:05d}.safetensors"
 
 
 def _layer_of(file: str) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.capture import gradients, losses, output_grams
-from experiments.capture.store import is_intact, load_tensors
+from experiments.capture.store import is_intact
 from experiments.config import Config, LayerConfig
 from experiments.files import SourceError, read_sealed
 from experiments.sources.resolved import resolve
@@ -156,15 +156,13 @@ def test_layers_that_are_computed_again_give_the_same_bytes(
     assert files_of(folder_of(again)) == files_of(folder_of(want))
 
 
-STEPS = ("piece", "partial", "total", "journal", "manifest")
-
-
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("step", "computed"), [("piece", 4), ("total", 4), ("journal", 2), ("manifest", 0)])
 def test_an_interrupted_pass_goes_on_where_it_stopped(
     tiny: SimpleNamespace,
     batches: list[int],  # noqa: F811
     tmp_path: Path,
     step: str,
+    computed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped while the second piece is computed or added, and while the manifest takes the journal's place."""
@@ -177,9 +175,29 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
             losses.open_loss_weights(resolve(config))
     done = len(batches)
     losses.open_loss_weights(resolve(config))
-    # The second piece, of two batches, is not listed before its files are complete.
-    assert len(batches) == done + {"piece": 4, "partial": 4, "total": 2, "journal": 2, "manifest": 0}[step]
+    # The second piece, of two batches, is not listed before it is among the totals.
+    assert len(batches) == done + computed
     assert files_of(folder_of(config)) == files_of(folder_of(whole))
+
+
+def test_an_interrupted_share_goes_on_where_it_stopped(
+    tiny: SimpleNamespace,
+    batches: list[int],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process stops while it writes its second piece, another one between two pieces that it adds."""
+    whole, config = (outputs_for(tiny, cache__dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    losses.open_loss_weights(resolve(whole))
+    for step in ("partial", "journal"):
+        with monkeypatch.context() as patch:
+            stop_at(step, patch)
+            with pytest.raises(Interrupt):
+                losses.compute_share(resolve(config), 0, 1)
+                losses.open_loss_weights(resolve(config))
+    batches.clear()
+    losses.open_loss_weights(resolve(config))
+    assert not batches and files_of(folder_of(config)) == files_of(folder_of(whole))
 
 
 def stop_at(step: str, patch: pytest.MonkeyPatch) -> None:
@@ -244,13 +262,13 @@ def test_a_damaged_partial_file_is_computed_again(
 
 
 def test_the_device_holds_the_sums_of_one_piece(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, made = output_grams.OutputSums.save, []
+    real, made = output_grams.OutputSums.parts, []
 
-    def save(self: output_grams.OutputSums, *args: Any) -> Any:
+    def parts(self: output_grams.OutputSums, *args: Any) -> Any:
         made.append(sum(gram.nbytes for gram in self.sums.values()))
         return real(self, *args)
 
-    monkeypatch.setattr(output_grams.OutputSums, "save", save)
+    monkeypatch.setattr(output_grams.OutputSums, "parts", parts)
     losses.open_loss_weights(resolve(outputs_for(tiny)))
     widths = [OUT.get(name, WIDTH) for name in SEVEN]
     assert made == [4 * NUM_LAYERS * sum(width**2 for width in widths)] * 3
@@ -273,12 +291,12 @@ def test_sums_that_do_not_fit_are_refused(tiny: SimpleNamespace, monkeypatch: py
     assert re.fullmatch(r"\d+", str(output_grams.free_bytes(torch.device("cpu"))))
 
 
-def test_squares_beyond_float32_are_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
+def test_squares_beyond_float32_are_refused() -> None:
     sums = output_grams.OutputSums(decoder_of_one())
     sums.add("0.a", torch.full((1, 3), 1e20))
     with pytest.raises(SourceError, match=r"tiny: squares of the loss's gradients at 0\.a are beyond float32"):
-        sums.save(tmp_path, 0, ["0.a"])
+        list(sums.parts(["0.a"]))
     sums.sums["0.a"] = torch.ones(3, 3)
     sums.add("0.experts", torch.ones(1, 3))  # no linear module
-    (file,) = sums.save(tmp_path, 0, ["0.a"])
-    assert torch.equal(load_tensors(tmp_path / file)["0.a"], torch.ones(3, 3))
+    ((index, grams),) = sums.parts(["0.a"])
+    assert index == 0 and torch.equal(grams["0.a"], torch.ones(3, 3))
