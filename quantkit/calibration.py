@@ -33,7 +33,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_ELEMENTS = 1 << 26  # of activations converted to float32 at a time (256 MiB)
 RELATIVE_DAMPING = 1e-12  # of each H_ii; far below float32's resolution of r H rᵀ, enough for a float64 Cholesky
 DEAD_CHANNEL = 1e-24  # of the mean diagonal, replaces H_ii = 0; so small that it outweighs no error that H measures
-SUM_ELEMENTS = 1 << 18  # of a tensor that are summed at a time
+RANGE_ELEMENTS = 1 << 24  # of a tensor whose range is taken at a time; a view's are copied
 SMALL = 2.0**-50  # a channel of such activations has squares near float32's smallest normal number, 2^-126
 MAX_RELATIVE_NEGATIVE = 1e-4  # of the largest eigenvalue; a more negative eigenvalue is no rounding error
 
@@ -167,8 +167,7 @@ def check_weights(weights: object, tokens: int, groups: int | None = None) -> No
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raises ValueError with the count of NaN and Inf in ``tensor`` and the index of the first."""
-    # A finite sum has finite terms, and takes one pass without a temporary. That of finite terms may overflow.
-    if bool(_wide_sum(tensor.detach()).isfinite()):
+    if _all_finite(tensor.detach()):
         return
     finite = tensor.isfinite()
     if bool(finite.all()):
@@ -178,13 +177,13 @@ def check_finite(tensor: Tensor, name: str) -> None:
     raise ValueError(f"{name} holds {count} NaN or Inf value{'s' * (count > 1)}, the first at index {first}")
 
 
-def _wide_sum(tensor: Tensor) -> Tensor:
-    """The sum in float32 or better. On a CPU PyTorch would copy a 16-bit tensor to float32, so parts are summed."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    if tensor.dtype == wide or tensor.device.type != "cpu" or tensor.ndim == 0 or tensor.numel() <= SUM_ELEMENTS:
-        return tensor.sum(dtype=wide)
-    rows = max(1, SUM_ELEMENTS * len(tensor) // tensor.numel())
-    return torch.stack([part.sum(dtype=wide) for part in tensor.split(rows)]).sum()
+def _all_finite(tensor: Tensor) -> bool:
+    """In one pass without a temporary; False also where the terms are finite and their sum is not."""
+    if tensor.device.type != "cpu" or tensor.element_size() > 2 or not tensor.ndim or not tensor.numel():
+        return bool(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite())
+    # A CPU would sum 16-bit elements in a float32 copy. NaN is the least and the largest of a part that holds it.
+    rows = max(1, RANGE_ELEMENTS * len(tensor) // tensor.numel())
+    return all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in tensor.split(rows))
 
 
 class GramAccumulator:

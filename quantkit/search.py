@@ -321,7 +321,8 @@ def _joint_by_kernel(
     flags = None
     if check_finite:
         flags = torch.zeros(2, dtype=torch.int32, device=matrix.device)
-        flags[0] = matrix.isfinite().all().logical_not()
+        # Their range is NaN or infinite if one of them is; isfinite() of the matrix would copy it.
+        flags[0] = torch.stack(torch.aminmax(matrix)).isfinite().all().logical_not()
     return Found(codes, scales, global_scale, candidates, flags)
 
 

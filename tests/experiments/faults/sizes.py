@@ -31,7 +31,7 @@ def size(reduced: T, full: T) -> T:
     return full if FULL else reduced
 
 
-def note(test: str, record: Path | None = None, **counts: Any) -> None:
+def note(test: str, record: Path | None = None, device: str = "cpu", **counts: Any) -> None:
     """Keep what a test at full size has found, with the machine, the versions and the day."""
     if not FULL and record is None:
         return
@@ -41,7 +41,7 @@ def note(test: str, record: Path | None = None, **counts: Any) -> None:
         found[test] = {
             **counts,
             "commit": provenance.git_state()[0],
-            "device": provenance.device_name("cpu"),
+            "device": provenance.device_name(device),
             "torch": torch.__version__,
             "day": time.strftime("%Y-%m-%d", time.gmtime()),
         }

