@@ -175,9 +175,14 @@ class SafetensorsCheckpoint(Checkpoint):
 
         def tokenize(text: str) -> list[int]:
             try:
-                return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             except Exception as error:  # a damaged tokenizer may raise any error
                 raise SourceError(f"{self.name}: its tokenizer refuses the text: {one_line(error)}") from None
+            if text and not ids:
+                raise SourceError(
+                    f"{self.name}: its tokenizer makes no tokens of the text. Take the model's own files."
+                )
+            return ids
 
         return tokenize
 

@@ -180,6 +180,17 @@ def test_token_ids_beyond_the_embedding(folder: Path, tmp_path: Path) -> None:
         capture_layers(resolve(config), [config.layer])
 
 
+def test_a_tokenizer_that_makes_no_tokens(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    ids = {"id": "A", "type_id": 0}
+    drop = {"type": "TemplateProcessing", "single": [], "pair": [{"Sequence": ids}, {"Sequence": ids | {"id": "B"}}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": drop | {"special_tokens": {}}}))
+    tokenize = open_checkpoint(configuration(folder).model, folder).tokenizer()
+    assert tokenize("") == []
+    with pytest.raises(SourceError, match=r"tiny \(local\): its tokenizer makes no tokens of the text\. Take the"):
+        tokenize("a text")
+
+
 # --- every call of a module counts ------------------------------------------------------------------------------------
 
 
