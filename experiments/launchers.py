@@ -27,6 +27,8 @@ SERIAL = "BasicLauncher"  # Hydra's own: one run after the other, in this proces
 OF_THIS_MACHINE = ("JoblibLauncher", "LocalLauncher")  # their runs share its devices
 PRESETS = {"processes": "joblib", "jobs": "submitit", "slurm": "submitit"}  # of conf/hydra/launcher → their package
 OUTCOMES_NAME = "outcomes.jsonl"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+KEPT = f"QUANTKIT_{VISIBLE}"  # that of the command which started the sweep
 WAIT_SECONDS = 0.2
 
 
@@ -50,12 +52,28 @@ def shares_device(device: str) -> bool:
     return is_elsewhere() and not device.startswith("cuda")
 
 
+def keep_visible_gpus() -> None:
+    """In the command, for `see_gpus` in its runs' processes."""
+    os.environ.pop(KEPT, None)
+    if VISIBLE in os.environ:
+        os.environ[KEPT] = os.environ[VISIBLE]
+
+
+def see_gpus() -> None:
+    """The GPUs that the command sees. submitit hides all of them from a job that asks for no number of GPUs."""
+    if launcher() == "LocalLauncher" and os.environ.get(VISIBLE) == "":
+        del os.environ[VISIBLE]
+        if KEPT in os.environ:
+            os.environ[VISIBLE] = os.environ[KEPT]
+
+
 @contextmanager
 def own_device(asked: str) -> Iterator[str]:
     """The device of a run. For `auto` on a machine whose GPUs are shared by the sweep's runs: one that is free.
 
     Waits for a free one. The first that is tried is the one of the run's number, so that runs spread over all.
     """
+    see_gpus()
     gpus = count_gpus() if asked == "auto" and launcher() in OF_THIS_MACHINE else 0
     if not gpus:
         yield asked
@@ -100,7 +118,7 @@ def free_gpu(count: int, first: int) -> Iterator[int]:
 
 def _gpu_names(count: int) -> list[str]:
     """The machine's names of the visible GPUs, whose numbers depend on CUDA_VISIBLE_DEVICES."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     return visible if len(visible) == count else [str(number) for number in range(count)]
 
 

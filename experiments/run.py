@@ -225,6 +225,7 @@ def cli() -> int:
         return 1
     # The processes of a launcher import this package, too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    launchers.keep_visible_gpus()
     try:
         main()
         if sweep.elsewhere is not None:

@@ -116,6 +116,27 @@ def test_a_device_that_was_asked_for_is_taken(asked: str) -> None:
         assert device == asked
 
 
+@pytest.mark.parametrize("before", [None, "", "2,3"])
+@pytest.mark.parametrize(
+    ("name", "hidden", "seen"),
+    [("LocalLauncher", "", "before"), ("LocalLauncher", "0", "0"), ("JoblibLauncher", "", "")],
+)
+def test_a_job_of_submitit_sees_the_gpus_of_its_command(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, name: str, hidden: str, seen: str
+) -> None:
+    """submitit sets CUDA_VISIBLE_DEVICES to nothing for a job without gpus_per_node. What a user asks for stays."""
+    monkeypatch.setenv(launchers.KEPT, "of another command")
+    if before is None:
+        monkeypatch.delenv(launchers.VISIBLE, raising=False)
+    else:
+        monkeypatch.setenv(launchers.VISIBLE, before)
+    launchers.keep_visible_gpus()
+    monkeypatch.setenv(launchers.VISIBLE, hidden)
+    monkeypatch.setattr(launchers, "launcher", lambda: name)
+    with launchers.own_device("cpu"):
+        assert os.environ.get(launchers.VISIBLE) == (before if seen == "before" else seen)
+
+
 @pytest.mark.usefixtures("four_gpus")
 def test_gpus_have_the_machines_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that two sweeps that see different GPUs, both from number 0 on, do not wait for each other."""
