@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -67,3 +68,27 @@ def test_the_changes_have_a_heading_for_this_version() -> None:
     first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert first is not None and first[1] == __version__
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+LOCKED = re.compile(r"[A-Za-z0-9][\w.-]*==\d[\w.]*(; sys_platform == \"linux\")?")  # no local label, no address
+
+
+def test_the_lock_has_names_and_versions_alone() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    assert all(LOCKED.fullmatch(line) for line in lines if line and not line.startswith("#"))
+
+
+def test_a_refreshed_lock_leaves_out_where_the_packages_came_from() -> None:
+    """Nor does it have CUDA's packages, the label of a build of torch, or quantkit itself."""
+    found = {"Torch": "2.13.0+cpu", "nvidia-nccl": "2", "cuda-toolkit": "13", "quantkit": "0.2.0", "triton": "3.7.1",
+             "setuptools": "84.2.1", "wheel": "0.48.0", "accelerate": "1.15.0"}  # fmt: skip
+    entries = [
+        {"metadata": {"name": name, "version": version}, "download_info": {"url": f"https://host/{name}.whl"}}
+        for name, version in found.items()
+    ]
+    refreshed = runpy.run_path(str(ROOT / ".ci" / "lock.py"))["locked"]
+    text = refreshed("# Head\n\n# Build\nsetuptools==1\nwheel==1\n\nold==1\n", {"install": entries})
+    assert text == (
+        "# Head\n\n# Build\nsetuptools==84.2.1\nwheel==0.48.0\n\naccelerate==1.15.0\nTorch==2.13.0\n"
+        'triton==3.7.1; sys_platform == "linux"\n'
+    )
