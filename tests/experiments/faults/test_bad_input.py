@@ -373,24 +373,30 @@ def test_a_record_is_read_or_refused_in_one_line() -> None:
     note("records", cases=sum(ended.values()), ended=dict(ended))
 
 
+ENTRY = {"bytes": 10, "sha256": "0" * 64}
+MANIFEST: dict[str, Any] = dict.fromkeys(MANIFEST_FIELDS, 1) | {
+    "capture_version": 1,
+    "layer": {"index": 0, "module": "mlp.down_proj"},
+    "data": {"name": "words", "source": "hub", "seq_len": 32, "samples": 4},
+    "source": {"model": "m", "dtype": "float32"},
+    "tokens": {"calibration": 1, "heldout": 1},
+    "files": {"gram.safetensors": ENTRY, "weight.safetensors": ENTRY},
+    "shards": {"calibration-00000.safetensors": ENTRY | {"split": "calibration"}},
+}
+
+
+def bundle_at(folder: Path) -> Config:
+    """A configuration whose model is the bundle in this folder."""
+    model = ModelConfig("bundle", ModelSource.bundle, path=str(folder), dtype="float32")
+    return dataclasses.replace(configuration(), model=model)
+
+
 def test_a_manifest_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
     """Of a bundle, whose writer is unknown, and of the cache."""
     chance, ended = random.Random(13), Counter[str]()
-    entry = {"bytes": 10, "sha256": "0" * 64}
-    whole = dict.fromkeys(MANIFEST_FIELDS, 1) | {
-        "capture_version": 1,
-        "layer": {"index": 0, "module": "mlp.down_proj"},
-        "data": {"name": "words", "source": "hub", "seq_len": 32, "samples": 4},
-        "source": {"model": "m", "dtype": "float32"},
-        "tokens": {"calibration": 1, "heldout": 1},
-        "files": {"gram.safetensors": entry, "weight.safetensors": entry},
-        "shards": {"calibration-00000.safetensors": entry | {"split": "calibration"}},
-    }
-    path = tmp_path / "manifest.json"
-    model = ModelConfig("bundle", ModelSource.bundle, path=str(tmp_path), dtype="float32")
-    config = dataclasses.replace(configuration(), model=model)
+    config, path = bundle_at(tmp_path), tmp_path / "manifest.json"
     for number in range(size(300, 20_000)):
-        data = mutate_json(json.dumps(whole).encode(), chance)
+        data = mutate_json(json.dumps(MANIFEST).encode(), chance)
         write_sealed(path, json.loads(data))
         if chance.random() < 0.2:
             path.write_bytes(mutate(path.read_bytes(), chance))
