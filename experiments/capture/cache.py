@@ -34,7 +34,10 @@ def open_bundle(folder: Path, manifest: Manifest) -> LayerInputs:
     problem = _problem(folder, manifest, shards=False)
     if problem:
         raise SourceError(f"model.path={folder}: {problem}. Copy the bundle again.")
-    return _inputs(folder, manifest, rebuild=None)
+    try:
+        return _inputs(folder, manifest, rebuild=None)
+    except (KeyError, TypeError) as error:  # whole files, but not those that a capture writes
+        raise SourceError(f"model.path={folder} is no captured layer ({error!r}). Copy the bundle again.") from None
 
 
 def complete_manifest(folder: Path, activations: bool) -> Manifest | None:
@@ -66,6 +69,9 @@ def _problem(folder: Path, manifest: Manifest, shards: bool) -> str | None:
         return f"capture version {manifest.get('capture_version')} is not {CAPTURE_VERSION}"
     if missing := MANIFEST_FIELDS - manifest.keys():
         return f"{MANIFEST_NAME} has no {min(missing)}"
+    for name in (GRAM_NAME, WEIGHT_NAME):
+        if name not in manifest["files"]:
+            return f"{MANIFEST_NAME} lists no {name}"
     for name, entry in manifest["files"].items():
         if not is_intact(folder / name, entry):
             return f"{name} is missing or damaged"

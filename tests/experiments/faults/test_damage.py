@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,36 @@ def test_a_bundle_cannot_name_files_elsewhere(tiny: SimpleNamespace, tmp_path: P
         model = ModelConfig("bundle", ModelSource.bundle, path=str(path.parent), dtype="float32")
         with pytest.raises(SourceError, match=r"outside of its folder\. Copy the bundle again"):
             choose_sources(dataclasses.replace(config, model=model))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("files", lambda files: {}, r"manifest\.json lists no gram\.safetensors"),
+        (
+            "files",
+            lambda files: files | {"gram.safetensors": files["weight.safetensors"]},
+            r"gram\.safetensors is miss",
+        ),
+        ("source", lambda source: source | {"other": 1}, r"is no captured layer \(TypeError.*other"),
+        ("tokens", lambda tokens: {}, r"is no captured layer \(KeyError\('calibration'\)\)"),
+    ],
+)
+@pytest.mark.usefixtures("small")
+def test_a_bundle_whose_manifest_is_forged_is_refused(
+    tiny: SimpleNamespace, tmp_path: Path, part: str, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    """With the right checksum. A cache with such a manifest is captured again."""
+    config = config_with_loss(tiny, tmp_path)
+    wanted = everything(config)
+    path = resolve(config).layer_folder() / "manifest.json"
+    manifest = read_sealed(path)
+    write_sealed(path, manifest | {part: change(manifest[part])})
+    model = ModelConfig("bundle", ModelSource.bundle, path=str(path.parent), dtype="float32")
+    with pytest.raises(SourceError, match=rf"{message}.*Copy the bundle again"):
+        everything(choose_sources(dataclasses.replace(config, model=model)).config)
+    if part == "files":
+        assert same(everything(config), wanted)
 
 
 @pytest.mark.usefixtures("small")
