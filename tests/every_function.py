@@ -57,7 +57,9 @@ ELSEWHERE = {
     "experiments.provenance": "the machine",
     "experiments.sources.decoder.build_decoder": "its parts are called",
     "experiments.sources.checkpoints.Checkpoint": "an interface",
-    "experiments.sources.checkpoints.GgufCheckpoint": "a model that is fetched",
+    "experiments.sources.checkpoints.GgufCheckpoint.save_around": "files, and a tokenizer that is fetched",
+    "experiments.sources.checkpoints.GgufCheckpoint.tokenizer": "a model that is fetched",
+    "experiments.sources.checkpoints.HoldsCodes": "an interface",
     "quantkit.kernels.ptx": "writes text, when it is imported",
     "quantkit.layer.common.Pass.replace": "of a rare case, and makes no tensor",
     "quantkit.methods.Method.of_objective": "called when it is imported",
@@ -365,6 +367,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         from experiments.model import gguf_file, judge, selfcheck, stored_names
         from experiments.model.checkpoint import open_quantized
         from experiments.model.export import export
+        from experiments.sources.checkpoints import GgufCheckpoint, open_checkpoint
         from tests.experiments.model.folders import open_source, source, write
 
         found: list[object] = []
@@ -377,8 +380,11 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 files = {path.name: sha256_file(path) for path in sorted((folder / name).iterdir())}
                 found += [verdict.ok, verdict, files]
         original = source(folder.parent / "model")
-        for name in ("own-mxfp4", "modelopt"):
+        for name in ("own-mxfp4", "modelopt", "gguf"):
             found.append(list(judge.judge_model(source(folder / name), original, folder / "judged")))
+        read = open_checkpoint(source(folder / "gguf"), folder / "judged")
+        assert isinstance(read, GgufCheckpoint)
+        found += [read.read(read.names), [read.quantized(name) for name in read.matrices.values()]]
         model = selfcheck.load_in_transformers(folder / "compressed_tensors", "compressed_tensors")
         found.append(selfcheck.loaded_weight(model, "model.layers.0.mlp.up_proj", True))
         gguf_file.check_columns([("p", 64)])

@@ -38,6 +38,7 @@ from experiments.config import (
 )
 from experiments.files import SourceError, one_line
 from experiments.sources.exported import read_export
+from experiments.sources.hashes import file_hashes
 from experiments.sources.models import model_name
 
 EVALUATION_VERSION = 1  # part of every evaluation's identity: raise it when the same configuration gives other numbers
@@ -125,7 +126,7 @@ def as_run(config: EvaluationConfig, model: ModelConfig) -> Config:
 
 
 def evaluated_model(config: EvaluationConfig) -> ModelConfig:
-    """The model to evaluate, or that of a run of quantize_model.py. A .gguf file is read as the pinned one.
+    """The model to evaluate, or that of a run of quantize_model.py.
 
     Raises SourceError where none is named.
     """
@@ -178,10 +179,13 @@ def named_model(name: str, **changes: Any) -> ModelConfig:
 
 
 def _gguf(path: str) -> ModelConfig:
-    """The pinned model of conf/model that GGUF files hold; its hash is checked when it is read."""
+    """The pinned model of conf/model that GGUF files hold, if the file is that one; else the file itself."""
     names = (path.stem for path in sorted((CONF_DIR / "model").glob("*.yaml")))
     name = next(name for name in names if named_model(name).source == ModelSource.pypi_gguf)
-    return named_model(name, path=path)
+    pinned, file = named_model(name, path=path), Path(path).expanduser()
+    if file.is_file() and file_hashes([file])[file] != pinned.sha256:
+        return ModelConfig(name=file.stem, source=ModelSource.hub, path=path)
+    return pinned
 
 
 def _reference_of(folder: Path) -> ModelConfig | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import provenance
-from experiments.config import DataConfig, DataSource, ModelConfig, ModelSource
+from experiments.config import DataConfig, DataSource, ModelConfig
 from experiments.evaluation_record import TOKENS_NAME, EvaluationRecord
 from experiments.files import SourceError, replacing, sha256_json
 from experiments.model.evaluate_settings import (
@@ -28,7 +28,7 @@ from experiments.model.evaluate_settings import (
     result_settings,
 )
 from experiments.record import RECORD_NAME, read_record_of
-from experiments.sources.models import ModelIdentity, model_identity
+from experiments.sources.models import ModelIdentity, gguf_path, model_identity
 from experiments.sources.texts import Text, load_text
 from experiments.sources.twins import choose_sources
 
@@ -178,7 +178,8 @@ def stored_bytes(model: ModelConfig) -> int | None:
     if model.path is None:
         return None
     path = Path(model.path).expanduser()
-    files = [path] if model.source == ModelSource.pypi_gguf else sorted(path.glob("*.safetensors"))
+    own = gguf_path(model)
+    files = [own] if own is not None else [path] if path.suffix == ".gguf" else sorted(path.glob("*.safetensors"))
     return sum(file.stat().st_size for file in files)
 
 

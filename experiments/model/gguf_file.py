@@ -1,16 +1,17 @@
-"""A quantized Llama or Qwen3 as one GGUF file: metadata, tokenizer, and the codes in types 39 (MXFP4) and 40 (NVFP4).
+"""A quantized decoder as one GGUF file: metadata, tokenizer, and the codes in types 39 (MXFP4) and 40 (NVFP4).
 
-The gguf package writes the file, names the tensors and, for the check, decodes them. llama.cpp's Llama wants the rows
-of q and k in another order (neighbours instead of two halves); a row moves with its codes and scales. Unquantized
-matrices keep their dtype, vectors become float32. A tokenizer that llama.cpp knows under no name is left out, which the
-check warns of: such a file has tensors and the model's sizes only.
+The gguf package writes the file and, for the check, decodes it; sources/gguf_names.py names the tensors. llama.cpp's
+Llama wants the rows of q and k in another order (neighbours instead of two halves), and experts in three tensors; a row
+moves with its codes and scales. Unquantized matrices keep their dtype, vectors and routers become float32. A tokenizer
+that llama.cpp knows under no name is written without one, and the check warns of it: llama.cpp then splits text its
+default way. A tokenizer that is no byte-level BPE is left out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from experiments.files import SourceError, one_line
+from experiments.sources.checkpoints import PRE_TOKENIZER
+from experiments.sources.gguf_names import ROUTER, SIZES, architecture_of, gguf_name
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit import QuantizedTensor
 from quantkit.layouts import get_layout
@@ -26,11 +29,21 @@ from quantkit.layouts.gguf import TYPES
 
 FILE_NAME = "model.gguf"
 COLUMNS = 64  # of a block of type 40
-ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3"}  # model_type → name in GGUF
 FILE_TYPES = {"mxfp4": 38, "nvfp4": 39}
 # The expression that splits text before BPE → its name in llama.cpp.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {_SPLIT % r"\p{N}{1,3}": "llama-bpe", _SPLIT % r"\p{N}": "qwen2"}
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_WORDS = "|".join(
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{first}{_LOWER}{second}%s" for first, second in (("*", "+"), ("+", "*"))
+)
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    _SPLIT % r"\p{N}{1,3}": "llama-bpe",
+    _SPLIT % r"\p{N}": "qwen2",
+    "|".join((_WORDS % (_SHORT, _SHORT), r"\p{N}{1,3}", _REST)): "gpt-4o",
+    "|".join((_WORDS % ("", ""), r"\p{N}", _REST)): "tekken",
+}
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
 
 
@@ -39,7 +52,7 @@ def write(source: QuantizedCheckpoint, folder: Path) -> None:
     from gguf import GGUFWriter
 
     config = _config(source)
-    writer = GGUFWriter(folder / FILE_NAME, ARCHITECTURES[config["model_type"]])
+    writer = GGUFWriter(folder / FILE_NAME, architecture_of(config["model_type"]).name)
     _metadata(writer, source, config)
     for name, array, kind in _arrays(source, config):
         shape = array.shape
@@ -55,7 +68,7 @@ def write(source: QuantizedCheckpoint, folder: Path) -> None:
 def refuse(source: QuantizedCheckpoint) -> None:
     """Raises ValueError for a model whose GGUF file this module cannot write."""
     config = _config(source)
-    list(_names(source, config))
+    list(_pieces(source, config))
     for name in source.names:
         quantized = source.quantized(name)
         get_layout("gguf").check(quantized.format, quantized.block_size)
@@ -73,12 +86,14 @@ def check_columns(matrices: Iterable[tuple[str, int]]) -> None:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raises SourceError for another kind of model. config: as in config.json."""
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    """Raises SourceError for another kind of model. config: of transformers, as a dict."""
+    architecture = architecture_of(str(config.get("model_type")))
+    other = next(
+        (name for name, meant in architecture.refused.items() if config.get(name, meant) not in (meant, None)), None
+    )
+    if other is not None:
         raise SourceError(
-            f"export=gguf writes {' and '.join(ARCHITECTURES)} models, and this is {kind}; export compressed_tensors, "
-            "and convert it with llama.cpp's convert_hf_to_gguf.py"
+            f"export=gguf cannot tell llama.cpp of {other}={config[other]}; export compressed_tensors instead"
         )
     rope = _rope(config)
     if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -87,11 +102,15 @@ def check_config(config: dict[str, Any]) -> None:
             "llama.cpp's convert_hf_to_gguf.py"
         )
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise SourceError("export=gguf writes models without biases; export compressed_tensors")
+        raise SourceError("export=gguf writes these models without biases; export compressed_tensors")
 
 
 def _config(source: QuantizedCheckpoint) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    from transformers import AutoConfig
+
+    # With the defaults of transformers, which config.json leaves out.
+    known = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    config: dict[str, Any] = known.to_dict()
     check_config(config)
     return config
 
@@ -104,26 +123,32 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) -> None:
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     fmt = source.quantized(source.names[0]).format.name
     writer.add_type("model")
     writer.add_name(str(source.about.get("model", "model")))
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0))
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    for key, field in SIZES.items():
+        value = _size(config, field)
+        if value is not None:
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{writer.arch}.{key}", value)
+    writer.add_rope_dimension_count(_size(config, "head_dim"))
+    writer.add_value_length(_size(config, "head_dim"))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FILE_TYPES[fmt])
     writer.add_quantization_version(2)
     _tokenizer(writer, source.folder, config["vocab_size"])
+
+
+def _size(config: dict[str, Any], field: str) -> Any:
+    if field == "head_dim":
+        return config.get(field) or config["hidden_size"] // config["num_attention_heads"]
+    if field == "num_key_value_heads":
+        return config.get(field) or config["num_attention_heads"]
+    if field == "num_experts":
+        return config.get(field) or config.get("num_local_experts")  # transformers 5 writes the second
+    if field == "rope_theta":
+        return float(_rope(config).get(field) or config.get(field) or 10000.0)
+    return config.get(field)
 
 
 def _tokenizer(writer: Any, folder: Path, size: int) -> None:
@@ -133,20 +158,31 @@ def _tokenizer(writer: Any, folder: Path, size: int) -> None:
     if not path.is_file():
         return
     described = json.loads(path.read_text(encoding="utf-8"))
-    model, name = described["model"], split_name(described)
-    if model.get("type") != "BPE" or model.get("byte_fallback") or name is None:
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
         return
     tokens, types = [f"[PAD{number}]" for number in range(size)], [5] * size  # 5: unused
-    for token, number in model["vocab"].items():
-        tokens[number], types[number] = token, NORMAL
+    known = [(number, token, NORMAL) for token, number in model["vocab"].items()]
     for added in described.get("added_tokens", []):
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
+        known.append((added["id"], added["content"], CONTROL if added.get("special") else USER_DEFINED))
+    for number, token, kind in known:
+        if number < size:  # the embedding has no row for others
+            tokens[number], types[number] = token, kind
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
+    if (name := told_split(folder) or split_name(described)) is not None:
+        writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def told_split(folder: Path) -> str | None:
+    """llama.cpp's name of the way in which text is split, where the model came from a GGUF file that says it."""
+    try:
+        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(PRE_TOKENIZER)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if told is None else str(told)
 
 
 def split_name(described: dict[str, Any]) -> str | None:
@@ -167,54 +203,83 @@ def split_name(described: dict[str, Any]) -> str | None:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the file. name: without its last part, end. stored: the quantized weight or kept tensor that it comes
+    from. rows: of its last but one dimension, or of a vector; None: all, in their order."""
+
+    name: str
+    end: str
+    stored: str
+    rows: Tensor | None = None
+
+    def of(self, value: Any) -> Any:
+        """A tensor or a QuantizedTensor → the part of it that the file's tensor holds."""
+        if self.rows is None:
+            return value
+        if isinstance(value, QuantizedTensor):
+            return replace(value, codes=value.codes[..., self.rows, :], scales=value.scales[..., self.rows, :])
+        return value[self.rows]
+
+
+def _pieces(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[Piece]:
+    """Raises SourceError for a weight that the file has no place for."""
+    quantized = set(source.names)
+    for stored in (*source.names, *source.kept):
+        module, end = (stored, "weight") if stored in quantized else stored.rpartition(".")[::2]
+        parent, _, last = module.rpartition(".")
+        if parent.endswith(".experts") and stored in quantized:
+            rows = _numbers(source.quantized(stored).codes.shape[-2])
+            halves = rows.chunk(2) if last == "gate_up_proj" else (None,)
+            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            for name, half in zip(names, halves, strict=True):
+                yield Piece(_named(f"{parent}.{name}", config), end, stored, half)
+        elif ".experts." in module:
+            raise SourceError(f"{stored}: export=gguf writes quantized experts alone; quantize them all")
+        else:
+            yield Piece(_named(module, config), end, stored, _row_order(source, stored, last, config))
+
+
+def _named(module: str, config: dict[str, Any]) -> str:
+    name = gguf_name(module)
+    if name is None:
+        raise SourceError(f"{module}: no name for it in a GGUF file of {config['model_type']}; export another layout")
+    return name
+
+
+def _row_order(source: QuantizedCheckpoint, stored: str, projection: str, config: dict[str, Any]) -> Tensor | None:
+    """llama.cpp's order of the rows of Llama's q and k; None for other weights."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    if not architecture_of(config["model_type"]).pairs or projection not in heads:
+        return None
+    size = source.quantized(stored).codes.shape[0] if stored in source.names else source.tensor(stored).shape[0]
+    return _numbers(size).view(_size(config, heads[projection]), 2, -1).transpose(1, 2).flatten()
+
+
+def _numbers(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.int64, device="cpu")
+
+
 def _arrays(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any], Any]]:
     """(name in GGUF, its bytes or values, type or None), one at a time."""
     from gguf import GGMLQuantizationType
 
-    for name, stored in _names(source, config):
-        if stored in source.names:
-            quantized = reordered(source.quantized(stored), stored, config)
-            tensors = get_layout("gguf").to_tensors(name, quantized)
-            blocks = tensors[f"{name}.weight"].flatten(-2).numpy()
-            yield f"{name}.weight", blocks, GGMLQuantizationType(TYPES[quantized.format.name])
-            if f"{name}.scale" in tensors:
-                yield f"{name}.scale", tensors[f"{name}.scale"].numpy(), None
+    for piece in _pieces(source, config):
+        name = f"{piece.name}.{piece.end}"
+        if piece.stored in source.names:
+            quantized = piece.of(source.quantized(piece.stored))
+            tensors = get_layout("gguf").to_tensors(piece.name, quantized)
+            yield name, tensors[name].flatten(-2).numpy(), GGMLQuantizationType(TYPES[quantized.format.name])
+            if f"{piece.name}.scale" in tensors:
+                yield f"{piece.name}.scale", tensors[f"{piece.name}.scale"].numpy(), None
             continue
-        tensor = reordered(source.tensor(stored), stored.removesuffix(".weight"), config)
-        if tensor.ndim == 1:
+        tensor = piece.of(source.tensor(piece.stored))
+        if tensor.ndim == 1 or piece.name.endswith(ROUTER):
             tensor = tensor.float()
         if tensor.dtype == torch.bfloat16:
-            yield f"{name}.weight", tensor.view(torch.uint8).numpy(), GGMLQuantizationType.BF16
+            yield name, tensor.contiguous().view(torch.uint8).numpy(), GGMLQuantizationType.BF16
         else:
-            yield f"{name}.weight", tensor.numpy(), None
-
-
-def _names(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name in GGUF without its last part, name of the quantized weight or of the kept tensor)."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    arch = MODEL_ARCH[config["model_type"].upper()]
-    names = get_tensor_name_map(arch, config["num_hidden_layers"])
-    for stored in (*source.names, *source.kept):
-        name = names.get_name(stored.removesuffix(".weight"))
-        if name is None:
-            raise SourceError(
-                f"{stored}: gguf has no name for it in a {config['model_type']} model; export another layout"
-            )
-        yield name, stored
-
-
-def reordered(value: Any, name: str, config: dict[str, Any]) -> Any:
-    """A matrix, or a QuantizedTensor, with the rows of llama's q and k in llama.cpp's order."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
-    projection = name.rpartition(".")[2]
-    if config["model_type"] != "llama" or projection not in heads:
-        return value
-    number = heads[projection] or config["num_attention_heads"]
-    rows = torch.arange(value.shape[0], dtype=torch.int64, device="cpu").view(number, 2, -1).transpose(1, 2).flatten()
-    if isinstance(value, QuantizedTensor):
-        return replace(value, codes=value.codes[rows], scales=value.scales[rows])
-    return value[rows]
+            yield name, tensor.contiguous().numpy(), None
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -246,55 +311,77 @@ class _File:
 
     def compare(self) -> None:
         wanted: set[str] = set()
-        for name, stored in _names(self.source, self.config):
-            wanted.add(f"{name}.weight")
-            if f"{name}.weight" not in self.tensors:
-                self.problems.append(f"{name}.weight is missing")
-            elif stored in self.source.names:
-                wanted |= self._quantized(name, self.source.quantized(stored), stored)
+        right: dict[str, bool] = {}
+        for piece in _pieces(self.source, self.config):
+            name = f"{piece.name}.{piece.end}"
+            wanted.add(name)
+            if name not in self.tensors:
+                self.problems.append(f"{name} is missing")
+                right[piece.stored] = False
+            elif piece.stored in self.source.names:
+                quantized = piece.of(self.source.quantized(piece.stored))
+                wanted |= {f"{piece.name}.scale"} if quantized.format.two_level else set()
+                right[piece.stored] = self._quantized(piece, quantized) and right.get(piece.stored, True)
             else:
-                self._kept(name, stored)
+                self._kept(piece, name)
+        self.equal = sum(right.get(name, False) for name in self.source.names)
         if surplus := sorted(self.tensors.keys() - wanted):
             self.problems.append(f"{surplus[0]} belongs to no weight of the model")
         if "tokenizer.ggml.tokens" not in self.reader.fields:
-            self.warnings.append("model.gguf has no tokenizer, because llama.cpp knows this one under no name")
+            self.warnings.append(f"{FILE_NAME} has no tokenizer, because the model's is no byte-level BPE")
+        elif "tokenizer.ggml.pre" not in self.reader.fields:
+            self.warnings.append(
+                f"{FILE_NAME} does not say how its tokenizer splits text, which llama.cpp has no name for, so "
+                "llama.cpp splits text its default way"
+            )
 
-    def _quantized(self, name: str, quantized: QuantizedTensor, stored: str) -> set[str]:
+    def _quantized(self, piece: Piece, wanted: QuantizedTensor) -> bool:
         from gguf.quants import dequantize
 
-        wanted = reordered(quantized, stored, self.config)
-        tensor = self.tensors[f"{name}.weight"]
+        name = f"{piece.name}.{piece.end}"
+        tensor = self.tensors[name]
         if int(tensor.tensor_type) != TYPES[wanted.format.name]:
-            self.problems.append(f"{name}.weight is of type {tensor.tensor_type.name}, not {wanted.format.name}")
-            return set()
+            self.problems.append(f"{name} is of type {tensor.tensor_type.name}, not {wanted.format.name}")
+            return False
+        if not self._block_scales(name, torch.from_numpy(np.array(tensor.data)), wanted):
+            return False
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         # llama.cpp multiplies by the global scale afterwards.
         one = torch.ones((), dtype=torch.float32, device="cpu")
         same = torch.equal(values, replace(wanted, global_scale=one).dequantize())
         if not same:
-            self.problems.append(f"{name}.weight: decoded weights differ from the quantized model's")
-        names: set[str] = set()
-        if wanted.format.two_level:
-            names.add(f"{name}.scale")
-            same = self._scale(f"{name}.scale", float(wanted.global_scale)) and same
-        self.equal += same
-        return names
+            self.problems.append(f"{name}: decoded weights differ from the quantized model's")
+        return (not wanted.format.two_level or self._scale(f"{piece.name}.scale", wanted.global_scale)) and same
 
-    def _scale(self, name: str, meant: float) -> bool:
+    def _block_scales(self, name: str, stored: Tensor, wanted: QuantizedTensor) -> bool:
+        """Whether the block scales are numbers. E8M0 has NaN alone, UE4M3 also a sign that it must not have."""
+        size, count = (36, 4) if wanted.format.two_level else (17, 1)
+        scales = stored.unflatten(-1, (-1, size))[..., :count]
+        nan = (scales & 0x7F) == 0x7F if wanted.format.two_level else scales == 0xFF
+        for what, where in (("NaN", nan), ("negative", (scales >= 0x80) & ~nan & wanted.format.two_level)):
+            if found := int(where.sum()):
+                self.problems.append(f"{name}: {found} of {scales.numel()} scales are {what}")
+        return not bool(nan.any())
+
+    def _scale(self, name: str, meant: Tensor) -> bool:
         if name not in self.tensors:
             self.problems.append(f"{name} is missing")
             return False
-        value = float(self.tensors[name].data[0])
-        if value != meant:
-            kind = "is inverted" if abs(value * meant - 1) < 1e-5 else f"is {value:g} instead of {meant:g}"
-            self.problems.append(f"{name} {kind}")
-        return value == meant
+        found = torch.from_numpy(np.array(self.tensors[name].data, dtype=np.float32))
+        wanted = meant.flatten().expand(len(found))
+        if torch.equal(found, wanted):
+            return True
+        worst = int((found - wanted).abs().argmax())
+        value, right = float(found[worst]), float(wanted[worst])
+        inverted = abs(value * right - 1) < 1e-5
+        self.problems.append(f"{name} is inverted" if inverted else f"{name} is {value:g} instead of {right:g}")
+        return False
 
-    def _kept(self, name: str, stored: str) -> None:
+    def _kept(self, piece: Piece, name: str) -> None:
         from gguf.quants import dequantize
 
-        tensor = self.tensors[f"{name}.weight"]
+        tensor = self.tensors[name]
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        meant: Tensor = reordered(self.source.tensor(stored), stored.removesuffix(".weight"), self.config)
+        meant: Tensor = piece.of(self.source.tensor(piece.stored))
         if not torch.equal(values, meant.float()):
-            self.problems.append(f"{name}.weight, which is not quantized, has changed")
+            self.problems.append(f"{name}, which is not quantized, has changed")

@@ -13,7 +13,7 @@ from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError
 from experiments.model.select import Matrix
 from experiments.model.stored_names import stored_rows
-from experiments.sources.checkpoints import CodesCheckpoint, DequantizedCheckpoint, open_checkpoint
+from experiments.sources.checkpoints import DequantizedCheckpoint, HoldsCodes, open_checkpoint
 from quantkit import QuantizedTensor
 from quantkit.formats import BlockFormat
 
@@ -28,7 +28,7 @@ class GivenCodes:
     def __init__(self, folder: str, cache: Path, fmt: BlockFormat, block_size: int) -> None:
         """Raises SourceError for a folder without codes, or with codes of another format or block size."""
         checkpoint = open_checkpoint(given_model(folder), cache)
-        if not isinstance(checkpoint, CodesCheckpoint | DequantizedCheckpoint):
+        if not isinstance(checkpoint, HoldsCodes | DequantizedCheckpoint):
             raise SourceError(f"init={folder}: no NVFP4 or MXFP4 codes there. Leave init out to begin with gptq.")
         self.folder, self.checkpoint = folder, checkpoint
         own = isinstance(checkpoint, DequantizedCheckpoint)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.config import ModelConfig
 from experiments.files import SourceError
-from experiments.sources.checkpoints import CodesCheckpoint, DequantizedCheckpoint, open_checkpoint
+from experiments.sources.checkpoints import DequantizedCheckpoint, HoldsCodes, open_checkpoint
 from experiments.sources.decoder import Decoder
 from quantkit import QuantizedTensor, quantize, verify
 from quantkit.metrics import weight_error
@@ -93,7 +93,7 @@ def pairs(quantized: ModelConfig, original: ModelConfig, cache: Path) -> Iterato
             matrix = stored.quantized(name)
             weight = decoder.stored.tensor(f"{name}.weight" if len(matrix.shape) == 2 else name, None)
             yield name, matrix, weight.mT.contiguous() if stored.is_transposed(name) else weight
-    elif isinstance(checkpoint, CodesCheckpoint):
+    elif isinstance(checkpoint, HoldsCodes):
         for name, own in checkpoint.matrices.items():
             if name not in source.names:
                 raise SourceError(

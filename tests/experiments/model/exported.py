@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors, open_quantized
+from experiments.sources.checkpoints import Checkpoint
 from experiments.sources.decoder import build_whole
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit.layouts import exact_global_scale
@@ -29,7 +30,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
 SHARED_SCALE = float(exact_global_scale(torch.tensor(6e-4, dtype=torch.float32, device="cpu")))
 
 
@@ -39,7 +45,9 @@ def build(kind: str) -> Any:
         AutoModelForCausalLM,
         GptOssConfig,
         LlamaConfig,
+        MistralConfig,
         MixtralConfig,
+        Qwen2Config,
         Qwen3Config,
         Qwen3MoeConfig,
     )
@@ -48,6 +56,8 @@ def build(kind: str) -> Any:
     config = {
         "llama": lambda: LlamaConfig(**SIZES),
         "qwen3": lambda: Qwen3Config(**SIZES),
+        "qwen2": lambda: Qwen2Config(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
+        "mistral": lambda: MistralConfig(**SIZES | {"sliding_window": None}),
         "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),
         "mixtral": lambda: MixtralConfig(**SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
         "gpt_oss": lambda: GptOssConfig(
@@ -62,11 +72,17 @@ def build(kind: str) -> Any:
 
 def quantized(root: Path, kind: str, format: str, only: str = "", **options: Any) -> QuantizedCheckpoint:
     """The finished folder of a tiny model. only: a part of the names of the weights that are quantized."""
-    source, folder = root / f"{kind}-source", root / f"{kind}-{format}"
+    source = root / f"{kind}-source"
     if not source.exists():
         build(kind).save_pretrained(source)
         train_tokenizer(source)
-    checkpoint = open_source(source)
+    return quantize_source(open_source(source), root / f"{kind}-{format}", kind, format, only, **options)
+
+
+def quantize_source(
+    checkpoint: Checkpoint, folder: Path, kind: str, format: str, only: str = "", **options: Any
+) -> QuantizedCheckpoint:
+    """The finished folder of that checkpoint. The other arguments are those of `quantized`."""
     decoder = build_whole(checkpoint, "bfloat16")
     settings = {"format": format, "size": {"nvfp4": 16, "mxfp4": 32}[format], "method": "sse"}
     settings |= {"global_scale": SHARED_SCALE} if format == "nvfp4" else {}

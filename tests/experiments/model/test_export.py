@@ -11,23 +11,34 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 
-from experiments.files import SourceError
+from experiments.config import ModelConfig, ModelSource
+from experiments.files import SourceError, sha256_file
 from experiments.model import export as export_module
+from experiments.model import gguf_file
 from experiments.model.card import About
-from experiments.model.checkpoint import load_dequantized
+from experiments.model.checkpoint import load_dequantized, open_quantized
 from experiments.model.export import EXPORT_NAME, export, read_verdict
+from experiments.model.given import GivenCodes
+from experiments.model.loading import load_network
 from experiments.model.selfcheck import load_in_transformers
+from experiments.model.stored_names import skeleton
+from experiments.sources.checkpoints import GgufCheckpoint, open_checkpoint
 from experiments.sources.exported import check_export_intact
 from experiments.sources.quantized import QuantizedCheckpoint
-from tests.experiments.model.exported import quantized
+from quantkit.formats import MXFP4, NVFP4
+from tests.experiments.model.exported import build, quantize_source, quantized
+from tests.experiments.sources.test_decoder import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FORMATS_AND_SIZES = {"nvfp4": (NVFP4, 16), "mxfp4": (MXFP4, 32)}
 IDS = torch.arange(3, 67, dtype=torch.int64, device="cpu").view(2, 32)
 DENSE = [
     ("qwen3", "nvfp4", "compressed_tensors"),
@@ -38,6 +49,10 @@ DENSE = [
     ("llama", "mxfp4", "compressed_tensors"),
     ("llama", "nvfp4", "gguf"),
     ("llama", "mxfp4", "gguf"),
+]
+GGUF = [
+    *((kind, format, "gguf") for kind in ("qwen2", "mistral", "qwen3_moe") for format in ("nvfp4", "mxfp4")),
+    ("qwen3", "mxfp4", "gguf"),
 ]
 EXPERTS = [
     ("qwen3_moe", "mxfp4", "compressed_tensors"),
@@ -91,7 +106,9 @@ def test_transformers_computes_the_dequantized_models_logits(made: Made, kind: s
         assert torch.equal(loaded(IDS).logits, wanted(IDS).logits)
 
 
-@pytest.mark.parametrize("kind, format, layout", DENSE + EXPERTS + WRONG_IN_TRANSFORMERS + UNREAD_BY_TRANSFORMERS)
+@pytest.mark.parametrize(
+    "kind, format, layout", DENSE + GGUF + EXPERTS + WRONG_IN_TRANSFORMERS + UNREAD_BY_TRANSFORMERS
+)
 def test_every_stored_weight_is_what_was_quantized(made: Made, kind: str, format: str, layout: str) -> None:
     verdict = read_verdict(made.folder(kind, format, layout))
     assert verdict is not None and verdict.ok and verdict.problems == []
@@ -127,6 +144,59 @@ def test_transformers_reads_the_gguf_file_of_a_llama_with_its_tokenizer(made: Ma
     theirs = AutoTokenizer.from_pretrained(source.folder)
     text = "The quick brown fox, 123 times.\n  Naïve<|end|>"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind, format, layout", [case for case in DENSE if "gguf" in case] + GGUF)
+def test_a_gguf_file_is_read_as_the_dequantized_model(made: Made, kind: str, format: str, layout: str) -> None:
+    """As model.path: every code and scale, and the logits, to the bit."""
+    folder, source = made.folder(kind, format, layout), made.source(kind, format)
+    for path in (folder, folder / "model.gguf"):
+        model = ModelConfig("read", ModelSource.hub, path=str(path))
+        checkpoint = open_checkpoint(model, made.root / "cache")
+        assert isinstance(checkpoint, GgufCheckpoint)
+        given = GivenCodes(str(path), made.root / "cache", *FORMATS_AND_SIZES[format])
+        for name in source.names:
+            want = source.quantized(name)
+            shaped = SimpleNamespace(full_name=name)
+            got = given.matrix(skeleton(source.folder), shaped, want.shape)
+            assert torch.equal(got.codes, want.codes) and torch.equal(got.scales, want.scales)
+            assert torch.equal(got.dequantize(), want.dequantize())
+    loaded = load_network(model, made.root / "cache", "float32", "cpu")
+    wanted = load_dequantized(source.folder, torch.float32)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, wanted(IDS).logits)
+
+
+def test_a_gguf_file_splits_text_as_the_file_that_the_model_came_from(tmp_path: Path) -> None:
+    """transformers' copy of that tokenizer does not say how; digits of smollm are apart, unlike gpt-2's."""
+    write_gguf(tmp_path / "source.gguf", tmp_path / "tokenizer")
+    original = open_checkpoint(ModelConfig("m", ModelSource.hub, path=str(tmp_path / "source.gguf")), tmp_path)
+    assert isinstance(original, GgufCheckpoint) and original.matrices == {}
+    source = quantize_source(original, tmp_path / "own", "llama", "mxfp4")
+    assert export(source, tmp_path / "out", "gguf").warnings == []
+    before, after = (GGUFReader(path).fields for path in (tmp_path / "source.gguf", tmp_path / "out" / "model.gguf"))
+    same = [
+        key for key in before if key.startswith(("llama.", "tokenizer.ggml.")) and not key.endswith("unknown_token_id")
+    ]
+    assert "tokenizer.ggml.pre" in same and len(same) > 12
+    assert {key: after[key].contents() for key in same} == {key: before[key].contents() for key in same}
+
+
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_warned_of(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.source("llama", "mxfp4").folder, tmp_path / "own")
+    path = tmp_path / "own" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]}
+    path.write_text(json.dumps(described))
+    manifest = json.loads((tmp_path / "own" / "quantkit.json").read_text())
+    manifest["files"]["tokenizer.json"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (tmp_path / "own" / "quantkit.json").write_text(json.dumps(manifest))
+    (warning,) = export(open_quantized(tmp_path / "own"), tmp_path / "out", "gguf").warnings
+    assert "does not say how its tokenizer splits text" in warning
+    fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert "tokenizer.ggml.tokens" in fields and "tokenizer.ggml.pre" not in fields
 
 
 def test_experts_have_the_names_of_the_models_own_checkpoints(made: Made) -> None:
@@ -169,7 +239,7 @@ def test_routers_are_in_the_list_of_layers_to_ignore(made: Made) -> None:
         ("llama", "mxfp4", "modelopt", "modelopt cannot hold mxfp4 with block size 32; .* compressed_tensors or gguf"),
         ("llama", "mxfp4", "gpt_oss", "leave it unquantized, or use compressed_tensors"),
         ("gpt_oss", "mxfp4", "compressed_tensors", "Export gpt-oss with mxfp4"),
-        ("qwen3_moe", "nvfp4", "gguf", "export compressed_tensors, and convert it with llama.cpp's"),
+        ("gpt_oss", "mxfp4", "gguf", "export compressed_tensors, and convert it with llama.cpp's"),
         ("llama", "nvfp4", "awq", "unknown layout 'awq'; known layouts: compressed_tensors"),
     ],
 )
@@ -180,6 +250,23 @@ def test_what_cannot_be_expressed_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         export(source, tmp_path / "out", layout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "cannot tell llama.cpp of norm_topk_prob=False"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "cannot tell llama.cpp of decoder_sparse_step=2"),
+        ("mistral", {"sliding_window": 32}, "cannot tell llama.cpp of sliding_window=32"),
+        ("qwen2", {"use_sliding_window": True}, "cannot tell llama.cpp of use_sliding_window=True"),
+        ("llama", {"attention_bias": True}, "without biases"),
+    ],
+)
+def test_what_llama_cpp_would_not_know_is_refused(kind: str, changes: dict[str, Any], message: str) -> None:
+    config = build(kind).config.to_dict()
+    gguf_file.check_config(config)
+    with pytest.raises(SourceError, match=message):
+        gguf_file.check_config(config | changes)
 
 
 def test_unequal_fused_scales_are_refused(tmp_path: Path) -> None:

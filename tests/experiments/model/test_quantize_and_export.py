@@ -45,11 +45,19 @@ def test_the_choices_are_the_layouts() -> None:
     assert {str(choice) for choice in Export} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", ["compressed_tensors", "modelopt"])
+@pytest.mark.parametrize(
+    ("layout", "overrides"),
+    [
+        ("compressed_tensors", ("format=nvfp4", "block_size=16")),
+        ("compressed_tensors", ("format=mxfp4", "block_size=32")),
+        ("modelopt", ("format=nvfp4", "block_size=16")),
+        ("gguf", ("format=mxfp4", "block_size=32")),
+    ],
+)
 def test_a_model_goes_through_export_check_import_and_evaluation(
-    tiny: SimpleNamespace, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+    tiny: SimpleNamespace, tmp_path: Path, layout: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record, folder, console = quantized(tiny, tmp_path / "out", f"export={layout}", "hessian=output")
+    record, folder, console = quantized(tiny, tmp_path / "out", f"export={layout}", "hessian=output", *overrides)
     assert record.status == "ok" and console.close() == 0
     verdict = record.exports[layout]
     assert verdict["equal"] == verdict["weights"] == 28 and verdict["problems"] == verdict["warnings"] == []
@@ -206,7 +214,7 @@ def test_experts_in_one_tensor_are_refused_for_layouts_that_keep_them_apart(tmp_
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "gemma3"}, "writes llama and qwen3 models, and this is gemma3"),
+        ({"model_type": "gemma3"}, "writes llama, mistral, qwen2, qwen3, qwen3_moe models, and this is gemma3"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "no model with scaled rotary embeddings"),
         ({"attention_bias": True}, "without biases"),
     ],

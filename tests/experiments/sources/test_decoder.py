@@ -16,8 +16,9 @@ import torch
 from experiments.capture.tap import InputTap
 from experiments.config import LayerConfig, ModelConfig, ModelSource
 from experiments.files import SourceError
-from experiments.sources.checkpoints import GGUF_LLAMA, open_checkpoint
+from experiments.sources.checkpoints import open_checkpoint
 from experiments.sources.decoder import build_decoder, build_whole
+from experiments.sources.gguf_names import MODULES
 from tests.experiments.tiny_models import NUM_LAYERS, SEVEN, WIDTH, configuration, qwen3, text, train_tokenizer
 
 
@@ -358,4 +359,4 @@ def test_gguf_builds_only_the_layers_needed(gguf: ModelConfig, tmp_path: Path) -
 
 
 def test_the_gguf_names_cover_the_seven_modules() -> None:
-    assert set(SEVEN) <= set(GGUF_LLAMA)
+    assert set(SEVEN) <= set(MODULES)
