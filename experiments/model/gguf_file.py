@@ -358,10 +358,12 @@ class _File:
         size, count = (36, 4) if wanted.format.two_level else (17, 1)
         scales = stored.unflatten(-1, (-1, size))[..., :count]
         nan = (scales & 0x7F) == 0x7F if wanted.format.two_level else scales == 0xFF
-        for what, where in (("NaN", nan), ("negative", (scales >= 0x80) & ~nan & wanted.format.two_level)):
-            if found := int(where.sum()):
-                self.problems.append(f"{name}: {found} of {scales.numel()} scales are {what}")
-        return not bool(nan.any())
+        counts = {"NaN": int(nan.sum()), "negative": 0}
+        if wanted.format.two_level:
+            counts["negative"] = int(((scales >= 0x80) & ~nan).sum())
+        found = [f"{name}: {count} of {scales.numel()} scales are {what}" for what, count in counts.items() if count]
+        self.problems += found
+        return not found
 
     def _scale(self, name: str, meant: Tensor) -> bool:
         if name not in self.tensors:

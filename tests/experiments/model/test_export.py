@@ -373,18 +373,21 @@ def test_an_export_shows_no_progress_bars(made: Made, tmp_path: Path, capfd: pyt
     assert capfd.readouterr() == ("", "")
 
 
-def test_killed_at_random_moments_and_started_again_it_has_the_same_bytes(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["compressed_tensors", "modelopt", "gguf"])
+def test_killed_at_random_moments_and_started_again_it_has_the_same_bytes(
+    made: Made, tmp_path: Path, layout: str
+) -> None:
     source, out = made.source("llama", "nvfp4"), tmp_path / "out"
-    wanted = contents(made.folder("llama", "nvfp4", "modelopt"))
+    wanted = contents(made.folder("llama", "nvfp4", layout))
     started = time.monotonic()
-    export(source, tmp_path / "timed", "modelopt")
+    export(source, tmp_path / "timed", layout)
     seconds = time.monotonic() - started
     moments = random.Random(0)
     for _ in range(10):
         child = os.fork()
         if child == 0:
             logging.disable()
-            export(source, out, "modelopt")
+            export(source, out, layout)
             os._exit(0)
         time.sleep(moments.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
@@ -392,7 +395,7 @@ def test_killed_at_random_moments_and_started_again_it_has_the_same_bytes(made: 
         if out.exists():  # finished before the kill
             assert contents(out) == wanted
             shutil.rmtree(out)
-    export(source, out, "modelopt")
+    export(source, out, layout)
     assert contents(out) == wanted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "timed"]
 

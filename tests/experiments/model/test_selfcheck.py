@@ -123,6 +123,17 @@ def test_an_inverted_global_scale(made: Made, tmp_path: Path, layout: str, said:
 
 
 @pytest.mark.parametrize("layout", NV)
+@pytest.mark.parametrize("value", [0.0, float("nan"), 1e-40])
+def test_a_global_scale_that_no_decoder_can_use(made: Made, tmp_path: Path, layout: str, value: float) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[O + GLOBAL[layout]].fill_(value)
+
+    verdict = planted(made, tmp_path, layout, spoil)
+    told = float(torch.tensor(value, dtype=torch.float32, device="cpu"))
+    assert found(verdict, f"{O}{GLOBAL[layout]} is {told:g} instead of ") and verdict.equal == 13
+
+
+@pytest.mark.parametrize("layout", NV)
 def test_unequal_global_scales_of_layers_that_engines_join(made: Made, tmp_path: Path, layout: str) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[K + GLOBAL[layout]] *= 2
@@ -265,13 +276,19 @@ def test_a_changed_byte_of_a_gguf_file(made: Made, tmp_path: Path) -> None:
     tensors["blk.0.attn_q.weight"].data[1, 20] ^= 1
     tensors["blk.0.ffn_up.scale"].data[0] = 1 / tensors["blk.0.ffn_up.scale"].data[0]
     tensors["blk.1.ffn_norm.weight"].data[0] += 1
+    tensors["blk.1.attn_q.weight"].data[2, 1] = 0x7F
+    tensors["blk.1.attn_k.weight"].data[2, 1] |= 0x80
+    tensors["blk.1.attn_v.scale"].data[0] = 0
     reader.data.flush()
     del reader, tensors
     verdict = check(made.sources["nvfp4"], folder, "gguf")
     assert found(verdict, "blk.0.attn_q.weight: decoded weights differ")
     assert found(verdict, "blk.0.ffn_up.scale is inverted")
     assert found(verdict, "blk.1.ffn_norm.weight, which is not quantized, has changed")
-    assert verdict.equal == 12
+    assert found(verdict, "blk.1.attn_q.weight: 1 of 256 scales are NaN")
+    assert found(verdict, "blk.1.attn_k.weight: 1 of 128 scales are negative")
+    assert found(verdict, "blk.1.attn_v.scale is 0 instead of 0.0006")
+    assert verdict.equal == 9
 
 
 def test_a_truncated_gguf_file(made: Made, tmp_path: Path) -> None:
