@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.config import CONF_DIR, compose_as
 from experiments.model import gguf_file
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import QuantizeConfig
@@ -85,24 +89,51 @@ def check_whole_groups(layout: Layout, quantized: Iterable[str], linear: Iterabl
             )
 
 
-def command_of(config: QuantizeConfig, **more: Any) -> str:
-    """The command that quantizes the same model again. more: further settings."""
-    settings = {
-        "model": config.model.name,
-        "format": config.format.name,
-        "method": config.method.name,
-        "calibrate": config.calibrate.mode,
-        "hessian": config.hessian.weighting,
-        "data": config.data.name,
-        "block_size": config.block_size,
-        "data.samples": config.data.samples,
-        "data.seq_len": config.data.seq_len,
-        "calibrate.alpha": config.calibrate.alpha,
-        "calibrate.residual_alpha": config.calibrate.residual_alpha,
-        "seed": config.seed,
-        **{f"method.{name}": value for name, value in config.method.settings.items()},
-        **more,
-    }
-    if config.export is not None:
-        settings["export"] = config.export
-    return " ".join(["python experiments/quantize_model.py", *(f"{name}={value}" for name, value in settings.items())])
+GROUPS = ("model", "format", "method", "calibrate", "hessian", "data")  # of conf/, which a command names
+TOLD = ("block_size", "seed", "data.samples", "data.seq_len")  # even where they are the defaults
+PLACES = ("model.path", "data.path", "init")  # told by their last part, so that a card is the same everywhere
+NOT_TOLD = ("cache", "device", "offline", "force", "output_dir", "sweep", "export")
+
+
+def command_of(config: QuantizeConfig) -> str:
+    """The command that quantizes the same model again: conf/'s groups, and every setting that differs from theirs."""
+    chosen = {group: _choice(config, group) for group in GROUPS}
+    named = [f"{group}={name}" for group, name in chosen.items() if (CONF_DIR / group / f"{name}.yaml").is_file()]
+    default = _settings(compose_as("quantize_model", QuantizeConfig, named))
+    own = _settings(config)
+    words = [*named, *(f"{name}={own[name]}" for name in TOLD)]
+    words += [
+        f"{name}={_word(Path(str(value)).name if name in PLACES and value is not None else value)}"
+        for name, value in own.items()
+        if name not in TOLD and value != default.get(name)
+    ]
+    words += [] if config.export is None else [f"export={config.export}"]
+    return " ".join(["python experiments/quantize_model.py", *map(shlex.quote, words)])
+
+
+def _choice(config: QuantizeConfig, group: str) -> str:
+    names = {"calibrate": config.calibrate.mode, "hessian": config.hessian.weighting}
+    return str(names[group] if group in names else getattr(config, group).name)
+
+
+def _settings(config: QuantizeConfig) -> dict[str, Any]:
+    """Name of a setting, as on the command line → its value."""
+    found: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        if name in NOT_TOLD:
+            continue
+        if not isinstance(value, dict):
+            found[name] = value
+            continue
+        settings = value.pop("settings", None) or {}  # of a method, beside its name
+        found |= {f"{name}.{key}": each for key, each in (value | settings).items()}
+    return found
+
+
+def _word(value: Any) -> str:
+    """A value in Hydra's words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    return f'"{value}"' if isinstance(value, str) and set(value) & set("*?[]{},=: ") else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,12 +242,25 @@ def test_the_ways_of_splitting_text_that_llama_cpp_knows() -> None:
     assert gguf_file.split_name({"pre_tokenizer": None}) is None
 
 
-def test_the_command_composes_to_the_same_model(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    run = run_for(tiny, tmp_path, "method=gptq", "method.damping=0.02", "calibrate.alpha=0.25", "export=modelopt")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=gptq", "method.damping=0.02", "calibrate.alpha=0.25", "export=modelopt"),
+        ("method=descent", "hessian=loss", "hessian.samples=2", "format.global_scale=headroom", "seed=3"),
+        ("method=naive", "format=mxfp4", "block_size=32", 'model.exclude=["*.q_proj","*.k_proj"]', "fused=[]"),
+        ("method=gptq", "calibrate=parallel", "hessian=output", "fused=[[q_proj,k_proj,v_proj],[gate_proj,up_proj]]"),
+    ],
+)
+def test_the_command_composes_to_the_same_model(
+    tiny: SimpleNamespace, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    run = run_for(tiny, tmp_path, *overrides)
     command = exportable.command_of(run.config)
-    assert command.startswith("python experiments/quantize_model.py ")
-    given = [word for word in command.split()[2:] if not word.startswith(("model=", "data="))]
-    again = run_for(tiny, tmp_path, *given)
+    assert command.startswith("python experiments/quantize_model.py ") and str(tmp_path) not in command
+    words = shlex.split(command)[2:]
+    assert {f"model.path={tiny.folder.name}", f"data.path={tiny.texts.name}"} <= set(words)
+    # run_for names the same model and text by their whole paths.
+    again = run_for(tiny, tmp_path, *(word for word in words if not word.startswith(("model.path=", "data.path="))))
     assert again.identity == run.identity and again.config.export == run.config.export
 
 
