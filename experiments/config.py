@@ -400,10 +400,13 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def compose_as(name: str, schema: type[T], overrides: Sequence[str] = ()) -> T:
-    """The configuration of a script with `conf/NAME.yaml` and these overrides."""
+    """The configuration of a script with `conf/NAME.yaml` and these overrides, within another script or alone."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
+    if GlobalHydra.instance().is_initialized():  # a script that Hydra started, on the same folder
+        return plain_config(hydra_compose(name, overrides=list(overrides)), schema)
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         return plain_config(hydra_compose(name, overrides=list(overrides)), schema)
 

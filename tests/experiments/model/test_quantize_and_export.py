@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 
 from experiments import quantize_model as entry
-from experiments.config import ModelConfig, ModelSource
+from experiments.config import CONF_DIR, ModelConfig, ModelSource
 from experiments.evaluate import evaluate
 from experiments.evaluation_record import EvaluationRecord
 from experiments.files import SourceError
@@ -259,6 +260,8 @@ def test_the_command_composes_to_the_same_model(
     assert command.startswith("python experiments/quantize_model.py ") and str(tmp_path) not in command
     words = shlex.split(command)[2:]
     assert {f"model.path={tiny.folder.name}", f"data.path={tiny.texts.name}"} <= set(words)
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):  # as within a script
+        assert exportable.command_of(run.config) == command
     # run_for names the same model and text by their whole paths.
     again = run_for(tiny, tmp_path, *(word for word in words if not word.startswith(("model.path=", "data.path="))))
     assert again.identity == run.identity and again.config.export == run.config.export
