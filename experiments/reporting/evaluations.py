@@ -6,7 +6,7 @@ in the order of falling KL within a format. Needs pandas, not torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -18,8 +18,9 @@ from experiments.reporting.labels import FORMATS, METHODS, NONE, rank
 from experiments.reporting.table import Table
 
 NAME = "model"  # of the records' file
-POSITION_ROWS = 8  # a figure shows no more
+POSITION_ROWS = 5  # a figure shows no more
 PLAIN = ("naive", "sse")  # methods that no calibration changes
+USUAL = {"alpha": 0.5, "residual_alpha": 0.5, "rows": 96, "output_damping": 0.3}  # settings that a label leaves out
 
 
 @dataclass(frozen=True)
@@ -95,19 +96,20 @@ def label_of(record: EvaluationRecord) -> str:
         return parts[0]
     if told.get("hessian_weighting") == "loss":
         matmul = told.get("hessian_matmul")
-        parts.append(f"loss-weighted in {matmul.upper()}" if matmul else "loss-weighted")
+        weighting = "two-sided" if told.get("hessian_outputs") else "loss-weighted"
+        parts.append(f"{weighting} in {matmul.upper()}" if matmul else weighting)
     if told.get("hessian_outputs"):
-        parts.append(f"two-sided in panels of {told['rows']} rows, output damping {told['output_damping']:g}")
+        parts += _unusual(told, {"rows": "panels of {:g} rows", "output_damping": "output damping {:g}"})
     if (told.get("hessian_groups") or 1) > 1:
         parts.append(f"{told['hessian_groups']} row groups")
     if told.get("calibrate") == "sequential":
-        parts.append(f"sequential α {told['alpha']:g}")
-        if told.get("residual_alpha"):
-            parts.append(f"residual {told['residual_alpha']:g}")
+        parts += _unusual(told, {"alpha": "α {:g}", "residual_alpha": "residual α {:g}"})
         if told.get("calibrate_damping") is not None:
-            parts.append(f"its damping {told['calibrate_damping']:g}")
+            parts.append(f"targets' damping {told['calibrate_damping']:g}")
+    else:
+        parts.append("parallel")
     if told.get("weight_exponent") not in (None, 1.0):
-        parts.append(f"weights to the power {told['weight_exponent']:g}")
+        parts.append(f"weights^{told['weight_exponent']:g}")
     parts += [f"global scale {told['global_scale']}"] if told.get("global_scale") not in (None, "amax", "none") else []
     parts += ["from another model's codes"] if told.get("init") else []
     sweeps = (told.get("method_settings") or {}).get("sweeps")
@@ -117,18 +119,24 @@ def label_of(record: EvaluationRecord) -> str:
     return ", ".join(parts)
 
 
+def _unusual(told: Mapping[str, Any], words: Mapping[str, str]) -> list[str]:
+    """Name → words with its value, for the settings that are not the usual ones."""
+    return [text.format(told[name]) for name, text in words.items() if told[name] != USUAL[name]]
+
+
 def evaluation_tables(records: Iterable[EvaluationRecord]) -> list[Table]:
     return [_table(subject, rows) for subject, rows in make_rows(records).items()]
 
 
 def evaluation_summary(records: Iterable[EvaluationRecord]) -> Table | None:
-    """The subject with the most rows, each format's and method's best row, in five columns; None without records."""
+    """The subject with the most rows, in five columns: the best row of each method, and of each other tool that has
+    several; None without records."""
     found = make_rows(records)
     if not found:
         return None
     subject, rows = max(found.items(), key=lambda item: len(item[1]))
-    best = {(row.format, row.block_size, row.runs[0].method or row.label): row for row in rows}  # in falling KL
-    rows = list(best.values())
+    best = {(row.format, row.block_size, row.runs[0].method or _package(row)): row for row in rows}  # in falling KL
+    rows = [row for row in rows if row in best.values()]
     columns = {
         "Format": [_format(row) for row in rows],
         "Method": [row.label for row in rows],
@@ -173,6 +181,11 @@ def peer_table(records: Iterable[EvaluationRecord]) -> Table | None:
     notes += [f"Not run: {'; '.join(absent)}"] if absent else []
     kinds = ", ".join(dict.fromkeys(_format(row) for row in tools))
     return Table(f"{subject.reference}, {kinds}, other tools beside quantkit", tuple(notes), pd.DataFrame(columns))
+
+
+def _package(row: Row) -> str:
+    tool = tool_of(row)
+    return row.label if tool is None else PEER_LABELS[tool].partition(",")[0]
 
 
 def tool_of(row: Row) -> str | None:
@@ -221,6 +234,12 @@ def _notes(subject: Evaluated, rows: Sequence[Row]) -> list[str]:
         f"split {subject.data_split}, {subject.sequences} × {subject.seq_len} tokens, {tokens} scored"
     )
     notes.append(f"The reference's perplexity: {_base(rows)}; both models in {subject.dtype}, TF32 off")
+    if any((run.settings or {}).get("calibrate") == "sequential" and run.method not in PLAIN for run in runs):
+        notes.append(
+            "Unless a row says otherwise: layers in sequence with α = residual α = "
+            f"{USUAL['alpha']}; two-sided in panels of {USUAL['rows']} rows with an output damping of "
+            f"{USUAL['output_damping']}"
+        )
     if any(run.substituted for run in runs):
         notes.append("An offline twin replaced the configured text.")
     if any(run.calibrated_on for run in runs):

@@ -67,7 +67,8 @@ class Sources:
         frames: dict[bool, list[pd.DataFrame]] = {False: [], True: []}  # whether by bench.py --gram, with other inputs
         for path in sorted((root / BENCH).glob("*.csv")):
             frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
-            frames[path.stem.endswith("gram")].append(frame)
+            if "kind" in frame:  # else of bench_model.py, whose lines are whole models
+                frames[path.stem.endswith("gram")].append(frame)
         bench, gram = (pd.concat(found, ignore_index=True) if found else None for found in frames.values())
         return cls(records, one_block, bench, evaluations, gram)
 

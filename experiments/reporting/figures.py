@@ -458,6 +458,9 @@ def draw_kl_time(figure: Figure, frame: pd.DataFrame) -> None:
     axes.set(xscale="log", xlabel="time to quantize, s", ylabel="KL, nats a token")
 
 
+LEGEND_COLUMNS = 4  # of a narrow figure
+
+
 def _kl_points(figure: Figure, frame: pd.DataFrame, x: str) -> Axes:
     """KL with its interval over `x`; colour and marker by method, filled for block size 16."""
     axes = figure.subplots()
@@ -468,7 +471,8 @@ def _kl_points(figure: Figure, frame: pd.DataFrame, x: str) -> Axes:
         bars = None if pd.isna(spread[0][0]) else spread
         axes.errorbar(line[x], line["kl_mean"], yerr=bars, ls="", elinewidth=0.8, capsize=1.5, **style)
     axes.set_yscale("log")
-    _legend(figure, _method_markers(frame), _size_markers(frame))
+    methods = _method_markers(frame)
+    _legend(figure, methods[:LEGEND_COLUMNS], [*methods[LEGEND_COLUMNS:], *_size_markers(frame)])
     return axes
 
 
@@ -480,7 +484,7 @@ def draw_kl_position(figure: Figure, frame: pd.DataFrame) -> None:
         (line,) = axes.plot(part["position"] + 1, part["kl_mean"], marker=MARKER[method], ms=3, lw=0.9)
         handles.append(Line2D([], [], color=line.get_color(), marker=MARKER[method], ms=3, label=str(label)))
     axes.set(xscale="log", yscale="log", xlabel="tokens before the prediction", ylabel="KL, nats a token")
-    figure.legend(handles=handles, loc="outside right upper", fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", fontsize=7)
 
 
 def draw_kl_layers(figure: Figure, frame: pd.DataFrame) -> None:
@@ -820,13 +824,13 @@ FIGURES = (
     Plot(
         "kl_position",
         "KL by position",
-        "Mean KL by the number of tokens before the predicted one, in groups that double, of the eight models with the "
+        "Mean KL by the number of tokens before the predicted one, in groups that double, of the five models with the "
         "least KL.",
         EVALUATIONS_MISSING.format(extra=""),
         figure_data.kl_position,
         draw_kl_position,
         WIDE,
-        2.6,
+        3.2,
     ),
     Plot(
         "kl_layers",

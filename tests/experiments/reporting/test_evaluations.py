@@ -62,7 +62,7 @@ def test_one_line_of_a_table() -> None:
     assert table.frame.to_dict("records") == [
         {
             "Format": "NVFP4 16",
-            "Method": "GPTQ, loss-weighted, sequential α 0.5, residual 0.5, 128 × 512 tokens",
+            "Method": "GPTQ, loss-weighted, 128 × 512 tokens",
             "Bits": "4.50",
             "KL, mean": "0.0272 [0.0264, 0.0280]",
             "Median": "0.0136",
@@ -83,7 +83,7 @@ def test_one_line_of_a_table() -> None:
 def test_methods_without_calibration_are_named_alone() -> None:
     assert label_of(make("naive")) == "Naive"
     assert label_of(make("gptq", settings=SETTINGS | {"calibrate": "parallel", "hessian_weighting": "output"})) == (
-        "GPTQ, 128 × 512 tokens"
+        "GPTQ, parallel, 128 × 512 tokens"
     )
     assert label_of(make("descent", settings=SETTINGS | {"method_settings": {"sweeps": 2}})).endswith(
         "2 sweeps, 128 × 512 tokens"
@@ -109,12 +109,16 @@ def test_runs_of_one_seed_that_are_not_named_apart_are_no_spread() -> None:
 def test_settings_that_differ_are_named() -> None:
     told = {"calibrate_damping": 0.1, "weight_exponent": 0.5, "global_scale": "search", "init": "x"}
     assert label_of(make(settings=SETTINGS | told)) == (
-        "GPTQ, loss-weighted, sequential α 0.5, residual 0.5, its damping 0.1, weights to the power 0.5, "
-        "global scale search, from another model's codes, 128 × 512 tokens"
+        "GPTQ, loss-weighted, targets' damping 0.1, weights^0.5, global scale search, from another model's codes, "
+        "128 × 512 tokens"
     )
-    two_sided = {"hessian_outputs": True, "rows": 96, "output_damping": 0.3}
-    assert label_of(make(settings=SETTINGS | two_sided)).startswith(
-        "GPTQ, loss-weighted, two-sided in panels of 96 rows, output damping 0.3, sequential"
+    assert label_of(make(settings=SETTINGS | {"alpha": 0.75, "residual_alpha": 0})) == (
+        "GPTQ, loss-weighted, α 0.75, residual α 0, 128 × 512 tokens"
+    )
+    two_sided = {"hessian_outputs": True, "rows": 96, "output_damping": 0.3, "hessian_matmul": "tf32"}
+    assert label_of(make(settings=SETTINGS | two_sided)) == "GPTQ, two-sided in TF32, 128 × 512 tokens"
+    assert label_of(make(settings=SETTINGS | two_sided | {"rows": 32, "output_damping": 0.1})) == (
+        "GPTQ, two-sided in TF32, panels of 32 rows, output damping 0.1, 128 × 512 tokens"
     )
     same = {"calibrate_damping": None, "weight_exponent": 1.0, "global_scale": "amax", "init": None}
     assert label_of(make(settings=SETTINGS | same)) == label_of(make())
@@ -152,6 +156,13 @@ def test_the_summary_has_the_subject_with_the_most_rows() -> None:
     assert len(summary.frame) == 4
     worse = evaluation_summary([*several(), make("gptq", 0.04, model="w", settings=SETTINGS | {"alpha": 1.0})])
     assert worse is not None and worse.frame["KL, nats a token"].tolist() == summary.frame["KL, nats a token"].tolist()
+    tools = [peer("modelopt_max", 0.3), peer("modelopt_mse", 0.2), peer("autoround", 0.1)]
+    beside = evaluation_summary([*several(), *tools])
+    assert beside is not None
+    assert [m for m in beside.frame["Method"] if "(1.0)" in m] == [
+        "ModelOpt, MSE (1.0)",
+        "AutoRound, learned rounding (1.0)",
+    ]
     assert evaluation_summary([]) is None
 
 
@@ -175,7 +186,7 @@ def test_other_tools_stand_beside_quantkit_told_apart_by_method_and_version() ->
         "theirs",
         "ModelOpt, max (0.47.0)",
         "ModelOpt, GPTQ (0.47.0)",
-        "quantkit: GPTQ, loss-weighted, sequential α 0.5, residual 0.5, 128 × 512 tokens",
+        "quantkit: GPTQ, loss-weighted, 128 × 512 tokens",
     ]
     assert table.frame["Calibration"].tolist() == ["–", "–", "–", "–", "–", "256 × 512", "128 × 512"]
     assert table.frame["KL, nats a token"].tolist()[-2:] == ["0.0400 [0.0388, 0.0412]", "0.0300 [0.0291, 0.0309]"]
