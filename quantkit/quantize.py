@@ -65,7 +65,7 @@ def quantize(
         layer's outputs, Σ g gᵀ over tokens. Rows then make up for each other's errors (docs/layer.md).
     options: of "gptq" and "descent": scale="joint" (or "naive", "sse", "hessian": how a block's scale is chosen),
         order="descending" (block columns by the mean diagonal of their Hessian, or "natural"), damping=0.01 (share of
-        the mean diagonal that is added to the Gram matrix), sweeps=4 of "descent", and, with an output_gram, rows=96
+        the mean diagonal that is added to the Gram matrix), sweeps=4 of "descent", and, with an output_gram, rows=32
         (rows solved together) and output_damping=0.3 (as damping, of output_gram).
 
     The experts of a weight ``[E, N, K]`` share what is given, or have their own: activations as a sequence of E

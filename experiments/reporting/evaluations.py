@@ -20,7 +20,7 @@ from experiments.reporting.table import Table
 NAME = "model"  # of the records' file
 POSITION_ROWS = 5  # a figure shows no more
 PLAIN = ("naive", "sse")  # methods that no calibration changes
-USUAL = {"alpha": 0.5, "residual_alpha": 0.5, "rows": 96, "output_damping": 0.3}  # settings that a label leaves out
+USUAL = {"alpha": 0.5, "residual_alpha": 0.5, "rows": 32, "output_damping": 0.3}  # settings that a label leaves out
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class LayerOptions:
     order: str = "descending"
     damping: float = 0.01
     sweeps: int = 4
-    rows: int = 96
+    rows: int = 32
     output_damping: float = 0.3
 
     def __post_init__(self) -> None:

@@ -90,11 +90,11 @@ def test_record_manifest_and_card_name_it(tiny: SimpleNamespace, tmp_path: Path)
     fields = quantize_model(run, Listener())
     about = open_quantized(run.folder).about
     for told in (fields, about):
-        assert (told["hessian_outputs"], told["rows"], told["output_damping"]) == (True, 96, 0.3)
+        assert (told["hessian_outputs"], told["rows"], told["output_damping"]) == (True, 32, 0.3)
     assert fields["without_outputs"] == 0 and fields["hessian_samples"] == 2
     assert [layer.get("without_outputs") for layer in layers_of(run)] == [None] * NUM_LAYERS
     card = (run.run_dir / "compressed_tensors" / "README.md").read_text()
-    assert "| rows | 96 |" in card and "The rows of a weight make up for each other's errors" in card
+    assert "| rows | 32 |" in card and "The rows of a weight make up for each other's errors" in card
     plain = run_for(tiny, tmp_path, "method=gptq", "hessian=loss", include)
     fields = quantize_model(plain, Listener())
     names = {"hessian_outputs", "rows", "output_damping"}

@@ -115,10 +115,10 @@ def test_settings_that_differ_are_named() -> None:
     assert label_of(make(settings=SETTINGS | {"alpha": 0.75, "residual_alpha": 0})) == (
         "GPTQ, loss-weighted, α 0.75, residual α 0, 128 × 512 tokens"
     )
-    two_sided = {"hessian_outputs": True, "rows": 96, "output_damping": 0.3, "hessian_matmul": "tf32"}
+    two_sided = {"hessian_outputs": True, "rows": 32, "output_damping": 0.3, "hessian_matmul": "tf32"}
     assert label_of(make(settings=SETTINGS | two_sided)) == "GPTQ, two-sided in TF32, 128 × 512 tokens"
-    assert label_of(make(settings=SETTINGS | two_sided | {"rows": 32, "output_damping": 0.1})) == (
-        "GPTQ, two-sided in TF32, panels of 32 rows, output damping 0.1, 128 × 512 tokens"
+    assert label_of(make(settings=SETTINGS | two_sided | {"rows": 96, "output_damping": 0.1})) == (
+        "GPTQ, two-sided in TF32, panels of 96 rows, output damping 0.1, 128 × 512 tokens"
     )
     same = {"calibrate_damping": None, "weight_exponent": 1.0, "global_scale": "amax", "init": None}
     assert label_of(make(settings=SETTINGS | same)) == label_of(make())
