@@ -60,7 +60,7 @@ def sha256_json(value: Any) -> str:
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
     """The values with their checksum, so that a damaged digit or word is found on reading."""
-    return values | {CHECKSUM: sha256_json(values)}
+    return values | {CHECKSUM: sha256_json(json.loads(json.dumps(values)))}  # as read: keys are sorted as texts
 
 
 def unsealed(values: Any) -> Any:
@@ -97,6 +97,18 @@ def read_sealed(path: Path) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Whatever a library raises for a damaged file becomes a SourceError, `what: message`. A panic of Rust is no
+    Exception."""
+    try:
+        yield
+    except (SourceError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise SourceError(f"{what}: {one_line(error)}") from None
 
 
 def is_plain_name(name: str) -> bool:

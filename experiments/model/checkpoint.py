@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experiments.capture.store import is_intact, save_tensors
 from experiments.config import CacheConfig, ModelConfig, ModelSource
-from experiments.files import FULL, SourceError, check_writable, listing, sha256_file, sync, write_atomically
+from experiments.files import FULL, SourceError, check_writable, listing, sealed, sha256_file, sync, write_atomically
 from experiments.sources.checkpoints import Checkpoint, DequantizedCheckpoint
 from experiments.sources.decoder import Decoder, build_whole
 from experiments.sources.quantized import (
@@ -328,7 +328,7 @@ class CheckpointWriter:
             "quantized": quantized,
             "kept": kept,
         }
-        write_atomically(self.partial / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+        write_atomically(self.partial / MANIFEST_NAME, json.dumps(sealed(manifest), indent=1) + "\n")
 
     def _files(self) -> dict[str, Entry]:
         """Size and sha256 of every file but the journal and the manifest."""

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from experiments.capture.store import save_tensors
-from experiments.files import SourceError, listing, sync, write_atomically
+from experiments.files import SourceError, listing, sealed, sync, write_atomically
 from experiments.model import gguf_file
 from experiments.model.card import About, card, evaluations_of
 from experiments.model.checkpoint import FolderLock
@@ -90,7 +90,7 @@ def _export(source: QuantizedCheckpoint, folder: Path, layout: Layout, about: Ab
     about = replace(about, tables=about.tables or evaluations_of(folder / CARD_NAME))
     write_atomically(partial / CARD_NAME, card(source, verdict.to_dict(), about))
     told = verdict.to_dict() | {"about": source.about, "files": described_files(partial)}
-    write_atomically(partial / EXPORT_NAME, json.dumps(told, indent=1) + "\n")
+    write_atomically(partial / EXPORT_NAME, json.dumps(sealed(told), indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
         sync(path)
     if folder.is_dir():

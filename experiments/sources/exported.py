@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.files import SourceError, is_plain_name, one_line, parse_json
+from experiments.files import SourceError, is_plain_name, one_line, parse_json, unsealed
 from experiments.sources.hashes import file_hashes
 
 EXPORT_NAME = "quantkit_export.json"
@@ -32,7 +32,7 @@ def described_files(folder: Path, cache: Path | None = None) -> dict[str, dict[s
 def read_export(folder: Path) -> dict[str, Any] | None:
     """The whole of quantkit_export.json; None if it is missing or damaged."""
     try:
-        told = parse_json((folder / EXPORT_NAME).read_bytes())
+        told = unsealed(parse_json((folder / EXPORT_NAME).read_bytes()))
         for name, entry in told["files"].items():
             if not is_plain_name(name):
                 return None
@@ -65,6 +65,13 @@ def damages(folder: Path, told: dict[str, Any], cache: Path | None = None) -> li
 
 def check_export_intact(folder: Path, cache: Path | None = None) -> None:
     """Raises SourceError, naming file and remedy, for an export whose bytes have changed. Other folders pass."""
-    told = read_export(folder) if (folder / EXPORT_NAME).is_file() else None
-    if told is not None and (found := damages(folder, told, cache)):
+    if not (folder / EXPORT_NAME).exists():
+        return
+    told = read_export(folder)
+    if told is None:
+        raise SourceError(
+            f"{folder / EXPORT_NAME} is damaged. Delete {folder} and export again, or delete that file to use the "
+            "others unchecked."
+        )
+    if found := damages(folder, told, cache):
         raise SourceError(f"{folder} is damaged: {'; '.join(found[:3])}. {AGAIN}")

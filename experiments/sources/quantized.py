@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.files import SourceError, one_line
+from experiments.files import SourceError, one_line, unsealed
 from experiments.sources.hashes import file_hashes
 from quantkit import FORMATS, QuantizedTensor
 
@@ -181,7 +181,7 @@ class QuantizedCheckpoint:
         try:
             if path.stat().st_size > MANIFEST_BYTES:
                 raise ValueError(f"more than {MANIFEST_BYTES} bytes")
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = unsealed(json.loads(path.read_text(encoding="utf-8")))
             if manifest["version"] != MANIFEST_VERSION:
                 raise SourceError(
                     f"{path} has version {manifest['version']}, this release reads {MANIFEST_VERSION}. Quantize again."

@@ -34,7 +34,7 @@ MODULES = (
 )
 with atheris.instrument_imports(include=list(MODULES)):
     from experiments.capture.cache import complete_manifest
-    from experiments.files import SourceError, parse_json, sealed
+    from experiments.files import CHECKSUM, SourceError, parse_json, sealed
     from experiments.record import RecordError, RunRecord
     from experiments.sources.bundles import resolve_bundle
     from experiments.sources.checkpoints import open_checkpoint
@@ -58,7 +58,9 @@ def resealed(data: bytes) -> bytes:
         values = parse_json(data)
     except ValueError:
         return data
-    return json.dumps(sealed(values) if isinstance(values, dict) else values).encode()
+    if not isinstance(values, dict):
+        return data
+    return json.dumps(sealed({key: value for key, value in values.items() if key != CHECKSUM})).encode()
 
 
 def record(folder: Path) -> Target:
@@ -103,7 +105,7 @@ def checkpoint(folder: Path) -> Target:
     path = folder / "out" / "quantkit.json"
 
     def read(data: bytes) -> None:
-        path.write_bytes(data)
+        path.write_bytes(resealed(data))
         opened = open_quantized(folder / "out")
         for name in opened.model_names:
             opened.tensor(name)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +23,20 @@ from experiments import report, sweep
 from experiments.capture import forward, load, losses, weighted
 from experiments.config import Config, HessianConfig, ModelConfig, ModelSource, Weighting
 from experiments.files import TEMPORARY, SourceError, read_sealed, write_sealed
+from experiments.model.checkpoint import JOURNAL_NAME
+from experiments.model.export import export
 from experiments.record import RecordError, RunRecord, read_record
 from experiments.sources import hashes, models
+from experiments.sources.checkpoints import open_checkpoint
+from experiments.sources.exported import CARD_NAME, EXPORT_NAME
 from experiments.sources.models import fetch_gguf
+from experiments.sources.quantized import open_quantized
 from experiments.sources.resolved import resolve
 from experiments.sources.twins import choose_sources
 from tests.experiments.capture.test_interrupted import file_size
 from tests.experiments.faults.sizes import note, size
 from tests.experiments.faults.test_killed import make_wheel
+from tests.experiments.model.exported import quantized
 from tests.experiments.test_record import RECORD
 from tests.experiments.tiny_models import configuration, text
 
@@ -287,6 +293,84 @@ def test_any_damage_to_the_gguf_file_is_made_good(tmp_path: Path, monkeypatch: p
             fetch_gguf(own, tmp_path / "cache")
         assert fetch_gguf(model, tmp_path / "cache").read_bytes() == whole, kind
     note("damaged GGUF file", cases=cases)
+
+
+@pytest.fixture(scope="module")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized model, and its exports to the layouts that hold NVFP4."""
+    folder = tmp_path_factory.mktemp("models")
+    source = quantized(folder, "llama", "nvfp4")
+    source.folder.rename(folder / "quantkit")
+    for layout in LAYOUTS_OF_NVFP4:
+        export(open_quantized(folder / "quantkit"), folder / layout, layout)
+    return folder
+
+
+LAYOUTS_OF_NVFP4 = ("compressed_tensors", "modelopt", "gguf")
+NOT_READ = (CARD_NAME, JOURNAL_NAME)  # the evaluations of a model, and the times of its layers
+
+
+def used(folder: Path) -> bytes:
+    """All tensors of a checkpoint, by its reader, and the ids of a text."""
+    hashes._known.clear()
+    file = "model.gguf" if (folder / "model.gguf").is_file() else None
+    path = folder / file if file else folder
+    checkpoint = open_checkpoint(ModelConfig("tiny", ModelSource.hub, path=str(path)), folder)
+    read = checkpoint.read(checkpoint.names)
+    told = [(name, read[name].dtype, read[name].contiguous().view(torch.uint8).numpy().tobytes()) for name in read]
+    return repr((told, None if file else checkpoint.tokenizer()(text(2)), checkpoint.config.to_json_string())).encode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(size(300, 7200))
+@pytest.mark.parametrize("layout", ["quantkit", *LAYOUTS_OF_NVFP4])
+def test_any_damage_in_a_quantized_model_is_refused(models_folder: Path, tmp_path: Path, layout: str) -> None:
+    """Of its folder and of an export. The message names the file; nothing is deleted."""
+    folder = tmp_path / layout
+    shutil.copytree(models_folder / layout, folder)
+    wanted, chance, refused = used(folder), random.Random(layout), 0
+    names = [path for path in files(folder) if path.name not in NOT_READ]
+    cases = size(15, 2000)
+    for number in range(cases):
+        path = names[number % len(names)]
+        before = path.read_bytes()
+        kind = damage(path, chance)
+        present = sorted(folder.iterdir())
+        try:
+            assert used(folder) == wanted, f"{path.name}: {kind}"
+        except SourceError as error:
+            refused += 1
+            assert path.name in str(error) and "\n" not in str(error), (path.name, kind, error)
+        assert sorted(folder.iterdir()) == present
+        path.write_bytes(before)
+    assert refused > cases * 0.95 and used(folder) == wanted
+    note(f"damaged model: {layout}", cases=cases, refused=refused)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(size(300, 7200))
+@pytest.mark.parametrize("layout", LAYOUTS_OF_NVFP4)
+def test_any_damage_in_an_export_is_made_good(models_folder: Path, tmp_path: Path, layout: str) -> None:
+    """By the same command. Where the damaged file is the one that says what the folder is, the folder stays."""
+    folder, source = tmp_path / layout, open_quantized(models_folder / "quantkit")
+    shutil.copytree(models_folder / layout, folder)
+    whole = {path: path.read_bytes() for path in files(folder)}
+    names = [path for path in whole if path.name not in NOT_READ]
+    chance, cases = random.Random(layout), size(len(names), 100)
+    for number in range(cases):
+        path = names[number % len(names)]
+        kind = damage(path, chance)
+        hashes._known.clear()
+        if path.name == EXPORT_NAME:
+            damaged = path.read_bytes()
+            with suppress(SourceError):
+                export(source, folder, layout)
+            assert path.read_bytes() in (damaged, whole[path]), kind
+            path.write_bytes(whole[path])
+        else:
+            export(source, folder, layout)
+        assert {path: path.read_bytes() for path in files(folder)} == whole, (path.name, kind)
+    note(f"damaged export made good: {layout}", cases=cases)
 
 
 @pytest.mark.slow

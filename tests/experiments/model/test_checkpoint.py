@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError, sha256_file
+from experiments.files import SourceError, sealed, sha256_file
 from experiments.model.checkpoint import CheckpointWriter, load_dequantized, open_quantized
 from experiments.sources.checkpoints import open_checkpoint
 from experiments.sources.decoder import build_whole
@@ -470,8 +470,9 @@ def test_damage_names_the_file_and_the_remedy(
 def forged(made: SimpleNamespace, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     out = copied(made, folder)
     manifest = json.loads((out / "quantkit.json").read_text())
+    del manifest["checksum"]
     change(manifest)
-    (out / "quantkit.json").write_text(json.dumps(manifest))
+    (out / "quantkit.json").write_text(json.dumps(sealed(manifest)))
     return out
 
 

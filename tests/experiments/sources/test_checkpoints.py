@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from experiments.capture.forward import capture_layers
 from experiments.config import LayerConfig
 from experiments.files import SourceError
+from experiments.model.loading import tokenizer_of
 from experiments.sources.checkpoints import open_checkpoint
 from experiments.sources.decoder import build_decoder
 from experiments.sources.resolved import resolve
@@ -189,6 +190,17 @@ def test_a_tokenizer_that_makes_no_tokens(folder: Path) -> None:
     assert tokenize("") == []
     with pytest.raises(SourceError, match=r"tiny \(local\): its tokenizer makes no tokens of the text\. Take the"):
         tokenize("a text")
+
+
+def test_a_tokenizer_that_panics_in_rust_is_refused(folder: Path) -> None:
+    """A panic is a BaseException and no Exception."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"model": values["model"] | {"continuing_subword_prefix": "/etc/passwd"}}))
+    opened = open_checkpoint(configuration(folder).model, folder)
+    for read in (opened.tokenizer, lambda: tokenizer_of(configuration(folder).model, folder)):
+        with pytest.raises(SourceError, match=r"tiny \(local\): its tokenizer cannot be loaded: range end index"):
+            read()
 
 
 # --- every call of a module counts ------------------------------------------------------------------------------------
