@@ -388,6 +388,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         model = selfcheck.load_in_transformers(folder / "compressed_tensors", "compressed_tensors")
         found.append(selfcheck.loaded_weight(model, "model.layers.0.mlp.up_proj", True))
         gguf_file.check_columns([("p", 64)])
+        gguf_file.check_format({"model_type": "qwen3"}, opened.quantized(opened.names[0]).format)
         return found, stored_names.left_out(stored_names.skeleton(folder / "own-nvfp4"), [])
 
     yield "exported model", exported

@@ -56,7 +56,9 @@ def check_model(config: QuantizeConfig, decoder: Decoder, selection: Selection) 
     layout = get_layout(str(config.export))
     matrices = [matrix for layer in selection.layers for matrix in layer]
     if layout.name == "gguf":
-        gguf_file.check_config(decoder.checkpoint.config.to_dict())
+        known = decoder.checkpoint.config.to_dict()
+        gguf_file.check_config(known)
+        gguf_file.check_format(known, get_format(config.format.name))
         two_level = get_format(config.format.name).two_level
         gguf_file.check_columns((m.full_name, m.target.in_features) for m in matrices if two_level)
     elif layout.name == "gpt_oss":

@@ -24,6 +24,7 @@ from experiments.sources.checkpoints import PRE_TOKENIZER
 from experiments.sources.gguf_names import ROUTER, SIZES, architecture_of, gguf_name
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit import QuantizedTensor
+from quantkit.formats import BlockFormat
 from quantkit.layouts import get_layout
 from quantkit.layouts.gguf import TYPES
 
@@ -69,11 +70,21 @@ def refuse(source: QuantizedCheckpoint) -> None:
     """Raises ValueError for a model whose GGUF file this module cannot write."""
     config = _config(source)
     list(_pieces(source, config))
+    check_format(config, source.quantized(source.names[0]).format)
     for name in source.names:
         quantized = source.quantized(name)
         get_layout("gguf").check(quantized.format, quantized.block_size)
         if quantized.format.two_level:
             check_columns([(name, quantized.shape[-1])])
+
+
+def check_format(config: dict[str, Any], fmt: BlockFormat) -> None:
+    """Raises SourceError for a model whose global scales llama.cpp does not read. config: as for `check_config`."""
+    if fmt.two_level and not architecture_of(str(config.get("model_type"))).scaled:
+        raise SourceError(
+            f"export=gguf: llama.cpp leaves out global scales of {config['model_type']} models, so {fmt.name} would be "
+            "wrong there; use mxfp4 with block_size=32, or export compressed_tensors"
+        )
 
 
 def check_columns(matrices: Iterable[tuple[str, int]]) -> None:

@@ -49,13 +49,13 @@ SIZES = {  # after the architecture's name → field of config.json
 @dataclass(frozen=True)
 class Architecture:
     """name: in GGUF. model_types: in transformers; a file is read as the first. pairs: q and k have rotary pairs in
-    neighbouring rows, not in two halves. biases: of q, k and v. refused: fields of config.json that GGUF cannot tell →
-    the value that it means."""
+    neighbouring rows, not in two halves. scaled: whether llama.cpp multiplies by every `.scale` of nvfp4 (b11549 leaves
+    out those of Qwen2's MLP). refused: fields of config.json that GGUF cannot tell → the value that it means."""
 
     name: str
     model_types: tuple[str, ...]
     pairs: bool = False
-    biases: bool = False
+    scaled: bool = True
     refused: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,7 +63,7 @@ NO_WINDOW = MappingProxyType({"use_sliding_window": False})
 ALL_SPARSE = MappingProxyType(dict(NO_WINDOW) | {"mlp_only_layers": [], "decoder_sparse_step": 1})
 ARCHITECTURES = (
     Architecture("llama", ("llama", "mistral"), pairs=True, refused=MappingProxyType({"sliding_window": None})),
-    Architecture("qwen2", ("qwen2",), biases=True, refused=NO_WINDOW),
+    Architecture("qwen2", ("qwen2",), scaled=False, refused=NO_WINDOW),
     Architecture("qwen3", ("qwen3",), refused=NO_WINDOW),
     Architecture("qwen3moe", ("qwen3_moe",), refused=MappingProxyType(dict(ALL_SPARSE) | {"norm_topk_prob": True})),
 )

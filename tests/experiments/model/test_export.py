@@ -9,6 +9,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +40,15 @@ from tests.experiments.model.exported import build, quantize_source, quantized
 from tests.experiments.sources.test_decoder import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+LLAMA_CPP = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 64, 1, False
+request = {"prompt": json.loads(sys.argv[2]), "n_predict": 1, "temperature": 0.0, "n_probs": 20}
+answer = xllamacpp.Server(params).handle_completions(request)
+answer = json.loads(answer) if isinstance(answer, str) else answer
+print(json.dumps(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]), flush=True)
+"""
 FORMATS_AND_SIZES = {"nvfp4": (NVFP4, 16), "mxfp4": (MXFP4, 32)}
 IDS = torch.arange(3, 67, dtype=torch.int64, device="cpu").view(2, 32)
 DENSE = [
@@ -51,8 +62,8 @@ DENSE = [
     ("llama", "mxfp4", "gguf"),
 ]
 GGUF = [
-    *((kind, format, "gguf") for kind in ("qwen2", "mistral", "qwen3_moe") for format in ("nvfp4", "mxfp4")),
-    ("qwen3", "mxfp4", "gguf"),
+    *((kind, format, "gguf") for kind in ("mistral", "qwen3_moe") for format in ("nvfp4", "mxfp4")),
+    *((kind, "mxfp4", "gguf") for kind in ("qwen2", "qwen3")),
 ]
 EXPERTS = [
     ("qwen3_moe", "mxfp4", "compressed_tensors"),
@@ -200,6 +211,30 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_warned_of(made: Made, tmp
     assert "tokenizer.ggml.tokens" in fields and "tokenizer.ggml.pre" not in fields
 
 
+@pytest.mark.parametrize("kind, format, layout", [case for case in DENSE if "gguf" in case] + GGUF)
+def test_llama_cpp_computes_what_the_dequantized_model_does(made: Made, kind: str, format: str, layout: str) -> None:
+    """Up to llama.cpp's 8-bit activations: a scale, row or norm that it read otherwise changes much more than 0.1.
+
+    pip install xllamacpp: llama.cpp in a wheel.
+    """
+    pytest.importorskip("xllamacpp")
+    folder, source = made.folder(kind, format, layout), made.source(kind, format)
+    ids = [5, 17, 40, 99, 3, 250, 120, 33]
+    told = subprocess.run(
+        [sys.executable, "-c", LLAMA_CPP, str(folder / "model.gguf"), json.dumps(ids)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = {entry["id"]: entry["logprob"] for entry in json.loads(told.splitlines()[-1])}
+    with torch.no_grad():
+        ids_tensor = torch.tensor([ids], dtype=torch.int64, device="cpu")
+        wanted = load_dequantized(source.folder, torch.float32)(ids_tensor).logits[0, -1].log_softmax(-1)
+    assert len(found) == 20 and next(iter(found)) == int(wanted.argmax())
+    assert max(abs(float(wanted[token]) - logprob) for token, logprob in found.items()) < 0.05
+    assert float(wanted.std()) > 0.5
+
+
 def test_experts_have_the_names_of_the_models_own_checkpoints(made: Made) -> None:
     index = json.loads(
         (made.folder("mixtral", "mxfp4", "compressed_tensors") / "model.safetensors.index.json").read_text()
@@ -241,6 +276,7 @@ def test_routers_are_in_the_list_of_layers_to_ignore(made: Made) -> None:
         ("llama", "mxfp4", "gpt_oss", "leave it unquantized, or use compressed_tensors"),
         ("gpt_oss", "mxfp4", "compressed_tensors", "Export gpt-oss with mxfp4"),
         ("gpt_oss", "mxfp4", "gguf", "export compressed_tensors, and convert it with llama.cpp's"),
+        ("qwen2", "nvfp4", "gguf", "llama.cpp leaves out global scales of qwen2 models, so nvfp4 would be wrong"),
         ("llama", "nvfp4", "awq", "unknown layout 'awq'; known layouts: compressed_tensors"),
     ],
 )
