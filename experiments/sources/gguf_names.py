@@ -78,9 +78,10 @@ def architecture_of(model_type: str) -> Architecture:
         if model_type in known.model_types:
             return known
     names = ", ".join(name for known in ARCHITECTURES for name in known.model_types)
+    other = "gpt_oss" if model_type == "gpt_oss" else "compressed_tensors"
     raise SourceError(
-        f"export=gguf writes {names} models, and this is {model_type}; export compressed_tensors, and convert it "
-        "with llama.cpp's convert_hf_to_gguf.py"
+        f"export=gguf writes {names} models, and this is {model_type}; use export={other}, and convert the folder with "
+        "llama.cpp's convert_hf_to_gguf.py"
     )
 
 

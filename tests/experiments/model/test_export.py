@@ -275,7 +275,7 @@ def test_routers_are_in_the_list_of_layers_to_ignore(made: Made) -> None:
         ("llama", "mxfp4", "modelopt", "modelopt cannot hold mxfp4 with block size 32; .* compressed_tensors or gguf"),
         ("llama", "mxfp4", "gpt_oss", "leave it unquantized, or use compressed_tensors"),
         ("gpt_oss", "mxfp4", "compressed_tensors", "Export gpt-oss with mxfp4"),
-        ("gpt_oss", "mxfp4", "gguf", "export compressed_tensors, and convert it with llama.cpp's"),
+        ("gpt_oss", "mxfp4", "gguf", r"use export=gpt_oss, and convert the folder with llama\.cpp's"),
         ("qwen2", "nvfp4", "gguf", "llama.cpp leaves out global scales of qwen2 models, so nvfp4 would be wrong"),
         ("llama", "nvfp4", "awq", "unknown layout 'awq'; known layouts: compressed_tensors"),
     ],
