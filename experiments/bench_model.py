@@ -143,7 +143,7 @@ def one_run(
         if error is not None:
             return replace(row, wall_s=seconds, note=error)
         try:
-            (path,) = (work / "models").glob(f"[!l]*/{RECORD_NAME}")  # beside `latest`
+            (path,) = (run / RECORD_NAME for run in runs_in(work / "models") if (run / RECORD_NAME).is_file())
             record = read_record_of(ModelRecord, path)
         except (ValueError, RecordError) as problem:
             return replace(row, wall_s=seconds, note=f"no record: {problem}")
@@ -158,9 +158,15 @@ def one_run(
 def keep_records(models: Path, folder: Path) -> None:
     """Copy the small files of the run in `models`, also those of an unfinished one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in (RECORD_NAME, LOG_NAME, "*/layers.jsonl"):
-        for path in models.glob(f"[!l]*/{pattern}"):  # beside `latest`
-            shutil.copyfile(path, folder / path.name)
+    for run in runs_in(models):
+        for pattern in (RECORD_NAME, LOG_NAME, "*/layers.jsonl"):
+            for path in run.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+
+
+def runs_in(models: Path) -> list[Path]:
+    """The folders of runs, without the link to the last one."""
+    return [path for path in models.glob("*") if path.is_dir() and not path.is_symlink()]
 
 
 def command_of(processes: int, overrides: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@
 
 The folder has the hub's layout, bfloat16, a shard for each decoder layer, and a small byte-level BPE tokenizer that is
 trained on the text. So `model.path=FOLDER` reads it. Its outputs mean nothing, but shapes, memory and the number of
-operations are those of the known model: the vocabulary, too, of which the text uses the first TOKENS ids.
+operations are those of the known model. So is the size of the vocabulary; the text uses its first TOKENS ids.
 
 Weights are normal with the standard deviation with which such models are initialised; those that write to the residual
 stream are divided by √(2 · layers), so that it grows as in a trained model. The same seed gives the same bytes on the
@@ -34,8 +34,10 @@ from experiments import provenance
 from experiments.files import check_writable, write_atomically
 from experiments.train_small import END, read_text, train_tokenizer
 
-TOKENS = 4096  # of the tokenizer: more than the inputs of a first layer have channels, and few, so a text has many
-STD = 0.02
+# Size of the tokenizer's vocabulary. A small one makes many tokens of a text. A first layer's inputs are embeddings, so
+# it exceeds their width: else their Gram matrix would be singular.
+TOKENS = 4096
+STD = 0.02  # of weights
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_4b": {

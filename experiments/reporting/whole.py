@@ -61,7 +61,7 @@ class Shape:
         return self.layers * (2.0 * tokens * self.layer_weights + attention)
 
     def sums(self, tokens: int, weighted: bool, sequential: bool) -> float:
-        """Operations of H, and in sequential calibration of D and R. Without weights the matrices of a step share H."""
+        """Operations of H, and in sequential calibration of D and R (model/sums.py). Unweighted, a step has one H."""
         total = 0
         for step in self.steps:
             total += step[0][1] ** 2 * (len(step) if weighted else 1) * (2 if sequential else 1)
@@ -220,9 +220,9 @@ def _larger(run: pd.Series) -> Table:
     notes = (
         f"{LARGE_NAME}: {LARGE.layers} layers of width {LARGE.hidden} and {LARGE.intermediate}, the same text, one "
         "GPU, hessian=output, since the parameters do not fit in float32",
-        "Times grow with the operations, solving as N K² + K³ and so by less; reading, writing and the rest with the "
+        "Times grow with the operations, which for solving are N K² + K³; reading, writing and the rest grow with the "
         "parameters",
         "Device memory grows at most with the square of the widest input, as Hessians do; stored inputs are on the CPU "
         "where they take more than half of a GPU's free memory",
     )
-    return Table(f"{_title(run)}: a model of {LARGE_NAME}", notes, frame)
+    return Table(f"A model of {LARGE_NAME}, worked out from {_title(run)}", notes, frame)

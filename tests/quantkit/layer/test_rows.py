@@ -104,13 +104,15 @@ def test_codes_do_not_depend_on_the_scale_of_the_output_gram_matrix() -> None:
 
 
 def test_counts_of_candidates_are_in_the_order_of_rows() -> None:
-    weight, gram, outputs = problem(seed=7)
-    weight[3] = 0  # a row of zeros has one candidate a block
-    q = quantize(weight, method="gptq", gram=gram, output_gram=torch.eye(24), rows=5, count_candidates=True)
+    """Rows without correlation are solved from the last to the first; a row of zeros has one candidate per block."""
+    weight, gram, _ = problem(seed=7)
+    weight[3] = 0
+    ascending = torch.arange(1, 25, dtype=torch.float32).diag()
+    q = quantize(weight, method="gptq", gram=gram, output_gram=ascending, rows=5, count_candidates=True)
     alone = quantize(weight, method="gptq", gram=gram, count_candidates=True)
     assert q.candidates is not None and alone.candidates is not None
     assert torch.equal(q.candidates, alone.candidates)
-    assert outputs.shape == (24, 24)
+    assert (q.candidates.view(24, -1)[3] == 1).all() and (q.candidates > 1).any()
 
 
 @pytest.mark.parametrize(
