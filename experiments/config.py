@@ -77,7 +77,7 @@ class Matmul(Choice):
     """The precision of matrix products of float32 tensors on a GPU. On a CPU it changes nothing."""
 
     float32 = "float32"
-    tf32 = "tf32"  # factors rounded to 10 bits of mantissa, sums in float32; several times as fast
+    tf32 = "tf32"  # factors rounded to 10 bits of mantissa, sums in float32; on tensor cores
 
 
 class Offline(Choice):

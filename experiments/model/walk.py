@@ -405,7 +405,8 @@ class Walk:
 
     def _output_gram(self, index: int, matrix: Matrix) -> Tensor | None:
         """[out_features, out_features], float32 on the CPU; None without gradients at the matrix's outputs."""
-        return None if self.job.loss is None else self.job.loss.output_gram(LayerConfig(index, matrix.name))
+        assert self.job.loss is not None  # since hessian.outputs needs loss weights
+        return self.job.loss.output_gram(LayerConfig(index, matrix.name))
 
     def _changed(self, solved: Sequence[Solved]) -> Changed:
         changed: Changed = {}
