@@ -10,13 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = (
-    "README.md",
-    *(
-        f"docs/{name}.md"
-        for name in ("index", "quickstart", "formats", "methods", "whole_models", "pipeline", "checkpoint", "results")
-    ),
-)
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 WITH_EXAMPLES = ("README.md", "docs/quickstart.md", "docs/pipeline.md")
 
 
@@ -41,6 +35,16 @@ def test_links_lead_somewhere(page: str):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
     for target in targets:
         assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        assert anchor in anchors(path.parent / target if target else path), (target, anchor)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, both as docutils and as GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings} | {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 def test_the_readme_is_short_and_opens_with_what_a_reader_needs():
