@@ -48,6 +48,15 @@ def test_the_constants_are_those_of_the_code() -> None:
     assert set(whole.PHASES) == set(bench_model.PHASES)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_busiest_process_is_that_of_the_code(processes: int) -> None:
+    for step in SMALL.steps:
+        costs = [rows * columns for rows, columns in step]
+        owners = ranks.Ranks(0, processes).shares(costs)
+        load = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == n) for n in range(processes)]
+        assert whole._busiest(costs, processes) == max(load)
+
+
 def test_a_shape_counts_its_weights_and_operations() -> None:
     assert SMALL.layer_weights == 100_925_440 and SMALL.parameters == 4_022_272_000
     assert LARGE.parameters == pytest.approx(69.5e9, rel=0.01)
