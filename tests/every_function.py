@@ -367,7 +367,8 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         from experiments.model import gguf_file, judge, selfcheck, stored_names
         from experiments.model.checkpoint import open_quantized
         from experiments.model.export import export
-        from experiments.sources.checkpoints import GgufCheckpoint, open_checkpoint
+        from experiments.sources import gguf_names
+        from experiments.sources.checkpoints import GgufCheckpoint, alternating, open_checkpoint
         from tests.experiments.model.folders import open_source, source, write
 
         found: list[object] = []
@@ -388,6 +389,8 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         model = selfcheck.load_in_transformers(folder / "compressed_tensors", "compressed_tensors")
         found.append(selfcheck.loaded_weight(model, "model.layers.0.mlp.up_proj", True))
         gguf_file.check_columns([("p", 64)])
+        found += [alternating([normal(4, 3), normal(4, 3)], dim) for dim in (-1, -2)]
+        found.append(gguf_names.fused_name("model.layers.0.mlp.experts.3.up_proj"))
         gguf_file.check_format({"model_type": "qwen3"}, opened.quantized(opened.names[0]).format)
         return found, stored_names.left_out(stored_names.skeleton(folder / "own-nvfp4"), [])
 

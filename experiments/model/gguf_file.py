@@ -82,7 +82,7 @@ def check_format(config: dict[str, Any], fmt: BlockFormat) -> None:
     """Raises SourceError for a model whose global scales llama.cpp does not read. config: as for `check_config`."""
     if fmt.two_level and not architecture_of(str(config.get("model_type"))).scaled:
         raise SourceError(
-            f"export=gguf: llama.cpp leaves out global scales of {config['model_type']} models, so {fmt.name} would be "
+            f"export=gguf: llama.cpp misreads global scales of {config['model_type']} models, so {fmt.name} would be "
             "wrong there; use mxfp4 with block_size=32, or export compressed_tensors"
         )
 
@@ -106,13 +106,14 @@ def check_config(config: dict[str, Any]) -> None:
         raise SourceError(
             f"export=gguf cannot tell llama.cpp of {other}={config[other]}; export compressed_tensors instead"
         )
-    rope = _rope(config)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    if config["model_type"] == "gpt_oss" and config["layer_types"] != _alternating(config["num_hidden_layers"]):
+        raise SourceError("export=gguf: llama.cpp knows gpt-oss with windows in every second layer alone")
+    if _rope_type(config) not in ("default", *(["yarn"] if architecture.yarn else [])):
         raise SourceError(
             "export=gguf writes no model with scaled rotary embeddings; export compressed_tensors, and convert it with "
             "llama.cpp's convert_hf_to_gguf.py"
         )
-    if config.get("attention_bias") or config.get("mlp_bias"):
+    if (config.get("attention_bias") and architecture.name != "gpt-oss") or config.get("mlp_bias"):
         raise SourceError("export=gguf writes these models without biases; export compressed_tensors")
 
 
@@ -134,6 +135,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) -> None:
+    from gguf import RopeScalingType
+
     fmt = source.quantized(source.names[0]).format.name
     writer.add_type("model")
     writer.add_name(str(source.about.get("model", "model")))
@@ -142,6 +145,11 @@ def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) 
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{writer.arch}.{key}", value)
+    if _rope_type(config) == "yarn":
+        rope = _rope(config)
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
     writer.add_rope_dimension_count(_size(config, "head_dim"))
     writer.add_value_length(_size(config, "head_dim"))
     writer.add_vocab_size(config["vocab_size"])
@@ -150,11 +158,24 @@ def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) 
     _tokenizer(writer, source.folder, config["vocab_size"])
 
 
+def _rope_type(config: dict[str, Any]) -> str:
+    rope = _rope(config)
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def _alternating(layers: int) -> list[str]:
+    return ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
+
+
 def _size(config: dict[str, Any], field: str) -> Any:
     if field == "head_dim":
         return config.get(field) or config["hidden_size"] // config["num_attention_heads"]
     if field == "num_key_value_heads":
         return config.get(field) or config["num_attention_heads"]
+    if field == "sliding_window" and config["model_type"] != "gpt_oss":
+        return None
+    if field == "moe_intermediate_size" and config["model_type"] == "gpt_oss":
+        return config["intermediate_size"]
     if field == "num_experts":
         return config.get(field) or config.get("num_local_experts")  # transformers 5 writes the second
     if field == "rope_theta":
@@ -230,7 +251,7 @@ class Piece:
             return value
         if isinstance(value, QuantizedTensor):
             return replace(value, codes=value.codes[..., self.rows, :], scales=value.scales[..., self.rows, :])
-        return value[self.rows]
+        return value[..., self.rows] if self.end == "bias" else value[self.rows]
 
 
 def _pieces(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[Piece]:
@@ -238,21 +259,34 @@ def _pieces(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[Pie
     quantized = set(source.names)
     for stored in (*source.names, *source.kept):
         module, end = (stored, "weight") if stored in quantized else stored.rpartition(".")[::2]
+        if end == "sinks":
+            module, end = stored, "weight"
         parent, _, last = module.rpartition(".")
-        if parent.endswith(".experts") and stored in quantized:
-            rows = _numbers(source.quantized(stored).codes.shape[-2])
-            halves = rows.chunk(2) if last == "gate_up_proj" else (None,)
-            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-            for name, half in zip(names, halves, strict=True):
-                yield Piece(_named(f"{parent}.{name}", config), end, stored, half)
+        if end.endswith("_bias") and module.endswith(".experts"):
+            size = source.tensor(stored).shape[-1]
+            yield from _experts(module, end.removesuffix("_bias"), "bias", stored, size, config)
+        elif parent.endswith(".experts") and stored in quantized:
+            yield from _experts(parent, last, end, stored, source.quantized(stored).codes.shape[-2], config)
         elif ".experts." in module:
             raise SourceError(f"{stored}: export=gguf writes quantized experts alone; quantize them all")
         else:
             yield Piece(_named(module, config), end, stored, _row_order(source, stored, last, config))
 
 
+def _experts(parent: str, name: str, end: str, stored: str, rows: int, config: dict[str, Any]) -> Iterator[Piece]:
+    """Gate and up of a fused parameter are two tensors in the file."""
+    if name != "gate_up_proj":
+        yield Piece(_named(f"{parent}.{name}", config), end, stored)
+        return
+    numbers = _numbers(rows)
+    alternate = architecture_of(config["model_type"]).alternates
+    halves = (numbers[0::2], numbers[1::2]) if alternate else numbers.chunk(2)
+    for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+        yield Piece(_named(f"{parent}.{part}", config), end, stored, half)
+
+
 def _named(module: str, config: dict[str, Any]) -> str:
-    name = gguf_name(module)
+    name = gguf_name(architecture_of(config["model_type"]), module)
     if name is None:
         raise SourceError(f"{module}: no name for it in a GGUF file of {config['model_type']}; export another layout")
     return name
@@ -285,7 +319,7 @@ def _arrays(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[tup
                 yield f"{piece.name}.scale", tensors[f"{piece.name}.scale"].numpy(), None
             continue
         tensor = piece.of(source.tensor(piece.stored))
-        if tensor.ndim == 1 or piece.name.endswith(ROUTER):
+        if tensor.ndim == 1 or piece.end == "bias" or piece.name.endswith(ROUTER):
             tensor = tensor.float()
         if tensor.dtype == torch.bfloat16:
             yield name, tensor.contiguous().view(torch.uint8).numpy(), GGMLQuantizationType.BF16

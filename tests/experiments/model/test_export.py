@@ -63,7 +63,7 @@ DENSE = [
 ]
 GGUF = [
     *((kind, format, "gguf") for kind in ("mistral", "qwen3_moe") for format in ("nvfp4", "mxfp4")),
-    *((kind, "mxfp4", "gguf") for kind in ("qwen2", "qwen3")),
+    *((kind, "mxfp4", "gguf") for kind in ("qwen2", "qwen3", "gpt_oss")),
 ]
 EXPERTS = [
     ("qwen3_moe", "mxfp4", "compressed_tensors"),
@@ -275,8 +275,9 @@ def test_routers_are_in_the_list_of_layers_to_ignore(made: Made) -> None:
         ("llama", "mxfp4", "modelopt", "modelopt cannot hold mxfp4 with block size 32; .* compressed_tensors or gguf"),
         ("llama", "mxfp4", "gpt_oss", "leave it unquantized, or use compressed_tensors"),
         ("gpt_oss", "mxfp4", "compressed_tensors", "Export gpt-oss with mxfp4"),
-        ("gpt_oss", "mxfp4", "gguf", r"use export=gpt_oss, and convert the folder with llama\.cpp's"),
-        ("qwen2", "nvfp4", "gguf", "llama.cpp leaves out global scales of qwen2 models, so nvfp4 would be wrong"),
+        ("mixtral", "mxfp4", "gguf", r"use export=compressed_tensors, and convert the folder with llama\.cpp's"),
+        ("gpt_oss", "nvfp4", "gguf", "llama.cpp misreads global scales of gpt_oss models, so nvfp4 would be wrong"),
+        ("qwen2", "nvfp4", "gguf", "llama.cpp misreads global scales of qwen2 models, so nvfp4 would be wrong"),
         ("llama", "nvfp4", "awq", "unknown layout 'awq'; known layouts: compressed_tensors"),
     ],
 )
@@ -297,6 +298,8 @@ def test_what_cannot_be_expressed_is_refused_before_anything_is_written(
         ("mistral", {"sliding_window": 32}, "cannot tell llama.cpp of sliding_window=32"),
         ("qwen2", {"use_sliding_window": True}, "cannot tell llama.cpp of use_sliding_window=True"),
         ("llama", {"attention_bias": True}, "without biases"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "no model with scaled rotary embeddings"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "windows in every second layer"),
     ],
 )
 def test_what_llama_cpp_would_not_know_is_refused(kind: str, changes: dict[str, Any], message: str) -> None:
