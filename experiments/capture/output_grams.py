@@ -88,13 +88,18 @@ def read_parts(folder: Path, files: Iterable[str]) -> Parts:
 
 def check_fits(decoder: Decoder) -> None:
     """Raises SourceError if the sums of a piece exceed the free memory of the decoder's device."""
-    shapes = [t.as_matrix(t.module.weight).shape for layer in decoder.stack for _, t in linear_modules(layer)]  # type: ignore[arg-type]
-    need, free = sum(4 * shape[0] ** 2 for shape in shapes), free_bytes(decoder.device)
+    need, free = bytes_of(decoder), free_bytes(decoder.device)
     if need > free:
         raise SourceError(
             f"hessian.outputs=true: the Gram matrices of the outputs of {decoder.name} take {need / 2**30:.1f} GiB "
             f"({need} bytes), and {decoder.device} has {free / 2**30:.1f} GiB free. Use hessian=loss."
         )
+
+
+def bytes_of(decoder: Decoder) -> int:
+    """4 Σ N² over the decoder's linear modules: the bytes of all sums."""
+    shapes = [t.as_matrix(t.module.weight).shape for layer in decoder.stack for _, t in linear_modules(layer)]  # type: ignore[arg-type]
+    return sum(4 * shape[0] ** 2 for shape in shapes)
 
 
 def free_bytes(device: torch.device) -> int:

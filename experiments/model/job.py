@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from experiments.capture import output_grams
 from experiments.capture.losses import LossPieces, compute_share, loss_bytes, open_loss_weights
 from experiments.capture.progress import waiting
 from experiments.capture.tokens import Sequences, token_sequences
@@ -90,20 +91,30 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
 
 
 def _loss_fits(config: QuantizeConfig, resolved: Resolved) -> bool:
-    """Whether the loss weights, if they are needed, fit into the device's memory. Warns if not."""
+    """Whether the loss weights, if they are needed, fit into the device's memory. Warns if not.
+
+    Raises SourceError if only the Gram matrices of hessian.outputs do not.
+    """
     if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
         return True
     folder = losses_folder(resolved.config, resolved.sources)
     if (folder / MANIFEST_NAME).is_file():
         return True
     checkpoint = open_checkpoint(resolved.config.model, config.cache.folder)
-    parameters = sum(p.numel() for p in Decoder(checkpoint, [], torch.float32).model.parameters())
+    decoder = Decoder(checkpoint, [], torch.float32)
+    parameters = sum(p.numel() for p in decoder.model.parameters())
     need, have = loss_bytes(checkpoint.config, parameters, resolved.config.data.seq_len), memory_of(resolved.device)
     if need > have:
         log.warning(
             "hessian=loss: the backward pass of %s would take about %.0f GiB, and %s has %.0f GiB. This runs on "
             "hessian=output instead.",
             *(checkpoint.name, need / 2**30, resolved.device, have / 2**30),
+        )
+    elif config.hessian.outputs and need + (outputs := output_grams.bytes_of(decoder)) > have:
+        raise SourceError(
+            f"hessian.outputs=true: the backward pass of {checkpoint.name} would take about {need / 2**30:.0f} GiB and "
+            f"the Gram matrices of its outputs {outputs / 2**30:.0f} GiB ({outputs} bytes), and {resolved.device} has "
+            f"{have / 2**30:.0f} GiB. Use hessian=loss."
         )
     return need <= have
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experiments.capture.losses import open_loss_weights
 from experiments.config import LayerConfig
+from experiments.files import SourceError
 from experiments.model import job
 from experiments.model.checkpoint import open_quantized
 from experiments.model.job import Listener, ModelRun, quantize_model
@@ -152,3 +153,16 @@ def test_a_model_too_large_for_the_pass_needs_another_hessian(
     monkeypatch.setattr(job, "memory_of", lambda device: 1 << 16)
     run = run_for(tiny, tmp_path, *TWO_SIDED, "method=gptq", f"cache.dir={tmp_path}/cache")
     assert not run.config.hessian.outputs
+
+
+def test_output_gram_matrices_too_large_beside_the_pass_are_refused_before_anything_is_loaded(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(job, "loss_bytes", lambda *args: told.append(1) or 1 << 20)
+    monkeypatch.setattr(job, "memory_of", lambda device: (1 << 20) + 1)
+    settings = ("method=gptq", f"cache.dir={tmp_path}/cache")
+    with pytest.raises(SourceError, match=r"its outputs 0 GiB \(\d+ bytes\), and cpu has 0 GiB\. Use hessian=loss\."):
+        run_for(tiny, tmp_path, *TWO_SIDED, *settings)
+    assert run_for(tiny, tmp_path, "hessian=loss", *settings).config.hessian.weighting == "loss"
+    assert told == [1, 1]
