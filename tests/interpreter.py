@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.language import core
@@ -25,6 +26,8 @@ def interpret_quickly() -> None:
     if triton.__version__.startswith(KNOWN):
         remember_types()
         describe_tuples_when_asked()
+        skip_what_changes_nothing()
+        reduce_slices()
 
 
 def replace_language_once_a_launch() -> None:
@@ -104,3 +107,93 @@ def describe_tuples_when_asked() -> None:
 
     core.tuple.__init__ = init
     core.tuple.type = property(get_type, lambda self, type: setattr(self, "_type", type))
+
+
+# Types of two equal operands that no operator converts.
+PLAIN = {"fp32", "int1", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
+CALCULATIONS: dict[str, Callable[..., Any]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def skip_what_changes_nothing() -> None:
+    """Operands of one type and shape are not converted, numbers are made tensors once, and the check for overflow
+    calculates in NumPy at once."""
+    check_types, check_overflow = (
+        TritonSemantic.binary_op_type_checking_impl,
+        TritonSemantic.binary_op_sanitize_overflow_impl,
+    )
+
+    constants: dict[tuple[str, type, str], Any] = {}
+
+    def constant(self: Any, value: float, like: Any) -> Any:
+        """The number as a tensor of the other operand's type and shape; None where a type would be converted."""
+        scalar = like.type.scalar
+        whole = scalar.name != "fp32"
+        if scalar.name not in PLAIN or (whole and type(value) is float):
+            return None
+        if whole and not scalar.get_int_min_value() <= value <= scalar.get_int_max_value():
+            return None
+        key = like.type.name, type(value), repr(value)
+        if key not in constants:
+            constants[key] = self.broadcast_impl_value(like, self.scalar_constant(value, scalar))[1]
+        return constants[key]
+
+    def types(self: Any, lhs: Any, rhs: Any, *arguments: Any, **options: Any) -> Any:
+        left, right = type(lhs), type(rhs)
+        if left is core.tensor and right is core.tensor:
+            if lhs.type.name == rhs.type.name and lhs.type.scalar.name in PLAIN:
+                return lhs, rhs
+        elif left is core.tensor and right in (int, float):
+            if (found := constant(self, rhs, lhs)) is not None:
+                return lhs, found
+        elif right is core.tensor and left in (int, float) and (found := constant(self, lhs, rhs)) is not None:
+            return found, rhs
+        return check_types(self, lhs, rhs, *arguments, **options)
+
+    def overflow(self: Any, lhs: Any, rhs: Any, operator: Callable[..., object]) -> None:
+        scalar = lhs.type.scalar
+        calculate = CALCULATIONS.get(operator.__name__)
+        if calculate is not None and scalar.int_bitwidth <= 32:
+            found = calculate(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
+            if found.min() >= scalar.get_int_min_value() and found.max() <= scalar.get_int_max_value():
+                return
+        check_overflow(self, lhs, rhs, operator)
+
+    def call_builtin(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        inner = getattr(member, "__wrapped__", member)  # without the check that _semantic is given
+        semantic = interpreter.interpreter_semantic
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            options["_semantic"] = semantic
+            return inner(*arguments, **options)
+
+        scope.set_attr(owner, name, call)
+
+    TritonSemantic.binary_op_type_checking_impl = types
+    TritonSemantic.binary_op_sanitize_overflow_impl = overflow
+    interpreter._patch_attr = call_builtin
+
+
+def reduce_slices() -> None:
+    """A reduction by a function of its own takes slices one after the other, and not each element of them alone."""
+    by_elements = interpreter.ReduceOps.generic_reduce
+
+    def generic_reduce(self: Any, inputs: Any) -> Any:
+        data = [arg.handle.data for arg in inputs]
+        if self.axis is None or data[0].ndim < 2 or data[0].shape[self.axis] == 0:
+            return by_elements(self, inputs)
+        axis, dtypes = self.axis, [arg.dtype for arg in inputs]
+
+        def at(number: int) -> list[Any]:
+            parts = [np.take(values, number, axis=axis) for values in data]
+            return [self.to_tensor(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+
+        total = at(0)
+        for number in range(1, data[0].shape[axis]):
+            found = self.combine_fn.fn(*total, *at(number))
+            total = list(found) if isinstance(found, tuple | core.tuple) else [found]
+        results = [part.handle.data for part in total]
+        if self.keep_dims:
+            results = [np.expand_dims(result, axis) for result in results]
+        return [self.to_tensor(result, dtype) for result, dtype in zip(results, dtypes, strict=True)]
+
+    interpreter.ReduceOps.generic_reduce = generic_reduce
