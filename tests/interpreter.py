@@ -137,11 +137,20 @@ def skip_what_changes_nothing() -> None:
             constants[key] = self.broadcast_impl_value(like, self.scalar_constant(value, scalar))[1]
         return constants[key]
 
+    def offset(self: Any, value: int, pointer: Any) -> Any:
+        """The number of elements as a tensor of the pointer's shape."""
+        key = pointer.type.name, int, repr(value)
+        if key not in constants:
+            constants[key] = self.broadcast_impl_value(pointer, self.to_tensor(value))[1]
+        return constants[key]
+
     def types(self: Any, lhs: Any, rhs: Any, *arguments: Any, **options: Any) -> Any:
         left, right = type(lhs), type(rhs)
         if left is core.tensor and right is core.tensor:
             if lhs.type.name == rhs.type.name and lhs.type.scalar.name in PLAIN:
                 return lhs, rhs
+        elif left is core.tensor and right is int and lhs.type.scalar.is_ptr() and arguments[:1] == (True,):
+            return lhs, offset(self, rhs, lhs)
         elif left is core.tensor and right in (int, float):
             if (found := constant(self, rhs, lhs)) is not None:
                 return lhs, found
