@@ -19,8 +19,8 @@ __all__ = ["pack_metrics", "quantize_blocks", "quantize_panel"]
 
 # Fastest on an H200 (docs/log.md). A whole matrix has rows enough for a lane each; a panel's rows are few, so that
 # lanes share them. The interpreter pays by the operation.
-MATRIX_TILE = (16, 16) if INTERPRETED else (64, 1)  # rows, lanes a row
-PANEL_TILE = (16, 16) if INTERPRETED else (32, 4)
+MATRIX_TILE = (32, 16) if INTERPRETED else (64, 1)  # rows, lanes a row
+PANEL_TILE = (32, 16) if INTERPRETED else (32, 4)
 FEEDBACK_COLUMNS = 64
 
 
