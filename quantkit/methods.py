@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from quantkit.search import OBJECTIVES, Found, Objective, quantize_matrix
 
 __all__ = ["METHODS", "Method", "Problem", "get_method"]
 
+P = TypeVar("P")  # what a method prepares for a Gram matrix
 NEEDS = (None, "hessian", "gram")
 LAYER_OPTIONS = ("scale", "order", "damping", "rows", "output_damping")  # of every method of quantkit/layer
 
@@ -119,7 +120,8 @@ class Method:
     def of_layer(
         cls,
         name: str,
-        solve_layer: Callable[[LayerTask, gptq.Prepared | None], LayerResult],
+        solve_layer: Callable[[LayerTask, P | None], LayerResult],
+        prepare: Callable[[LayerTask], P],
         options: tuple[str, ...],
         takes_init: bool = False,
     ) -> Method:
@@ -141,7 +143,7 @@ class Method:
                 problem.start,
                 problem.output_gram,
             )
-            found = rows.solve(solve_layer, task)
+            found = rows.solve(solve_layer, prepare, task)
             candidates = found.candidates if problem.count_candidates else None
             return Found(found.codes, found.scales, problem.global_scale, candidates, None, found.objective)
 
@@ -160,8 +162,10 @@ class Method:
 METHODS: Mapping[str, Method] = MappingProxyType(
     {name: Method.of_objective(OBJECTIVES[name]) for name in ("naive", "sse", "hessian", "joint")}
     | {
-        "gptq": Method.of_layer("gptq", gptq.solve, LAYER_OPTIONS),
-        "descent": Method.of_layer("descent", descent.solve, (*LAYER_OPTIONS, "sweeps"), takes_init=True),
+        "gptq": Method.of_layer("gptq", gptq.solve, gptq.prepare, LAYER_OPTIONS),
+        "descent": Method.of_layer(
+            "descent", descent.solve, descent.prepare, (*LAYER_OPTIONS, "sweeps"), takes_init=True
+        ),
     }
 )
 

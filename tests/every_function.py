@@ -196,7 +196,11 @@ def library(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     first = quantkit.quantize(weight, method="naive")
     yield "from given codes", partial(quantkit.quantize, weight, method="descent", gram=gram, init=first)
     outputs = torch.eye(len(weight), dtype=torch.float32, device="cpu")
-    yield "rows together", partial(quantkit.quantize, weight, method="gptq", gram=gram, output_gram=outputs)
+    for method in ("gptq", "descent"):
+        yield (
+            f"rows together by {method}",
+            partial(quantkit.quantize, weight, method=method, gram=gram, output_gram=outputs),
+        )
     yield "factors", lambda: (calibration.factorize(hessians), search.factorize(hessians, "reference").tensors)
     scale = torch.ones((), dtype=torch.float32, device="cpu")
     e4m3, e2m1 = formats.E4M3, formats.E2M1

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,14 +29,21 @@ from quantkit.layer.common import LayerResult, LayerTask, block_values
 
 __all__ = ["solve"]
 
+P = TypeVar("P")
 
-def solve(solve_layer: Callable[[LayerTask, gptq.Prepared | None], LayerResult], task: LayerTask) -> LayerResult:
-    """Codes and scales by ``solve_layer``; panel by panel if the task has an output Gram matrix."""
+
+def solve(
+    solve_layer: Callable[[LayerTask, P | None], LayerResult], prepare: Callable[[LayerTask], P], task: LayerTask
+) -> LayerResult:
+    """Codes and scales by ``solve_layer``; panel by panel if the task has an output Gram matrix.
+
+    prepare: what the panels share, so that it is made once.
+    """
     if task.output_gram is None or not len(task.weight):
         return solve_layer(task, None)
     order = _row_order(task.output_gram, task.options.order)
     upper = gptq.factor(task.output_gram, task.options.output_damping, order, "output_").float()
-    prepared = gptq.prepare(task)
+    prepared = prepare(task)
     weight = task.weight.float()[order]
     error = torch.zeros_like(weight)
     parts = []

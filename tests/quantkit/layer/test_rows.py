@@ -74,7 +74,7 @@ def test_each_panel_is_solved_for_its_best_target(order: str, panel: int) -> Non
     task = LayerTask(
         weight, gram, fmt, 16, global_scale_of(weight, fmt), "nearest", "reference", options, output_gram=outputs
     )
-    found = rows.solve(solve_layer, task)
+    found = rows.solve(solve_layer, gptq.prepare, task)
     assert found.objective is None
     visited = torch.arange(12) if order == "natural" else outputs.diagonal().argsort(descending=True)
     g = common.damped(outputs, 0.02, visited, torch.float64)
