@@ -32,7 +32,7 @@ from torch import Tensor
 
 from experiments import provenance
 from experiments.files import check_writable, write_atomically
-from experiments.train_small import END, read_text, train_tokenizer
+from experiments.train_small import END, add_arguments, read_text, train_tokenizer
 
 # Size of the tokenizer's vocabulary. A small one makes many tokens of a text. A first layer's inputs are embeddings, so
 # it exceeds their width: else their Gram matrix would be singular.
@@ -91,11 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shapes", choices=sorted(SHAPES))
-    parser.add_argument("--text", nargs="+", required=True, metavar="PATH", help="files or folders, or python_docs")
-    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    add_arguments(parser)
     parser.add_argument("--layers", type=int, help="default: as many as the known model has")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
     arguments = parser.parse_args(argv)
     if arguments.layers is not None and arguments.layers < 1:
         parser.error(f"--layers {arguments.layers}: at least 1")

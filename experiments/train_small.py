@@ -102,13 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small language model on local text.")
     parser.add_argument("kind", choices=sorted(SIZES))
-    parser.add_argument("--text", nargs="+", required=True, metavar="PATH", help="files or folders, or python_docs")
-    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    add_arguments(parser)
     parser.add_argument("--steps", type=int, help="default: 600")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
     parser.add_argument("--smoke", action="store_true", help="a model of a few thousand parameters, in seconds")
     return parser.parse_args(argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a script that makes a model from a text: --text, --out, --seed and --device."""
+    parser.add_argument("--text", nargs="+", required=True, metavar="PATH", help="files or folders, or python_docs")
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
 
 
 def read_text(name: str) -> Text:

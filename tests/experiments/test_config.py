@@ -309,3 +309,10 @@ def test_weighting_by_loss_is_part_of_the_identity_and_the_default_is_not() -> N
     ):
         with pytest.raises(ValueError, match=message):
             compose(wrong)
+
+
+def test_the_two_sided_methods_are_those_of_the_library() -> None:
+    from experiments.config import TWO_SIDED
+    from quantkit.methods import METHODS
+
+    assert set(TWO_SIDED) == {method.name for method in METHODS.values() if method.takes_output_gram}

@@ -9,7 +9,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +153,35 @@ def test_any_damage_in_the_cache_is_made_good(
     note("damaged cache", cases=CASES, files=dict(hit))
 
 
+def refusals(
+    folder: Path,
+    names: Sequence[Path],
+    cases: int,
+    chance: random.Random,
+    is_right: Callable[[], bool],
+    told: Callable[[Path, str], None],
+) -> int:
+    """How many of `cases` damages to files of the folder are refused; the others change nothing that is read.
+
+    is_right: reads the folder. told: asserts what the error says of the damaged file, in one line. Nothing is deleted.
+    """
+    refused = 0
+    for number in range(cases):
+        path = names[number % len(names)]
+        before = path.read_bytes()
+        kind = damage(path, chance)
+        present = sorted(folder.iterdir())
+        try:
+            assert is_right(), f"{path.name}: {kind}"
+        except SourceError as error:
+            refused += 1
+            assert "\n" not in str(error), (path.name, kind, error)
+            told(path, str(error))
+        assert sorted(folder.iterdir()) == present
+        path.write_bytes(before)
+    return refused
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(size(300, 7200))
 @pytest.mark.usefixtures("small")
@@ -164,21 +193,13 @@ def test_any_damage_in_a_bundle_is_refused(tiny: SimpleNamespace, tmp_path: Path
     shutil.copytree(resolve(config).layer_folder(), bundle)
     model = ModelConfig("bundle", ModelSource.bundle, path=str(bundle), dtype="float32")
     of_bundle = choose_sources(dataclasses.replace(config, model=model)).config
-    chance, refused = random.Random(4), 0
+
+    def told(path: Path, error: str) -> None:
+        assert str(bundle) in error
+        assert any(remedy in error for remedy in ("opy the bundle again", "again"))
+
     names = files(bundle)
-    for number in range(CASES):
-        path = names[number % len(names)]
-        before = path.read_bytes()
-        kind = damage(path, chance)
-        present = sorted(bundle.iterdir())
-        try:
-            assert same(everything(of_bundle), wanted), f"{path.name}: {kind}"
-        except SourceError as error:
-            refused += 1
-            assert "\n" not in str(error) and str(bundle) in str(error), (path.name, kind)
-            assert any(remedy in str(error) for remedy in ("opy the bundle again", "again")), error
-        assert sorted(bundle.iterdir()) == present
-        path.write_bytes(before)
+    refused = refusals(bundle, names, CASES, random.Random(4), lambda: same(everything(of_bundle), wanted), told)
     assert refused > CASES // 2
     assert same(everything(of_bundle), wanted)
     note("damaged bundle", cases=CASES, refused=refused)
@@ -328,21 +349,14 @@ def test_any_damage_in_a_quantized_model_is_refused(models_folder: Path, tmp_pat
     """Of its folder and of an export. The message names the file; nothing is deleted."""
     folder = tmp_path / layout
     shutil.copytree(models_folder / layout, folder)
-    wanted, chance, refused = used(folder), random.Random(layout), 0
+    wanted = used(folder)
+
+    def told(path: Path, error: str) -> None:
+        assert path.name in error
+
     names = [path for path in files(folder) if path.name not in NOT_READ]
     cases = size(15, 2000)
-    for number in range(cases):
-        path = names[number % len(names)]
-        before = path.read_bytes()
-        kind = damage(path, chance)
-        present = sorted(folder.iterdir())
-        try:
-            assert used(folder) == wanted, f"{path.name}: {kind}"
-        except SourceError as error:
-            refused += 1
-            assert path.name in str(error) and "\n" not in str(error), (path.name, kind, error)
-        assert sorted(folder.iterdir()) == present
-        path.write_bytes(before)
+    refused = refusals(folder, names, cases, random.Random(layout), lambda: used(folder) == wanted, told)
     assert refused > cases * 0.95 and used(folder) == wanted
     note(f"damaged model: {layout}", cases=cases, refused=refused)
 
