@@ -59,7 +59,7 @@ model: $(READY)  ## quantize a whole model (the offline twin), export it, then i
 	    $(call unless_given,data.samples,64) $(call unless_given,export,compressed_tensors) $(SETTINGS) $(ARGS)
 	@$(BIN)/python experiments/evaluate.py model.path=$(or $(call given,output_dir),results/models)/latest/model \
 	    reference=$(or $(call given,model),smollm2_135m) data=$(or $(call given,data),python_docs) data.split=train \
-	    data.samples=64 tracking=none
+	    data.samples=64 tracking=$(or $(call given,tracking),none)
 
 # Quick experiments come first. An interrupted sweep continues where it stopped.
 EXPERIMENTS := main block_size scale_distance global_scale calibration_size layers optimality timing \

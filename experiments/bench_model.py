@@ -135,7 +135,8 @@ def one_run(
         options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work, prefix=f"{case}-{processes}-") as folder:
         work = Path(folder)
-        overrides = [*options.overrides, *CASES[case], f"output_dir={work / 'models'}", f"cache.dir={work / 'cache'}"]
+        folders = f"output_dir={work / 'models'}", f"cache.dir={work / 'cache'}"
+        overrides = [*options.overrides, *CASES[case], *folders, "tracking=none"]
         threads = max(1, (os.cpu_count() or 1) // max(options.processes))  # the same for every number of processes
         seconds, error = run(command_of(processes, overrides), threads, limit)
         if options.records is not None:

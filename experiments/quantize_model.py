@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from experiments.model_record import ModelRecord
 from experiments.overrides import mistake
 from experiments.record import RECORD_NAME, RecordError, read_record_of
 from experiments.run_log import LOG_NAME, run_log, status_of
+from experiments.tracking import track_model
 
 if TYPE_CHECKING:
     from experiments.model.job import ModelRun
@@ -130,6 +132,7 @@ def with_export(run: ModelRun, record: ModelRecord) -> ModelRecord:
 
 def quantize_and_record(run: ModelRun, console: ModelConsole, ranks: Ranks) -> ModelRecord:
     """Quantizes, and writes the record last. A failure is in the record."""
+    from experiments.model.checkpoint import layer_records
     from experiments.model.job import Listener, quantize_model
 
     started = time.perf_counter()
@@ -151,6 +154,8 @@ def quantize_and_record(run: ModelRun, console: ModelConsole, ranks: Ranks) -> M
         record.write(run.run_dir)
         if record.status == "ok":
             point_to(run)
+        layers = partial(layer_records, run.folder) if record.status == "ok" else list
+        track_model(record, run.settings, run.config.tracking, Path(run.config.output_dir), layers)
     console.ran(run, record, log_file)
     return record
 

@@ -2,9 +2,9 @@
 
 The W&B group is the sweep, and the W&B id is the run's identity. So a run that is repeated with `force=true` updates
 its W&B run when it is synced. A run's page has the settings as its configuration, the measurements as its summary, and
-histograms over its blocks. The report's run, of job type `report`, has the tables and figures of `results/`. Nothing
-about the host, the user, the code or the console is sent. A failure to log a run is a warning, because the record is
-already on disk. Imports no torch.
+histograms over its blocks. A quantized model's page has its layers instead, one a step. The report's run, of job type
+`report`, has the tables and figures of `results/`. Nothing about the host, the user, the code or the console is sent. A
+failure to log a run is a warning, because the record is already on disk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config import TrackingConfig
 from experiments.evaluation_record import FIELDS as EVALUATION_FIELDS
 from experiments.evaluation_record import EvaluationRecord
+from experiments.model_record import ModelRecord
 from experiments.record import Histograms, Record, RunRecord
 
 log = logging.getLogger(__name__)
@@ -41,9 +43,26 @@ MEASURED = (
 )
 # The same of an evaluation's record.
 EVALUATED = ("status", "reason", "duration_s", *(name for name in EVALUATION_FIELDS if RESULT.match(name)))
+# The same of a quantized model's record.
+MODEL_MEASURED = (
+    *("status", "reason", "layers", "matrices", "weights", "bits_per_weight", "few_tokens", "warned"),
+    *("naive_weight_error", "weight_error", "naive_output_error", "output_error", "hidden_error", "without_outputs"),
+    *("seconds", "peak_device_bytes", "processes", "resumed_layers", "exports", "duration_s"),
+)
 AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
 AS_LISTS = ("kl_by_position", "kl_by_layer")  # in neither
+COUNTED = ("few_tokens", "without_outputs")  # a record may list them by name
 HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # read as text, even if all digits are decimal
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a record's W&B run has. measured: the fields of its summary; log: logs whatever is more than numbers."""
+
+    job_type: str
+    tags: list[str]
+    measured: tuple[str, ...]
+    log: Callable[[Any], None] = lambda run: None
 
 
 def track(
@@ -58,7 +77,8 @@ def track(
     histograms: computes the distributions over the run's blocks. It is not called if nothing is logged.
     """
     tags = [record.format, record.method, record.backend, record.status]
-    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, tags, histograms))
+    page = Page(record.method, tags, MEASURED, functools.partial(_log_histograms, histograms))
+    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, page))
 
 
 def track_evaluation(
@@ -66,7 +86,24 @@ def track_evaluation(
 ) -> None:
     """Log the record of a whole model's evaluation, as `track` does."""
     tags = [tag for tag in ("evaluation", record.format, record.method, record.status) if tag]
-    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, tags, None))
+    page = Page("evaluation", tags, EVALUATED)
+    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, page))
+
+
+def track_model(
+    record: ModelRecord,
+    config: Mapping[str, Any],
+    tracking: TrackingConfig,
+    output_dir: Path,
+    layers: Callable[[], Sequence[Mapping[str, Any]]],
+) -> None:
+    """Log the record of a quantized model, as `track` does.
+
+    layers: reads the records of its decoder layers, each one a step. It is not called if nothing is logged.
+    """
+    tags = ["model", record.format, record.method, record.backend, record.status]
+    page = Page("model", tags, MODEL_MEASURED, functools.partial(_log_layers, layers))
+    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, page))
 
 
 def _track(record: Record, tracking: TrackingConfig, log_run: Callable[[Mode], None]) -> None:
@@ -172,34 +209,51 @@ def _server_problem() -> str | None:
 
 
 def _log_run(
-    record: Record,
-    config: Mapping[str, Any],
-    tracking: TrackingConfig,
-    mode: Mode,
-    output_dir: Path,
-    tags: list[str],
-    histograms: Callable[[], Histograms] | None,
+    record: Record, config: Mapping[str, Any], tracking: TrackingConfig, mode: Mode, output_dir: Path, page: Page
 ) -> None:
     import wandb
 
     values = {name: value for name, value in record.to_dict().items() if value is not None}
-    measured = MEASURED if isinstance(record, RunRecord) else EVALUATED
-    used = {name: value for name, value in values.items() if name not in (*measured, *AS_HISTOGRAMS, *AS_LISTS)}
+    used = {name: value for name, value in values.items() if name not in (*page.measured, *AS_HISTOGRAMS, *AS_LISTS)}
     with wandb.init(
         group=record.sweep,
         id=record.run_id,
         name=record.run_id,
-        job_type=record.method if isinstance(record, RunRecord) else "evaluation",
-        tags=tags,
+        job_type=page.job_type,
+        tags=page.tags,
         config={**config, "record": used},
         **_common(tracking, mode, output_dir),
     ) as run:
-        made = {} if histograms is None else histograms()
-        if made:
-            run.log({f"blocks/{name}": wandb.Histogram(np_histogram=counted) for name, counted in made.items()})
-        run.summary.update({name: values[name] for name in measured if name in values})
+        page.log(run)
+        run.summary.update({name: _count(name, values[name]) for name in page.measured if name in values})
         # Leaving the block would call an unsupported run finished, too; only a failed one is shown as crashed.
         run.finish(exit_code=1 if record.status == "failed" else 0)
+
+
+def _log_histograms(histograms: Callable[[], Histograms] | None, run: Any) -> None:
+    import wandb
+
+    made = {} if histograms is None else histograms()
+    if made:
+        run.log({f"blocks/{name}": wandb.Histogram(np_histogram=counted) for name, counted in made.items()})
+
+
+def _log_layers(layers: Callable[[], Sequence[Mapping[str, Any]]], run: Any) -> None:
+    """One step a decoder layer. The summary is the model's own, so it takes none of these values."""
+    run.define_metric("layers/*", summary="none")
+    for record in layers():
+        run.log({f"layers/{name}": value for name, value in layer_metrics(record).items()}, step=record["index"])
+
+
+def layer_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a decoder layer's record: errors before (naive's) and after, and seconds, also by phase."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "index"}
+    counts = {name: _count(name, record[name]) for name in COUNTED if name in record}
+    return numbers | counts | {f"seconds/{phase}": value for phase, value in record.get("seconds", {}).items()}
+
+
+def _count(name: str, value: Any) -> Any:
+    return len(value) if name in COUNTED and not isinstance(value, int) else value
 
 
 def _common(tracking: TrackingConfig, mode: Mode, output_dir: Path) -> dict[str, Any]:

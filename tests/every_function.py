@@ -418,12 +418,13 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     """Two layers of a whole tiny model, by the loss and sequentially, and what it becomes."""
     from experiments import config as c
     from experiments.capture import losses
-    from experiments.model import job, ranks, settings
+    from experiments.model import checkpoint, job, ranks, settings
 
     config = settings.QuantizeConfig(
         **{name: getattr(tiny, name) for name in settings.SHARED if name not in ("hessian", "method", "output_dir")},
         method=c.MethodConfig("gptq"),
         hessian=c.HessianConfig(c.Weighting.loss, outputs=True),
+        tracking=tiny.tracking,
         output_dir=str(folder / "models"),
         export=settings.Export.modelopt,
     )
@@ -439,7 +440,8 @@ def quantize_whole(folder: Path, tiny: Any) -> object:
     job.quantize_model(better, job.Listener())
     folders = (run.folder, better.folder)
     shards = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-    return {name: value for name, value in fields.items() if name != "seconds"}, shards
+    errors = [record.get("weight_error") for record in checkpoint.layer_records(run.folder)]
+    return {name: value for name, value in fields.items() if name != "seconds"}, errors, shards
 
 
 def sum_experts() -> object:

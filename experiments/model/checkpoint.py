@@ -46,6 +46,7 @@ __all__ = [
     "FolderLock",
     "QuantizedCheckpoint",
     "kept_tensors",
+    "layer_records",
     "load_dequantized",
     "open_quantized",
 ]
@@ -96,6 +97,13 @@ def kept_tensors(decoder: Decoder, index: int | None, quantized: Collection[str]
         else:
             tensors |= {name: stored.tensor(name, None) for name in left}
     return tensors
+
+
+def layer_records(folder: Path | str) -> list[dict[str, Any]]:
+    """The records of a finished folder's decoder layers, in order. Raises OSError or ValueError."""
+    _, *lines = (Path(folder).expanduser() / JOURNAL_NAME).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return sorted((entry["record"] for entry in entries if entry["shard"] != REST), key=lambda record: record["index"])
 
 
 class CheckpointWriter:

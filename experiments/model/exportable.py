@@ -94,7 +94,7 @@ def check_whole_groups(layout: Layout, quantized: Iterable[str], linear: Iterabl
 GROUPS = ("model", "format", "method", "calibrate", "hessian", "data")  # of conf/, which a command names
 TOLD = ("block_size", "seed", "data.samples", "data.seq_len")  # even where they are the defaults
 PLACES = ("model.path", "data.path", "init")  # told by their last part, so that a card is the same everywhere
-NOT_TOLD = ("cache", "device", "offline", "force", "output_dir", "sweep", "export")
+NOT_TOLD = ("cache", "tracking", "device", "offline", "force", "output_dir", "sweep", "export")
 
 
 def command_of(config: QuantizeConfig) -> str:

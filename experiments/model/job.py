@@ -56,11 +56,13 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelRun:
-    """config: with the sources that are really used. resolved: of a run on the same model and text. identity: hash of
-    all that determines the bytes of the quantized model."""
+    """config: with the sources that are really used. resolved: of a run on the same model and text. settings: the
+    values that determine the result, as plain JSON values. identity: hash of all that determines the bytes of the
+    quantized model."""
 
     config: QuantizeConfig
     resolved: Resolved
+    settings: Fields
     run_id: str
     identity: str
 
@@ -87,7 +89,7 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
     if config.init is not None:
         settings["init"] = model_identity(given_model(config.init), config.cache.folder).key  # its bytes, not its place
     sources = None if resolved.identity is None else {k: v for k, v in resolved.identity.items() if k != "layer"}
-    return ModelRun(config, resolved, model_run_id(config, settings), config_hash([settings, sources]))
+    return ModelRun(config, resolved, settings, model_run_id(config, settings), config_hash([settings, sources]))
 
 
 def _loss_fits(config: QuantizeConfig, resolved: Resolved) -> bool:

@@ -95,6 +95,7 @@ class QuantizeConfig:
     model: ModelConfig
     data: DataConfig
     cache: CacheConfig
+    tracking: TrackingConfig
     # Last parts of the names of layers that share a global scale; null: those that engines fuse.
     fused: list[list[str]] | None = None
     # For method=descent: a folder with codes of this model, quantkit's or another tool's; its sweeps begin with them.
@@ -162,7 +163,7 @@ def result_settings(config: QuantizeConfig, device: str, backend: str) -> dict[s
     config: with available sources; device and backend: those that `auto` resolved to.
     """
     values = asdict(config)
-    for name in ("cache", "offline", "force", "export", "output_dir", "sweep"):
+    for name in ("cache", "tracking", "offline", "force", "export", "output_dir", "sweep"):
         del values[name]
     for name in ("origin", "num_layers"):  # descriptions that do not select the model
         del values["model"][name]

@@ -22,9 +22,18 @@ from experiments import report, tracking
 from experiments.config import TrackingConfig, TrackingMode
 from experiments.evaluation_record import EvaluationRecord
 from experiments.measure.blocks import histograms
+from experiments.model_record import ModelRecord
 from experiments.record import FIELDS, SPARSE_FIELDS, RunRecord
 from experiments.reporting.records_csv import records_csv
-from experiments.tracking import AS_HISTOGRAMS, MEASURED, track, track_evaluation, track_report
+from experiments.tracking import (
+    AS_HISTOGRAMS,
+    MEASURED,
+    MODEL_MEASURED,
+    track,
+    track_evaluation,
+    track_model,
+    track_report,
+)
 
 RECORD = RunRecord(
     run_id="nvfp4-b16-sse-reference-synthetic-l0-mlp.down_proj-synthetic-0123456789",
@@ -173,6 +182,63 @@ def test_an_evaluation_of_a_whole_model_is_held_too(tmp_path: Path) -> None:
     assert summary == {name: getattr(record, name) for name in measured}
 
 
+MODEL = ModelRecord(
+    run_id="nvfp4-b16-gptq-sequential-tiny-words-1", sweep="s", status="ok", reason=None, format="nvfp4", block_size=16,
+    method="gptq", method_settings={"damping": 0.01}, calibrate="sequential", alpha=0.5, residual_alpha=0.5,
+    hessian_weighting="loss", hessian_groups=1, hessian_samples=1, backend="reference", device="cpu", layers=2,
+    left_out={"lm_head": "not in the decoder"}, few_tokens={"experts.0": 3, "experts.7": 9}, naive_output_error=0.09,
+    output_error=0.05, hidden_error=0.03, seconds={"loss": 1.5, "solve": 0.5}, resumed_layers=1, processes=1,
+    exports={"modelopt": {"folder": "modelopt", "weights": 14, "equal": 14, "problems": []}}, duration_s=2.0,
+)  # fmt: skip
+LAYERS: list[dict[str, Any]] = [
+    {"index": 0, "naive_weight_error": 0.1, "weight_error": 0.12, "naive_output_error": 0.08, "output_error": 0.04,
+     "hidden_error": 0.01, "matrices": [{"name": "q", "weight_error": 0.1}], "seconds": {"solve": 0.2, "forward": 0.1},
+     "duration_s": 0.4},
+    {"index": 1, "naive_weight_error": 0.2, "weight_error": 0.22, "naive_output_error": 0.1, "output_error": 0.06,
+     "hidden_error": 0.03, "few_tokens": {"experts.0": 3, "experts.7": 9}, "without_outputs": ["experts"],
+     "matrices": [], "seconds": {"solve": 0.3}, "duration_s": 0.6},
+]  # fmt: skip
+
+
+def steps_of(records: list[Any]) -> dict[int, dict[str, Any]]:
+    """Step → what run.log() logged for it, without W&B's own values."""
+    return {
+        r.history.step.num: {
+            key: json.loads(item.value_json)
+            for item in r.history.item
+            if not (key := ".".join(item.nested_key) or item.key).startswith("_")
+        }
+        for r in records
+        if r.HasField("history")
+    }
+
+
+def test_a_quantized_model_is_a_series_of_layers(tmp_path: Path) -> None:
+    track_model(MODEL, {"seed": 0}, WANDB, tmp_path, lambda: LAYERS)
+    (file,) = offline_files(tmp_path)
+    records = complete_run(file)
+    (run,) = (r.run for r in records if r.HasField("run"))
+    assert (run.run_id, run.run_group, run.job_type) == (MODEL.run_id, "s", "model")
+    assert {"model", "nvfp4", "gptq", "reference", "ok"} == set(run.tags)
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["seed"] == 0 and config["record"]["calibrate"] == "sequential" and config["record"]["alpha"] == 0.5
+    assert config["record"]["left_out"] == MODEL.left_out and "output_error" not in config["record"]
+    assert steps_of(records) == {
+        0: {"layers/naive_weight_error": 0.1, "layers/weight_error": 0.12, "layers/naive_output_error": 0.08,
+            "layers/output_error": 0.04, "layers/hidden_error": 0.01, "layers/seconds/solve": 0.2,
+            "layers/seconds/forward": 0.1, "layers/duration_s": 0.4},
+        1: {"layers/naive_weight_error": 0.2, "layers/weight_error": 0.22, "layers/naive_output_error": 0.1,
+            "layers/output_error": 0.06, "layers/hidden_error": 0.03, "layers/few_tokens": 2,
+            "layers/without_outputs": 1, "layers/seconds/solve": 0.3, "layers/duration_s": 0.6},
+    }  # fmt: skip
+    # The model's own errors, not those of its last layer.
+    summary = {name: value for name, value in summary_of(records).items() if not name.startswith("_")}
+    named = ("status", "layers", "naive_output_error", "output_error", "hidden_error", "seconds", "resumed_layers")
+    named += ("processes", "exports", "duration_s")
+    assert summary == {name: getattr(MODEL, name) for name in named} | {"few_tokens": 2}
+    assert config["record"].keys() | set(MODEL_MEASURED) <= set(ModelRecord.fields())
+
+
 def test_a_group_has_a_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """`report.py --track`: every CSV file and picture of results/, in the group of the newest sweep."""
     results = tmp_path / "results"
@@ -263,6 +329,7 @@ def test_none_and_disabled_write_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     track(RECORD, CONFIG, TrackingConfig("wandb", mode=TrackingMode.disabled), tmp_path, unwanted)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     track(RECORD, CONFIG, WANDB, tmp_path, unwanted)
+    track_model(MODEL, CONFIG, WANDB, tmp_path, unwanted)
     assert not track_report("sweep", {}, {}, {}, WANDB, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ from tests.experiments.faults.killer import TIMES, Victim, survive
 
 RUN = (
     *("format=nvfp4", "method=gptq", "hessian=loss", "model.dtype=float32", "data.seq_len=32", "data.samples=8"),
-    *("offline=never", "device=cpu", "sweep=killed", "export=modelopt"),
+    *("offline=never", "device=cpu", "sweep=killed", "export=modelopt", "tracking=none"),
 )
 # Fields of a model's record that differ from run to run.
 VARYING = (*TIMES, "seconds", "resumed_layers", "peak_device_bytes", "checksum")

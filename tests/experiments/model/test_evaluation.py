@@ -332,7 +332,7 @@ def test_quantkits_own_folder_says_what_it_is(
     values = [
         *(f"model.path={pair.folder}", "model.dtype=float32", f"data.path={pair.texts}", "data.seq_len=32"),
         *("data.samples=12", f"cache.dir={pair.cache}", f"output_dir={tmp_path}", "method=sse", "calibrate=parallel"),
-        *("hessian=output", "device=cpu"),
+        *("hessian=output", "device=cpu", "tracking=none"),
     ]
     made = resolve_model(compose_as("quantize_model", QuantizeConfig, values))
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):

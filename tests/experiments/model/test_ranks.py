@@ -16,6 +16,7 @@ from experiments.record import read_record_of
 from tests.experiments.model import several_processes
 from tests.experiments.model.test_experts import moe  # noqa: F401  a fixture
 from tests.experiments.model.test_walk import SEQ_LEN, hashes, overrides_for, run_for, small_batches  # noqa: F401
+from tests.experiments.test_tracking import offline_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +57,12 @@ def test_two_processes_write_the_bytes_of_one(
     quantize_model(run, Listener())
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(several_processes.__file__, str(5 * SEQ_LEN), *overrides_for(model, tmp_path / "two", *overrides)),
+        *(
+            several_processes.__file__,
+            str(5 * SEQ_LEN),
+            *overrides_for(model, tmp_path / "two", *overrides),
+            "tracking=wandb",
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -64,3 +70,4 @@ def test_two_processes_write_the_bytes_of_one(
     assert hashes(both / "model") == hashes(run.folder)
     assert read_record_of(ModelRecord, both / "record.json").processes == 2
     assert done.stdout.count("layer   0 of") == 1
+    assert len(offline_files(tmp_path / "two")) == 1

@@ -48,7 +48,7 @@ def overrides_for(tiny: SimpleNamespace, output: Path, *overrides: str) -> list[
     return [
         f"model.path={tiny.folder}", "model.dtype=float32", f"data.path={tiny.texts}", f"data.seq_len={SEQ_LEN}",
         f"data.samples={SEQUENCES}", f"cache.dir={tiny.cache}", f"output_dir={output}", "method=hessian", "device=cpu",
-        *overrides,
+        "tracking=none", *overrides,
     ]  # fmt: skip
 
 
