@@ -371,7 +371,7 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         from experiments.model import gguf_file, judge, selfcheck, stored_names
         from experiments.model.checkpoint import open_quantized
         from experiments.model.export import export
-        from experiments.sources import gguf_names
+        from experiments.sources import gguf_names, gguf_rope
         from experiments.sources.checkpoints import GgufCheckpoint, alternating, open_checkpoint
         from tests.experiments.model.folders import open_source, source, write
 
@@ -395,6 +395,10 @@ def pipeline(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         gguf_file.check_columns([("p", 64)])
         found += [alternating([normal(4, 3), normal(4, 3)], dim) for dim in (-1, -2)]
         found.append(gguf_names.fused_name("model.layers.0.mlp.experts.3.up_proj"))
+        rope = dict(zip(gguf_rope.LLAMA3, gguf_rope.PUBLISHED[0], strict=True))
+        factors = gguf_rope.frequency_factors(rope, 500000.0, 16)
+        llama = gguf_names.architecture_of("llama")
+        found += [factors, gguf_rope.read_scaling("file", llama, {}, factors, 500000.0, 16)]
         gguf_file.check_format({"model_type": "qwen3"}, opened.quantized(opened.names[0]).format)
         return found, stored_names.left_out(stored_names.skeleton(folder / "own-nvfp4"), [])
 

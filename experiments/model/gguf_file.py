@@ -22,6 +22,7 @@ from torch import Tensor
 from experiments.files import SourceError, one_line
 from experiments.sources.checkpoints import PRE_TOKENIZER
 from experiments.sources.gguf_names import ROUTER, SIZES, architecture_of, gguf_name
+from experiments.sources.gguf_rope import FREQUENCIES, add_scaling, frequency_factors, rope_parameters, rope_type
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit import QuantizedTensor
 from quantkit.formats import BlockFormat
@@ -108,10 +109,10 @@ def check_config(config: dict[str, Any]) -> None:
         )
     if config["model_type"] == "gpt_oss" and config["layer_types"] != _alternating(config["num_hidden_layers"]):
         raise SourceError("export=gguf: llama.cpp knows gpt-oss with windows in every second layer alone")
-    if _rope_type(config) not in ("default", *(["yarn"] if architecture.yarn else [])):
+    if (kind := rope_type(config)) not in ("default", *architecture.ropes):
         raise SourceError(
-            "export=gguf writes no model with scaled rotary embeddings; export compressed_tensors, and convert it with "
-            "llama.cpp's convert_hf_to_gguf.py"
+            f"export=gguf writes no model with scaled rotary embeddings of the type {kind}; export compressed_tensors, "
+            "and convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     if (config.get("attention_bias") and architecture.name != "gpt-oss") or config.get("mlp_bias"):
         raise SourceError("export=gguf writes these models without biases; export compressed_tensors")
@@ -127,16 +128,10 @@ def _config(source: QuantizedCheckpoint) -> dict[str, Any]:
     return config
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-
-
 # --- metadata ---------------------------------------------------------------------------------------------------------
 
 
 def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) -> None:
-    from gguf import RopeScalingType
-
     fmt = source.quantized(source.names[0]).format.name
     writer.add_type("model")
     writer.add_name(str(source.about.get("model", "model")))
@@ -145,22 +140,13 @@ def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) 
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{writer.arch}.{key}", value)
-    if _rope_type(config) == "yarn":
-        rope = _rope(config)
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    add_scaling(writer, config)
     writer.add_rope_dimension_count(_size(config, "head_dim"))
     writer.add_value_length(_size(config, "head_dim"))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FILE_TYPES[fmt])
     writer.add_quantization_version(2)
     _tokenizer(writer, source.folder, config["vocab_size"])
-
-
-def _rope_type(config: dict[str, Any]) -> str:
-    rope = _rope(config)
-    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _alternating(layers: int) -> list[str]:
@@ -179,7 +165,7 @@ def _size(config: dict[str, Any], field: str) -> Any:
     if field == "num_experts":
         return config.get(field) or config.get("num_local_experts")  # transformers 5 writes the second
     if field == "rope_theta":
-        return float(_rope(config).get(field) or config.get(field) or 10000.0)
+        return float(rope_parameters(config).get(field) or config.get(field) or 10000.0)
     return config.get(field)
 
 
@@ -309,6 +295,8 @@ def _arrays(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[tup
     """(name in GGUF, its bytes or values, type or None), one at a time."""
     from gguf import GGMLQuantizationType
 
+    if (factors := _frequency_factors(config)) is not None:
+        yield FREQUENCIES, factors.numpy(), None
     for piece in _pieces(source, config):
         name = f"{piece.name}.{piece.end}"
         if piece.stored in source.names:
@@ -325,6 +313,13 @@ def _arrays(source: QuantizedCheckpoint, config: dict[str, Any]) -> Iterator[tup
             yield name, tensor.contiguous().view(torch.uint8).numpy(), GGMLQuantizationType.BF16
         else:
             yield name, tensor.contiguous().numpy(), None
+
+
+def _frequency_factors(config: dict[str, Any]) -> Tensor | None:
+    """float32 [head_dim/2] of FREQUENCIES; None for a model without."""
+    if rope_type(config) != "llama3":
+        return None
+    return frequency_factors(rope_parameters(config), _size(config, "rope_theta"), _size(config, "head_dim"))
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
@@ -369,6 +364,9 @@ class _File:
                 right[piece.stored] = self._quantized(piece, quantized) and right.get(piece.stored, True)
             else:
                 self._kept(piece, name)
+        if (factors := _frequency_factors(self.config)) is not None:
+            wanted.add(FREQUENCIES)
+            self._frequencies(factors)
         self.equal = sum(right.get(name, False) for name in self.source.names)
         if surplus := sorted(self.tensors.keys() - wanted):
             self.problems.append(f"{surplus[0]} belongs to no weight of the model")
@@ -423,6 +421,13 @@ class _File:
         inverted = abs(value * right - 1) < 1e-5
         self.problems.append(f"{name} is inverted" if inverted else f"{name} is {value:g} instead of {right:g}")
         return False
+
+    def _frequencies(self, meant: Tensor) -> None:
+        stored = self.tensors.get(FREQUENCIES)
+        if stored is None:
+            self.problems.append(f"{FREQUENCIES} is missing")
+        elif not torch.equal(torch.from_numpy(np.array(stored.data)), meant):
+            self.problems.append(f"{FREQUENCIES} has not the factors of config.json")
 
     def _kept(self, piece: Piece, name: str) -> None:
         from gguf.quants import dequantize

@@ -31,6 +31,7 @@ from experiments.files import (
 from experiments.sources.exported import check_export_intact
 from experiments.sources.gguf_names import SIZES as GGUF_SIZES
 from experiments.sources.gguf_names import architecture_named, fused_name, is_experts, module_name
+from experiments.sources.gguf_rope import FREQUENCIES, read_scaling
 from experiments.sources.hashes import file_hashes
 from experiments.sources.models import (
     TOKENIZER_FILES,
@@ -463,10 +464,6 @@ class GgufCheckpoint(HoldsCodes):
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        prefix = f"{self.architecture.name}.rope.scaling"
-        scaled = self.header.get(f"{prefix}.type", "none")
-        if "rope_freqs.weight" in self.tensors or scaled not in ("none", *(["yarn"] * self.architecture.yarn)):
-            raise SourceError(f"{self.path.name} scales its rotary embedding, which is not read from GGUF files.")
         told = {field: self.header.get(f"{self.architecture.name}.{key}") for key, field in GGUF_SIZES.items()}
         sizes: dict[str, Any] = {field: value for field, value in told.items() if value is not None}
         missing = [field for field in ("hidden_size", "num_hidden_layers", "num_attention_heads") if field not in sizes]
@@ -474,12 +471,9 @@ class GgufCheckpoint(HoldsCodes):
             raise SourceError(f"{self.path} lacks {', '.join(missing) or 'token_embd.weight'}. Copy it again.")
         if self.architecture.name != "llama":  # transformers' default is another one
             sizes.setdefault("head_dim", int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
-        if scaled == "yarn":
-            length, factor = self.header[f"{prefix}.original_context_length"], self.header[f"{prefix}.factor"]
-            rope = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(length)}
-            # llama.cpp's defaults, and no key for the last one.
-            rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-            sizes["rope_parameters"] = rope | {"rope_theta": float(sizes.pop("rope_theta", 10000.0))}
+        if (scaled := self._rope(sizes)) is not None:
+            sizes["rope_parameters"] = scaled
+            sizes.pop("rope_theta", None)
         if self.architecture.alternates:
             sizes["num_local_experts"] = sizes.pop("num_experts")
         return AutoConfig.for_model(
@@ -489,12 +483,20 @@ class GgufCheckpoint(HoldsCodes):
             **({name: value for name, value in self.architecture.refused.items()} | sizes),
         )
 
+    def _rope(self, sizes: dict[str, Any]) -> dict[str, Any] | None:
+        """rope_parameters; None where the rotary embedding is not scaled."""
+        stored = self.tensors.get(FREQUENCIES)
+        factors = None if stored is None else torch.from_numpy(stored.data.copy()).float().flatten()
+        width = sizes.get("head_dim") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"])
+        theta = float(sizes.get("rope_theta", 10000.0))
+        return read_scaling(self.path.name, self.architecture, self.header, factors, theta, int(width))
+
     def _places(self) -> dict[str, Place]:
         """By the name in a checkpoint. Raises SourceError for unknown tensors."""
         found: dict[str, Place] = {}
         for stored, tensor in self.tensors.items():
             name, _, end = stored.rpartition(".")
-            if end in GGUF_SCALES:
+            if end in GGUF_SCALES or stored == FREQUENCIES:
                 continue
             experts = is_experts(name)
             module = module_name(self.architecture, name, 0)

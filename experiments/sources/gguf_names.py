@@ -60,8 +60,8 @@ class Architecture:
     """name: in GGUF. model_types: in transformers; a file is read as the first. pairs: q and k have rotary pairs in
     neighbouring rows, not in two halves. scaled: whether llama.cpp multiplies by every `.scale` of nvfp4 (b11549 leaves
     out those of Qwen2's MLP, and gpt-oss gives NaN). modules: of a layer. alternates: rows of gate and up of the
-    experts do. yarn: rotary embeddings may be scaled so. refused: fields of config.json that GGUF cannot tell → the
-    value that it means."""
+    experts do. ropes: ways in which rotary embeddings may be scaled, by transformers' names. refused: fields of
+    config.json that GGUF cannot tell → the value that it means."""
 
     name: str
     model_types: tuple[str, ...]
@@ -69,18 +69,24 @@ class Architecture:
     scaled: bool = True
     modules: Mapping[str, str] = field(default_factory=lambda: MODULES)
     alternates: bool = False
-    yarn: bool = False
+    ropes: tuple[str, ...] = ("linear",)
     refused: Mapping[str, Any] = field(default_factory=dict)
 
 
 NO_WINDOW = MappingProxyType({"use_sliding_window": False})
 ALL_SPARSE = MappingProxyType(dict(NO_WINDOW) | {"mlp_only_layers": [], "decoder_sparse_step": 1})
 ARCHITECTURES = (
-    Architecture("llama", ("llama", "mistral"), pairs=True, refused=MappingProxyType({"sliding_window": None})),
+    Architecture(
+        "llama",
+        ("llama", "mistral"),
+        pairs=True,
+        ropes=("linear", "llama3"),
+        refused=MappingProxyType({"sliding_window": None}),
+    ),
     Architecture("qwen2", ("qwen2",), scaled=False, refused=NO_WINDOW),
     Architecture("qwen3", ("qwen3",), refused=NO_WINDOW),
     Architecture("qwen3moe", ("qwen3_moe",), refused=MappingProxyType(dict(ALL_SPARSE) | {"norm_topk_prob": True})),
-    Architecture("gpt-oss", ("gpt_oss",), scaled=False, modules=GPT_OSS, alternates=True, yarn=True),
+    Architecture("gpt-oss", ("gpt_oss",), scaled=False, modules=GPT_OSS, alternates=True, ropes=("yarn",)),
 )
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")

@@ -36,6 +36,18 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 64,
     "norm_topk_prob": True,
 }
+ROPES: dict[str, dict[str, Any]] = {  # scaled rotary embeddings, by kind of model
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama_linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+    "qwen3_linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+}
 SHARED_SCALE = float(exact_global_scale(torch.tensor(6e-4, dtype=torch.float32, device="cpu")))
 
 
@@ -55,7 +67,10 @@ def build(kind: str) -> Any:
     torch.manual_seed(0)
     config = {
         "llama": lambda: LlamaConfig(**SIZES),
+        "llama3": lambda: LlamaConfig(**SIZES | {"rope_parameters": ROPES["llama3"]}),
+        "llama_linear": lambda: LlamaConfig(**SIZES | {"rope_parameters": ROPES["llama_linear"]}),
         "qwen3": lambda: Qwen3Config(**SIZES),
+        "qwen3_linear": lambda: Qwen3Config(**SIZES | {"rope_parameters": ROPES["qwen3_linear"]}),
         "qwen2": lambda: Qwen2Config(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
         "mistral": lambda: MistralConfig(**SIZES | {"sliding_window": None}),
         "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -36,14 +37,14 @@ from experiments.sources.checkpoints import GgufCheckpoint, open_checkpoint
 from experiments.sources.exported import check_export_intact
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit.formats import MXFP4, NVFP4
-from tests.experiments.model.exported import build, quantize_source, quantized
+from tests.experiments.model.exported import ROPES, build, quantize_source, quantized
 from tests.experiments.sources.test_decoder import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA_CPP = """
 import json, sys, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 64, 1, False
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 256, 1, False
 request = {"prompt": json.loads(sys.argv[2]), "n_predict": 1, "temperature": 0.0, "n_probs": 20}
 answer = xllamacpp.Server(params).handle_completions(request)
 answer = json.loads(answer) if isinstance(answer, str) else answer
@@ -51,6 +52,7 @@ print(json.dumps(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
 """
 FORMATS_AND_SIZES = {"nvfp4": (NVFP4, 16), "mxfp4": (MXFP4, 32)}
 IDS = torch.arange(3, 67, dtype=torch.int64, device="cpu").view(2, 32)
+LONG = torch.arange(200, dtype=torch.int64, device="cpu").view(1, 200) * 37 % 297 + 1
 DENSE = [
     ("qwen3", "nvfp4", "compressed_tensors"),
     ("qwen3", "mxfp4", "compressed_tensors"),
@@ -63,7 +65,7 @@ DENSE = [
 ]
 GGUF = [
     *((kind, format, "gguf") for kind in ("mistral", "qwen3_moe") for format in ("nvfp4", "mxfp4")),
-    *((kind, "mxfp4", "gguf") for kind in ("qwen2", "qwen3", "gpt_oss")),
+    *((kind, "mxfp4", "gguf") for kind in ("qwen2", "qwen3", "gpt_oss", *ROPES)),
 ]
 EXPERTS = [
     ("qwen3_moe", "mxfp4", "compressed_tensors"),
@@ -179,6 +181,41 @@ def test_a_gguf_file_is_read_as_the_dequantized_model(made: Made, kind: str, for
         assert torch.equal(loaded(IDS).logits, wanted(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_scaled_rotary_embedding_comes_back_from_a_gguf_file(made: Made, kind: str) -> None:
+    """At positions beyond original_max_position_embeddings, where an unscaled one gives other logits."""
+    folder, source = made.folder(kind, "mxfp4", "gguf"), made.source(kind, "mxfp4")
+    loaded = load_network(ModelConfig("m", ModelSource.hub, path=str(folder)), made.root / "cache", "float32", "cpu")
+    wanted = load_dequantized(source.folder, torch.float32)
+    assert loaded.config.rope_parameters == wanted.config.rope_parameters == ROPES[kind]
+    with torch.no_grad():
+        logits = wanted(LONG).logits
+        assert torch.equal(loaded(LONG).logits, logits)
+        config = copy.deepcopy(wanted.config)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": ROPES[kind]["rope_theta"]}
+        plain = type(wanted)(config)
+        plain.load_state_dict(wanted.state_dict())
+        assert (plain(LONG).logits - logits)[0, 32:].abs().max() > 0.2
+
+
+def test_a_gguf_file_without_its_frequency_factors_is_a_problem(made: Made, tmp_path: Path) -> None:
+    source = made.source("llama3", "mxfp4")
+    path = tmp_path / "model.gguf"
+    written = (made.folder("llama3", "mxfp4", "gguf") / "model.gguf").read_bytes()
+    path.write_bytes(written)
+    (factors,) = (tensor for tensor in GGUFReader(path, "r+").tensors if tensor.name == "rope_freqs.weight")
+    assert factors.data.tolist()[0] == 1.0 and factors.data.tolist()[-1] == 8.0 and len(factors.data) == 8
+    factors.data[3] *= 2
+    *_, problems, _ = gguf_file.check(source, tmp_path)
+    assert problems == ["rope_freqs.weight has not the factors of config.json"]
+    model = ModelConfig("m", ModelSource.hub, path=str(path))
+    with pytest.raises(SourceError, match=r"quantkit.rope_parameters does not give its rope_freqs.weight"):
+        open_checkpoint(model, tmp_path)
+    path.write_bytes(written.replace(b"rope_freqs.weight", b"rope_freqz.weight"))
+    *_, problems, _ = gguf_file.check(source, tmp_path)
+    assert problems[0] == "rope_freqs.weight is missing"
+
+
 def test_a_gguf_file_splits_text_as_the_file_that_the_model_came_from(tmp_path: Path) -> None:
     """transformers' copy of that tokenizer does not say how; digits of smollm are apart, unlike gpt-2's."""
     write_gguf(tmp_path / "source.gguf", tmp_path / "tokenizer")
@@ -219,7 +256,7 @@ def test_llama_cpp_computes_what_the_dequantized_model_does(made: Made, kind: st
     """
     pytest.importorskip("xllamacpp")
     folder, source = made.folder(kind, format, layout), made.source(kind, format)
-    ids = [5, 17, 40, 99, 3, 250, 120, 33]
+    ids = LONG[0].tolist() if kind in ROPES else [5, 17, 40, 99, 3, 250, 120, 33]
     told = subprocess.run(
         [sys.executable, "-c", LLAMA_CPP, str(folder / "model.gguf"), json.dumps(ids)],
         capture_output=True,

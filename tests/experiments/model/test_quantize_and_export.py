@@ -220,12 +220,16 @@ def test_experts_in_one_tensor_are_refused_for_layouts_that_keep_them_apart(tmp_
             {"model_type": "gemma3"},
             "writes llama, mistral, qwen2, qwen3, .* and this is gemma3",
         ),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "no model with scaled rotary embeddings"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic"}},
+            "rotary embeddings of the type dynamic; .*hf_to",
+        ),
         ({"attention_bias": True}, "without biases"),
     ],
 )
 def test_models_without_a_gguf_file_are_named(changes: dict[str, Any], message: str) -> None:
-    gguf_file.check_config({"model_type": "llama", "rope_parameters": {"rope_type": "default"}})
+    for rope in ("default", "linear", "llama3"):
+        gguf_file.check_config({"model_type": "llama", "rope_parameters": {"rope_type": rope}})
     with pytest.raises(ValueError, match=message):
         gguf_file.check_config({"model_type": "llama"} | changes)
 
