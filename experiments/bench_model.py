@@ -43,6 +43,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "gptq": ("method=gptq", "hessian=loss", "hessian.matmul=tf32", "calibrate=sequential"),
     "gptq_float32": ("method=gptq", "hessian=loss", "calibrate=sequential"),
     "descent": ("method=descent", "hessian=loss", "hessian.matmul=tf32", "calibrate=sequential"),
+    "two_sided": ("method=gptq", "hessian=kronecker", "hessian.matmul=tf32", "calibrate=sequential"),
+    "two_sided_descent": (
+        *("method=descent", "method.sweeps=2", "hessian=kronecker", "hessian.matmul=tf32", "calibrate=sequential"),
+    ),
 }
 PHASES = ("loss", "read", "forward", "sums", "solve", "write")
 SCRIPT = Path(__file__).resolve().with_name("quantize_model.py")

@@ -188,7 +188,8 @@ def _title(run: pd.Series) -> str:
     parts = [METHODS.get(run["method"], run["method"]), f"block {run['block_size']:.0f}", str(run["calibrate"])]
     if run["hessian_weighting"] == "loss":
         matmul = run["hessian_matmul"]
-        parts.append("loss-weighted" + (f" in {matmul.upper()}" if isinstance(matmul, str) and matmul else ""))
+        weighting = "two-sided" if run["case"].startswith("two_sided") else "loss-weighted"
+        parts.append(weighting + (f" in {matmul.upper()}" if isinstance(matmul, str) and matmul else ""))
     return ", ".join(parts)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from experiments import bench_model
+from experiments import bench_model, quantize_model  # noqa: F401 (the latter registers its schema)
+from experiments.config import CONF_DIR
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -37,6 +39,24 @@ def test_runs_are_timed_and_have_the_same_bytes(tiny: SimpleNamespace, tmp_path:
     assert one["hessian_matmul"] == ""  # a CPU has no TF32
     phases = [float(one[f"{phase}_s"]) for phase in bench_model.PHASES]
     assert all(phase >= 0 for phase in phases) and 0 < sum(phases) < float(one["duration_s"]) < float(one["wall_s"])
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "weighting", "two_sided"),
+    [
+        ("hessian", "hessian", "output", False),
+        ("gptq", "gptq", "loss", False),
+        ("gptq_float32", "gptq", "loss", False),
+        ("descent", "descent", "loss", False),
+        ("two_sided", "gptq", "loss", True),
+        ("two_sided_descent", "descent", "loss", True),
+    ],
+)
+def test_a_case_is_a_configuration(case: str, method: str, weighting: str, two_sided: bool) -> None:
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        config = compose("quantize_model", overrides=["model=smollm2_135m", *bench_model.CASES[case]])
+    assert (config.method.name, config.hessian.weighting) == (method, weighting)
+    assert bool(config.hessian.get("outputs")) == two_sided
 
 
 def test_a_run_that_fails_or_is_too_late_has_a_note(tiny: SimpleNamespace, tmp_path: Path) -> None:

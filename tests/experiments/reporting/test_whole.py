@@ -109,6 +109,8 @@ def test_runs_that_failed_or_differ_are_told(tmp_path: Path) -> None:
     assert list(one.frame) == ["Operation", "1 GPU"]
     (other, _) = whole_model_tables(frame(row(1), row(2, same_bytes=False), folder=tmp_path))
     assert "runs differ in bytes" in other.notes[0]
+    (two_sided, _) = whole_model_tables(frame(row(1, case="two_sided_descent", method="descent"), folder=tmp_path))
+    assert two_sided.title == "Descent, block 16, sequential, two-sided in TF32"
     assert whole_model_tables(frame(failed, folder=tmp_path)) == []
 
 
