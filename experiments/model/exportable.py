@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiments.config import CONF_DIR, compose_as
 from experiments.model import gguf_file
+from experiments.model.gguf_vocabulary import read_vocabulary
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import QuantizeConfig
 from experiments.model.stored_names import linear_layers, stored_rows
+from experiments.sources.checkpoints import Checkpoint, SafetensorsCheckpoint
 from experiments.sources.decoder import Decoder
+from experiments.sources.models import tokenizer_folder
 from quantkit.formats import get_format
 from quantkit.layouts import Layout, fused_groups, get_layout
 
@@ -49,6 +53,17 @@ def _joined() -> list[set[str]]:
     return [set(group) for group in fused_groups(names)]
 
 
+def check_checkpoint(config: QuantizeConfig, checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a kind of model or a tokenizer that `export` cannot express, before a weight is read."""
+    if config.export is None or str(config.export) != "gguf":
+        return
+    known = checkpoint.config.to_dict()
+    gguf_file.check_config(known)
+    gguf_file.check_format(known, get_format(config.format.name))
+    if isinstance(checkpoint, SafetensorsCheckpoint):
+        read_vocabulary(tokenizer_folder(checkpoint.model))
+
+
 def check_model(config: QuantizeConfig, decoder: Decoder, selection: Selection) -> None:
     """Raises ValueError for a model or a selection of its layers that `export` cannot express."""
     if config.export is None:
@@ -56,10 +71,8 @@ def check_model(config: QuantizeConfig, decoder: Decoder, selection: Selection) 
     layout = get_layout(str(config.export))
     matrices = [matrix for layer in selection.layers for matrix in layer]
     if layout.name == "gguf":
-        known = decoder.checkpoint.config.to_dict()
-        gguf_file.check_config(known)
-        gguf_file.check_format(known, get_format(config.format.name))
         two_level = get_format(config.format.name).two_level
+        _all_experts(decoder.model, selection.names)
         gguf_file.check_columns((m.full_name, m.target.in_features) for m in matrices if two_level)
     elif layout.name == "gpt_oss":
         _only_experts(matrices)
@@ -68,6 +81,16 @@ def check_model(config: QuantizeConfig, decoder: Decoder, selection: Selection) 
             if matrix.experts:
                 stored_rows(decoder.model, matrix.full_name, torch.Size((2, 2)))
         check_whole_groups(layout, selection.names, linear_layers(decoder.model))
+
+
+def _all_experts(model: nn.Module, quantized: Iterable[str]) -> None:
+    chosen = set(quantized)
+    for name, _ in model.named_parameters():
+        if ".experts." in name and not name.endswith("bias") and name.removesuffix(".weight") not in chosen:
+            raise ValueError(
+                f"{name}: export=gguf writes quantized experts alone; quantize all (model.include, model.exclude), "
+                "or use export=compressed_tensors"
+            )
 
 
 def _only_experts(matrices: Iterable[Matrix]) -> None:

@@ -4,12 +4,11 @@ The gguf package writes the file and, for the check, decodes it; sources/gguf_na
 Llama wants the rows of q and k in another order (neighbours instead of two halves), and experts in three tensors; a row
 moves with its codes and scales. Unquantized matrices keep their dtype, vectors and routers become float32. A tokenizer
 that llama.cpp knows under no name is written without one, and the check warns of it: llama.cpp then splits text its
-default way. A tokenizer that is no byte-level BPE is left out.
+default way. gguf_vocabulary.py writes it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from experiments.files import SourceError, one_line
-from experiments.sources.checkpoints import PRE_TOKENIZER
+from experiments.model.gguf_vocabulary import differences, read_vocabulary, write_vocabulary
 from experiments.sources.gguf_names import ROUTER, SIZES, architecture_of, gguf_name
 from experiments.sources.gguf_rope import FREQUENCIES, add_scaling, frequency_factors, rope_parameters, rope_type
 from experiments.sources.quantized import QuantizedCheckpoint
@@ -32,21 +31,6 @@ from quantkit.layouts.gguf import TYPES
 FILE_NAME = "model.gguf"
 COLUMNS = 64  # of a block of type 40
 FILE_TYPES = {"mxfp4": 38, "nvfp4": 39}
-# The expression that splits text before BPE → its name in llama.cpp.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_WORDS = "|".join(
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{first}{_LOWER}{second}%s" for first, second in (("*", "+"), ("+", "*"))
-)
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    _SPLIT % r"\p{N}{1,3}": "llama-bpe",
-    _SPLIT % r"\p{N}": "qwen2",
-    "|".join((_WORDS % (_SHORT, _SHORT), r"\p{N}{1,3}", _REST)): "gpt-4o",
-    "|".join((_WORDS % ("", ""), r"\p{N}", _REST)): "tekken",
-}
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
 
 
 def write(source: QuantizedCheckpoint, folder: Path) -> None:
@@ -71,6 +55,7 @@ def refuse(source: QuantizedCheckpoint) -> None:
     """Raises ValueError for a model whose GGUF file this module cannot write."""
     config = _config(source)
     list(_pieces(source, config))
+    read_vocabulary(source.folder)
     check_format(config, source.quantized(source.names[0]).format)
     for name in source.names:
         quantized = source.quantized(name)
@@ -146,7 +131,8 @@ def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) 
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FILE_TYPES[fmt])
     writer.add_quantization_version(2)
-    _tokenizer(writer, source.folder, config["vocab_size"])
+    if (vocabulary := read_vocabulary(source.folder)) is not None:
+        write_vocabulary(writer, source.folder, vocabulary, config["vocab_size"])
 
 
 def _alternating(layers: int) -> list[str]:
@@ -167,55 +153,6 @@ def _size(config: dict[str, Any], field: str) -> Any:
     if field == "rope_theta":
         return float(rope_parameters(config).get(field) or config.get(field) or 10000.0)
     return config.get(field)
-
-
-def _tokenizer(writer: Any, folder: Path, size: int) -> None:
-    from gguf import SpecialVocab
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    described = json.loads(path.read_text(encoding="utf-8"))
-    model = described["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        return
-    tokens, types = [f"[PAD{number}]" for number in range(size)], [5] * size  # 5: unused
-    known = [(number, token, NORMAL) for token, number in model["vocab"].items()]
-    for added in described.get("added_tokens", []):
-        known.append((added["id"], added["content"], CONTROL if added.get("special") else USER_DEFINED))
-    for number, token, kind in known:
-        if number < size:  # the embedding has no row for others
-            tokens[number], types[number] = token, kind
-    writer.add_tokenizer_model("gpt2")
-    if (name := told_split(folder) or split_name(described)) is not None:
-        writer.add_tokenizer_pre(name)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
-
-
-def told_split(folder: Path) -> str | None:
-    """llama.cpp's name of the way in which text is split, where the model came from a GGUF file that says it."""
-    try:
-        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(PRE_TOKENIZER)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return None if told is None else str(told)
-
-
-def split_name(described: dict[str, Any]) -> str | None:
-    """llama.cpp's name of the way in which a tokenizer.json splits text; None if it is none of SPLITS."""
-    steps = described.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    patterns = [str(step.get("pattern", {}).get("Regex", "")) for step in steps if step.get("type") == "Split"]
-    if len(patterns) != 1:
-        return None
-    return SPLITS.get(patterns[0])
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -371,12 +308,14 @@ class _File:
         if surplus := sorted(self.tensors.keys() - wanted):
             self.problems.append(f"{surplus[0]} belongs to no weight of the model")
         if "tokenizer.ggml.tokens" not in self.reader.fields:
-            self.warnings.append(f"{FILE_NAME} has no tokenizer, because the model's is no byte-level BPE")
+            self.warnings.append(f"{FILE_NAME} has no tokenizer, because the model's folder has no tokenizer.json")
         elif "tokenizer.ggml.pre" not in self.reader.fields:
             self.warnings.append(
                 f"{FILE_NAME} does not say how its tokenizer splits text, which llama.cpp has no name for, so "
                 "llama.cpp splits text its default way"
             )
+        if (vocabulary := read_vocabulary(self.source.folder)) is not None:
+            self.warnings += differences(vocabulary)
 
     def _quantized(self, piece: Piece, wanted: QuantizedTensor) -> bool:
         from gguf.quants import dequantize

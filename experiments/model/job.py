@@ -168,6 +168,7 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
     if resolved.error is not None:
         raise resolved.error
     checkpoint = open_checkpoint(config.model, config.cache.folder)
+    exportable.check_checkpoint(config, checkpoint)
     given = None
     if config.init is not None:
         given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)

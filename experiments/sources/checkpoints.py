@@ -32,6 +32,7 @@ from experiments.sources.exported import check_export_intact
 from experiments.sources.gguf_names import SIZES as GGUF_SIZES
 from experiments.sources.gguf_names import architecture_named, fused_name, is_experts, module_name
 from experiments.sources.gguf_rope import FREQUENCIES, read_scaling
+from experiments.sources.gguf_tokenizer import MODEL, load_tokenizer
 from experiments.sources.hashes import file_hashes
 from experiments.sources.models import (
     TOKENIZER_FILES,
@@ -448,6 +449,7 @@ class GgufCheckpoint(HoldsCodes):
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # of a file that is cut off
             raise SourceError(f"{self.path} cannot be read: {one_line(error)}. Copy it again.") from None
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.fields = reader.fields
         self.has_tokenizer = "tokenizer.ggml.tokens" in reader.fields
         self.architecture = architecture_named(str(self.header.get("general.architecture")), self.path.name)
         self.config = self._config()
@@ -471,7 +473,9 @@ class GgufCheckpoint(HoldsCodes):
             raise SourceError(f"{self.path} lacks {', '.join(missing) or 'token_embd.weight'}. Copy it again.")
         if self.architecture.name != "llama":  # transformers' default is another one
             sizes.setdefault("head_dim", int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
-        if (scaled := self._rope(sizes)) is not None:
+        with named(f"{self.path} cannot be read"):
+            scaled = self._rope(sizes)
+        if scaled is not None:
             sizes["rope_parameters"] = scaled
             sizes.pop("rope_theta", None)
         if self.architecture.alternates:
@@ -582,7 +586,8 @@ class GgufCheckpoint(HoldsCodes):
         from tokenizers import Tokenizer
 
         # transformers takes seconds to build the tokenizer from the header, so the result is cached.
-        kept = self.kept / f"tokenizer-transformers-{transformers.__version__}.json"
+        kind = "llama-" if self.header.get(MODEL) == "llama" else ""
+        kept = self.kept / f"tokenizer-{kind}transformers-{transformers.__version__}.json"
         seal = kept.with_suffix(".sha256")
         if not (kept.is_file() and seal.is_file() and seal.read_bytes().decode(errors="replace") == sha256_file(kept)):
             loaded = self._built_tokenizer()
@@ -594,12 +599,9 @@ class GgufCheckpoint(HoldsCodes):
         return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _built_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         if not self.has_tokenizer:
             raise SourceError(f"{self.path} has no tokenizer. Give the model that it was made from.")
-        with named(f"{self.path}: its tokenizer cannot be loaded"):
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return load_tokenizer(self.path, self.fields, self.header)
 
     def save_around(self, folder: Path, changes: dict[str, Any]) -> None:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -608,7 +610,8 @@ class GgufCheckpoint(HoldsCodes):
         values = {"architectures": [made], **self.config.to_diff_dict(), **self.special_ids, **changes}
         _write_json(folder / "config.json", values)
         self._built_tokenizer().save_pretrained(folder)
-        if split := self.header.get("tokenizer.ggml.pre"):  # transformers reads the tokenizer without it
+        split = self.header.get("tokenizer.ggml.pre")
+        if split and self.header.get(MODEL) != "llama":  # transformers reads the tokenizer without it
             path = folder / "tokenizer_config.json"
             _write_json(path, _read_json(path) | {PRE_TOKENIZER: split})
 
@@ -621,4 +624,10 @@ PRE_TOKENIZER = "tokenizer_ggml_pre"  # in tokenizer_config.json: llama.cpp's na
 
 
 def _is_small(key: str) -> bool:
-    return key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
+    return key not in LARGE
+
+
+LARGE = (
+    *(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")),
+    "tokenizer.huggingface.json",
+)

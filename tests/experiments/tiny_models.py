@@ -48,6 +48,43 @@ def train_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
 
+def train_sentencepiece(folder: Path, style: str = "prepend") -> None:
+    """A tokenizer as SentencePiece trains one: BPE that falls back to bytes, in which every two tokens that make a
+    third are a merge. style: prepend and bare are tokenizer.json with a space in front of text and without; llama is
+    transformers' class; few has one merge a token, as tokenizers' own trainer makes them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import generate_merges
+
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    special = ["<unk>", "<s>", "</s>"]
+    special_and_bytes = special + [f"<0x{number:02X}>" for number in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special_and_bytes, show_progress=False)
+    trained.train_from_iterator([text(40), "▁▁ naïve (x) 12, 345\tYes"], trainer)
+    vocab = trained.get_vocab()
+    vocab |= {token: len(vocab) + place for place, token in enumerate(("▁▁", "▁▁▁", "▁▁▁▁"))}
+    scores = {token: -number for token, number in vocab.items()}
+    merges = generate_merges(vocab, scores, skip_tokens=set(special))
+    if style == "few":
+        merges = list({left + right: (left, right) for left, right in reversed(merges)}.values())[::-1]
+    if style == "llama":
+        made: Any = LlamaTokenizer(vocab=vocab, merges=merges)
+    else:
+        backend = Tokenizer(
+            models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        )
+        steps = [] if style == "bare" else [normalizers.Prepend("▁")]
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    made.add_tokens([AddedToken("<|tool|>", special=False, normalized=False)])
+    made.add_special_tokens({"additional_special_tokens": ["[INST]"]})
+    made.save_pretrained(folder)
+
+
 def qwen3(folder: Path, sharded: bool = True) -> Any:
     """Writes a tiny Qwen3 in the hub's layout, one shard for the embedding and one per layer. Returns the model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

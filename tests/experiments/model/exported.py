@@ -13,7 +13,7 @@ from experiments.sources.decoder import build_whole
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit.layouts import exact_global_scale
 from tests.experiments.model.folders import IDENTITY, open_source, quantize_layer
-from tests.experiments.tiny_models import train_tokenizer
+from tests.experiments.tiny_models import train_sentencepiece, train_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -51,7 +51,7 @@ ROPES: dict[str, dict[str, Any]] = {  # scaled rotary embeddings, by kind of mod
 SHARED_SCALE = float(exact_global_scale(torch.tensor(6e-4, dtype=torch.float32, device="cpu")))
 
 
-def build(kind: str) -> Any:
+def build(kind: str, vocab_size: int = SIZES["vocab_size"]) -> Any:
     """A model of transformers with random weights, bfloat16."""
     from transformers import (
         AutoModelForCausalLM,
@@ -65,18 +65,19 @@ def build(kind: str) -> Any:
     )
 
     torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": vocab_size}
     config = {
-        "llama": lambda: LlamaConfig(**SIZES),
-        "llama3": lambda: LlamaConfig(**SIZES | {"rope_parameters": ROPES["llama3"]}),
-        "llama_linear": lambda: LlamaConfig(**SIZES | {"rope_parameters": ROPES["llama_linear"]}),
-        "qwen3": lambda: Qwen3Config(**SIZES),
-        "qwen3_linear": lambda: Qwen3Config(**SIZES | {"rope_parameters": ROPES["qwen3_linear"]}),
-        "qwen2": lambda: Qwen2Config(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
-        "mistral": lambda: MistralConfig(**SIZES | {"sliding_window": None}),
-        "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),
-        "mixtral": lambda: MixtralConfig(**SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        "llama": lambda: LlamaConfig(**sizes),
+        "llama3": lambda: LlamaConfig(**sizes | {"rope_parameters": ROPES["llama3"]}),
+        "llama_linear": lambda: LlamaConfig(**sizes | {"rope_parameters": ROPES["llama_linear"]}),
+        "qwen3": lambda: Qwen3Config(**sizes),
+        "qwen3_linear": lambda: Qwen3Config(**sizes | {"rope_parameters": ROPES["qwen3_linear"]}),
+        "qwen2": lambda: Qwen2Config(**{key: value for key, value in sizes.items() if key != "head_dim"}),
+        "mistral": lambda: MistralConfig(**sizes | {"sliding_window": None}),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**sizes | EXPERTS),
+        "mixtral": lambda: MixtralConfig(**sizes | {"num_local_experts": 4, "num_experts_per_tok": 2}),
         "gpt_oss": lambda: GptOssConfig(
-            **SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": None, "sliding_window": 64}
+            **sizes | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": None, "sliding_window": 64}
         ),
     }[kind]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -85,12 +86,15 @@ def build(kind: str) -> Any:
     return model
 
 
-def quantized(root: Path, kind: str, format: str, only: str = "", **options: Any) -> QuantizedCheckpoint:
-    """The finished folder of a tiny model. only: a part of the names of the weights that are quantized."""
+def quantized(
+    root: Path, kind: str, format: str, only: str = "", style: str | None = None, **options: Any
+) -> QuantizedCheckpoint:
+    """The finished folder of a tiny model. only: a part of the names of the weights that are quantized. style: of a
+    tokenizer of SentencePiece."""
     source = root / f"{kind}-source"
     if not source.exists():
-        build(kind).save_pretrained(source)
-        train_tokenizer(source)
+        build(kind, SIZES["vocab_size"] if style is None else 384).save_pretrained(source)
+        train_tokenizer(source) if style is None else train_sentencepiece(source, style)
     return quantize_source(open_source(source), root / f"{kind}-{format}", kind, format, only, **options)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from experiments.config import CONF_DIR, ModelConfig, ModelSource
 from experiments.evaluate import evaluate
 from experiments.evaluation_record import EvaluationRecord
 from experiments.files import SourceError
-from experiments.model import exportable, gguf_file, job
+from experiments.model import exportable, gguf_file, gguf_vocabulary, job
 from experiments.model.export import read_verdict
 from experiments.model_record import ModelRecord
 from experiments.record import read_record_of
@@ -184,6 +186,32 @@ def test_models_that_a_layout_cannot_express_are_refused_before_a_layer_is_quant
     assert not run.folder.exists() and not list(tmp_path.glob("**/*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "the model's is Unigram; export"),
+        ("config.json", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "embeddings of the type dynamic"),
+    ],
+)
+def test_what_llama_cpp_does_not_know_is_refused_before_the_pass_for_loss_weights(
+    tiny: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder, folder)
+    told = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(told | changes))
+    other = SimpleNamespace(**vars(tiny) | {"folder": folder})
+    run = run_for(other, tmp_path / "out", "hessian=loss", "export=gguf", "format=mxfp4", "block_size=32")
+    monkeypatch.setattr(job, "_loss", None)
+    with pytest.raises(SourceError, match=message):
+        job.quantize_model(run, job.Listener())
+
+
 def test_an_own_list_of_fused_layers_is_taken_if_it_covers_what_engines_join(
     tiny: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -211,6 +239,25 @@ def test_experts_in_one_tensor_are_refused_for_layouts_that_keep_them_apart(tmp_
     config.export = Export.gpt_oss
     only = ModelConfig("tiny", ModelSource.hub, path=str(tmp_path / "gpt_oss"), include=["*.experts.*"])
     exportable.check_model(config, decoder, select(decoder, only, 32))
+
+
+def test_experts_that_stay_unquantized_are_refused_for_gguf(tmp_path: Path) -> None:
+    from experiments.model.select import select
+    from experiments.model.settings import Export
+    from experiments.sources.checkpoints import open_checkpoint
+    from experiments.sources.decoder import Decoder
+
+    config = SimpleNamespace(export=Export.gguf, format=SimpleNamespace(name="mxfp4"))
+    for kind in ("qwen3_moe", "gpt_oss"):
+        build(kind).save_pretrained(tmp_path / kind)
+        model = ModelConfig("tiny", ModelSource.hub, path=str(tmp_path / kind))
+        decoder = Decoder(open_checkpoint(model, tmp_path), [], torch.bfloat16)
+        exportable.check_model(config, decoder, select(decoder, model, 32))
+        some = ModelConfig("tiny", ModelSource.hub, path=str(tmp_path / kind), exclude=["*.1.mlp.experts.down_proj"])
+        with pytest.raises(
+            ValueError, match=r"layers.1.mlp.experts.down_proj: export=gguf writes quantized experts alone"
+        ):
+            exportable.check_model(config, decoder, select(decoder, some, 32))
 
 
 @pytest.mark.parametrize(
@@ -241,13 +288,13 @@ def test_the_ways_of_splitting_text_that_llama_cpp_knows() -> None:
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [step, {"type": "ByteLevel", "use_regex": False}]}
         }
 
-    for pattern, name in gguf_file.SPLITS.items():
-        assert gguf_file.split_name(split(pattern)) == name
-    assert gguf_file.split_name(split("other")) is None
+    for pattern, name in gguf_vocabulary.SPLITS.items():
+        assert gguf_vocabulary.split_name(split(pattern)) == name
+    assert gguf_vocabulary.split_name(split("other")) is None
     digits = {"pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}
-    assert gguf_file.split_name({"pre_tokenizer": digits}) == "smollm"
-    assert gguf_file.split_name({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
-    assert gguf_file.split_name({"pre_tokenizer": None}) is None
+    assert gguf_vocabulary.split_name({"pre_tokenizer": digits}) == "smollm"
+    assert gguf_vocabulary.split_name({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
+    assert gguf_vocabulary.split_name({"pre_tokenizer": None}) is None
 
 
 @pytest.mark.parametrize(
