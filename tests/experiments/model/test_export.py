@@ -198,6 +198,22 @@ def test_a_scaled_rotary_embedding_comes_back_from_a_gguf_file(made: Made, kind:
         assert (plain(LONG).logits - logits)[0, 32:].abs().max() > 0.2
 
 
+@pytest.mark.parametrize("kind", ["llama3", "llama_linear"])
+def test_an_export_of_an_export_scales_as_before(made: Made, tmp_path: Path, kind: str) -> None:
+    path = made.folder(kind, "mxfp4", "gguf") / "model.gguf"
+    original = open_checkpoint(ModelConfig("m", ModelSource.hub, path=str(path)), tmp_path)
+    export(quantize_source(original, tmp_path / "own", kind, "mxfp4"), tmp_path / "out", "gguf")
+    before, after = (GGUFReader(file) for file in (path, tmp_path / "out" / "model.gguf"))
+    keys = [key for key in before.fields if ".rope" in key]
+    assert len(keys) >= 3 and keys == [key for key in after.fields if ".rope" in key]
+    assert [after.fields[key].contents() for key in keys] == [before.fields[key].contents() for key in keys]
+    factors = [
+        [tensor.data.tolist() for tensor in read.tensors if tensor.name == "rope_freqs.weight"]
+        for read in (before, after)
+    ]
+    assert factors[0] == factors[1] and len(factors[0]) == (kind == "llama3")
+
+
 def test_a_gguf_file_without_its_frequency_factors_is_a_problem(made: Made, tmp_path: Path) -> None:
     source = made.source("llama3", "mxfp4")
     path = tmp_path / "model.gguf"

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGUFReader, TokenType
 
 from experiments.config import ModelConfig, ModelSource
 from experiments.files import SourceError
-from experiments.model.export import export
+from experiments.model.checkpoint import load_dequantized
+from experiments.model.export import export, read_verdict
 from experiments.model.gguf_vocabulary import UNUSED_SCORE, differences, read_vocabulary
 from experiments.sources.checkpoints import GgufCheckpoint, open_checkpoint
 from experiments.sources.quantized import QuantizedCheckpoint
-from tests.experiments.model.exported import build, quantized
+from tests.experiments.model.exported import build, quantize_source, quantized
+from tests.experiments.model.test_export import LLAMA_CPP as PREDICTING
 from tests.experiments.tiny_models import text, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +145,17 @@ def test_what_the_file_holds(spoken: Spoken) -> None:
     assert not GGUFReader(spoken.file("bare")).fields["tokenizer.ggml.add_space_prefix"].contents()
 
 
+@pytest.mark.parametrize("style", ["prepend", "bare", "llama"])
+def test_an_export_of_an_export_holds_the_same(spoken: Spoken, tmp_path: Path, style: str) -> None:
+    spoken.source(style)
+    source = quantize_source(opened(spoken.file(style), tmp_path), tmp_path / "own", "mistral", "mxfp4")
+    export(source, tmp_path / "out", "gguf")
+    before, after = (GGUFReader(path).fields for path in (spoken.file(style), tmp_path / "out" / "model.gguf"))
+    keys = [key for key in before if key.startswith("tokenizer.")]
+    assert len(keys) > 10 and {key for key in after if key.startswith("tokenizer.")} == set(keys)
+    assert {key: after[key].contents() for key in keys} == {key: before[key].contents() for key in keys}
+
+
 @pytest.mark.parametrize("adds", [True, False])
 def test_whether_the_first_token_is_added(tmp_path: Path, adds: bool) -> None:
     from tokenizers import Tokenizer, processors
@@ -169,6 +183,20 @@ def test_llama_cpp_makes_the_same_ids(spoken: Spoken, style: str) -> None:
         assert all(
             ids != wanted(text) for ids, text in zip(by_llama_cpp(spoken.file(style), SPACED), SPACED, strict=True)
         )
+
+
+def test_llama_cpp_predicts_from_text_what_the_dequantized_model_does(spoken: Spoken) -> None:
+    """Up to its 8-bit activations, as in test_export.py."""
+    pytest.importorskip("xllamacpp")
+    source, prompt = spoken.source("prepend"), "the quick brown fox\n  naïve 漢"
+    ids = torch.tensor([ids_of(source.folder)(prompt)], dtype=torch.int64, device="cpu")
+    with torch.no_grad():
+        wanted = load_dequantized(source.folder, torch.float32)(ids).logits[0, -1].log_softmax(-1)
+    command = [sys.executable, "-c", PREDICTING, str(spoken.file("prepend")), json.dumps(prompt)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    found = {entry["id"]: entry["logprob"] for entry in json.loads(told)}
+    assert len(found) == 20 and next(iter(found)) == int(wanted.argmax())
+    assert max(abs(float(wanted[token]) - logprob) for token, logprob in found.items()) < 0.05
 
 
 @pytest.mark.parametrize("style", ["prepend", "bare", "llama"])
@@ -199,8 +227,6 @@ def test_scores_that_tell_nothing_are_refused(spoken: Spoken, tmp_path: Path) ->
     ("style", "parts"), [("prepend", []), ("llama", ["begins with one"]), ("few", ["words come apart otherwise"])]
 )
 def test_what_llama_cpp_splits_otherwise_is_a_warning(spoken: Spoken, style: str, parts: list[str]) -> None:
-    from experiments.model.export import read_verdict
-
     spoken.source(style)
     verdict = read_verdict(spoken.file(style).parent)
     assert verdict is not None and verdict.ok and len(verdict.warnings) == len(parts)
