@@ -123,6 +123,15 @@ def check_run(block_size: int, seed: int, sweep: str) -> None:
     check_sweep(sweep)
 
 
+def check_text(data: DataConfig) -> None:
+    """Raises ValueError for what only a run on one layer limits: its calibration tokens."""
+    require(
+        data.calibration_tokens is None,
+        f"data.calibration_tokens={data.calibration_tokens}: a whole model takes all tokens of its sequences. Use a "
+        "smaller data.samples.",
+    )
+
+
 @dataclass
 class FormatConfig:
     name: str

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.config import plain_config
 from experiments.console import full_errors, reason
 from experiments.evaluation_record import EvaluationRecord
-from experiments.files import check_writable
+from experiments.files import check_output
 from experiments.model.evaluate_settings import EvaluationConfig
 from experiments.model.evaluation import (
     ResolvedEvaluation,
@@ -34,7 +34,7 @@ from experiments.model.evaluation import (
     finished_evaluation,
     resolve_evaluation,
 )
-from experiments.overrides import mistake
+from experiments.overrides import refusal
 from experiments.record import read_records_of
 from experiments.run_log import AGAIN_LOG_NAME, LOG_NAME, run_log, status_of
 from experiments.tracking import track_evaluation
@@ -61,7 +61,7 @@ def evaluate(config: EvaluationConfig) -> EvaluationRecord:
 
     An evaluation that fails after its sources were found leaves a record that says so, and a log.
     """
-    check_writable(Path(config.output_dir))
+    check_output(Path(config.output_dir))
     resolved = resolve_evaluation(config)
     previous = finished_evaluation(resolved)
     if previous is not None and not config.force:
@@ -150,8 +150,8 @@ def _short(value: float | None) -> str:
 
 def cli() -> int:
     """The exit status: 1 if an evaluation failed, 130 if interrupted."""
-    if (meant := mistake(sys.argv[1:], EvaluationConfig, "evaluate.py")) is not None:
-        print(f"error: {meant}", file=sys.stderr)
+    if (refused := refusal(sys.argv[1:], EvaluationConfig, "evaluate.py")) is not None:
+        print(f"error: {refused}", file=sys.stderr)
         return 1
     try:
         main()

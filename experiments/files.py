@@ -138,6 +138,24 @@ def check_writable(folder: Path) -> None:
         file.flush()
 
 
+def check_output(folder: Path, setting: str = "output_dir") -> None:
+    """Like check_writable, but raises SourceError. setting: the name of the setting that names the folder."""
+    try:
+        check_writable(folder)
+    except OSError as error:
+        why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        raise SourceError(f"{setting}={folder} cannot be written: {why}; free some space or choose another.") from None
+
+
+@contextmanager
+def told_as(setting: str) -> Iterator[None]:
+    """Errors about model.path name `setting` instead, which holds that path."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(str(error).replace("model.path=", f"{setting}=", 1)) from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path in a temporary folder beside `path`. What is written there replaces `path` if the block raises no error.

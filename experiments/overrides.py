@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
@@ -21,11 +22,32 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import CONF_DIR, Config
+from experiments.files import check_output
 from experiments.launchers import PRESETS
 
 # Options with which choices may also come from other folders than conf/.
 OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
+MULTIRUN = ("-m", "--multirun")
+# What a value must be, by OmegaConf's words for one that is not.
+WANTED = {
+    "could not be converted to Integer": "use a whole number",
+    "could not be converted to Float": "use a number",
+    "is not a valid bool": "use true or false",
+}
 PLAIN_VALUE = re.compile(r"[^()\[\]{}$'\"]*")  # neither a glob, a list, an interpolation nor quoted
+
+
+def refusal(arguments: Sequence[str], schema: type = Config, script: str = "run.py") -> str | None:
+    """A message in one line about a command that Hydra would answer with several, or a traceback. None for the others.
+
+    schema: the dataclass of the script's configuration.
+    """
+    return (
+        mistake(arguments, schema, script)
+        or misplaced(arguments, script)
+        or unreadable(arguments, script)
+        or unwritable(arguments, schema)
+    )
 
 
 def mistake(arguments: Sequence[str], schema: type = Config, script: str = "run.py") -> str | None:
@@ -41,6 +63,66 @@ def mistake(arguments: Sequence[str], schema: type = Config, script: str = "run.
         if found is not None:
             return found
     return None
+
+
+def unwritable(arguments: Sequence[str], schema: type = Config) -> str | None:
+    """A message if the folder of output_dir cannot be written, which Hydra would tell by a traceback. Makes the folder.
+
+    None for a folder that only Hydra can tell, and with flags such as --help, which write nothing.
+    """
+    if any(argument.startswith("-") and argument not in MULTIRUN for argument in arguments):
+        return None
+    values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == "output_dir"]
+    default = next(str(f.default) for f in fields(schema) if f.name == "output_dir")
+    folder = values[-1] if values else default
+    if not folder or not PLAIN_VALUE.fullmatch(folder) or "," in folder:
+        return None
+    try:
+        check_output(Path(folder))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def misplaced(arguments: Sequence[str], script: str) -> str | None:
+    """A message about -m between settings, where Hydra does not look for it, or missing for several values."""
+    kinds = [argument.startswith("-") for argument in arguments]
+    for number, argument in enumerate(arguments):
+        if argument in MULTIRUN and not all(kinds[:number]) and not all(kinds[number:]):
+            return f"{argument}: settings stand on both sides of it; type python experiments/{script} {argument} ..."
+    if any(argument in MULTIRUN or argument.startswith("hydra.mode") for argument in arguments):
+        return None
+    for argument in arguments:
+        try:
+            if not argument.startswith("-") and OverridesParser.create().parse_override(argument).is_sweep_override():
+                return f"{argument}: several values; type python experiments/{script} -m ... to run each of them"
+        except HydraException:
+            continue
+    return None
+
+
+def unreadable(arguments: Sequence[str], script: str) -> str | None:
+    """A message about what Hydra's grammar does not take."""
+    for argument in arguments:
+        if argument in MULTIRUN:
+            continue
+        if argument.startswith("-"):
+            return None  # what follows may be the flag's own
+        key, equals, value = argument.partition("=")
+        if not argument.startswith("~") and not (equals and key):
+            return f"{argument}: settings are typed NAME=VALUE; python experiments/{script} --help lists them"
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            return f"{argument}: Hydra cannot read this value; type {_quoted(key, value)}"
+    return None
+
+
+def _quoted(key: str, value: str) -> str:
+    """The override in the shell's quotes, with Hydra's around each text."""
+    items = [item.strip().strip("\"'") for item in value.strip("[]").split(",")]
+    inner = ",".join(f'"{item}"' for item in items)
+    return shlex.quote(f"{key}=[{inner}]" if value.startswith("[") else f'{key}="{value}"')
 
 
 @cache
@@ -81,10 +163,11 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
         return _missing_launcher(argument, PRESETS[value])
     if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
         return None
-    own = key in (*_settings(schema), "experiment", *_keys(schema)) and key
+    groups = (*_settings(schema), *(("experiment",) if schema is Config else ()))
+    own = key in (*groups, *_keys(schema)) and key
     if own and argument.startswith("+") and not argument.startswith("++"):
         return f"{argument}: {key} is there without a +; type {key}={value}"
-    if key in (*_settings(schema), "experiment") and key:
+    if key in groups and key:
         return None if own_choices else _no_choice(key, value, schema)
     if key in _keys(schema):
         return _wrong_value(argument, key, schema)
@@ -109,8 +192,17 @@ def _wrong_value(argument: str, key: str, schema: type) -> str | None:
     except HydraException:
         return None
     except OmegaConfBaseException as error:
-        return f"{argument}: {str(error).splitlines()[0]}"
+        return f"{argument}: {_why_wrong(key, parsed.value(), str(error).splitlines()[0])}"
     return None
+
+
+def _why_wrong(key: str, value: object, message: str) -> str:
+    """OmegaConf's message with what to give instead."""
+    if "is not a ListConfig" in message and key == "fused":
+        return "use a list of lists, such as 'fused=[[q_proj,k_proj,v_proj],[gate_proj,up_proj]]'"
+    if "is not a ListConfig" in message:
+        return f"use a list, such as '{key}=[\"{value}\"]'"
+    return next((f"{message}; {wanted}" for words, wanted in WANTED.items() if words in message), message)
 
 
 def _missing_launcher(argument: str, package: str) -> str | None:
@@ -173,3 +265,11 @@ def _nearest(key: str, keys: Iterable[str]) -> list[str]:
 
 def _flat(key: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", key.lower())
+
+
+def choices_of(*groups: str) -> str:
+    """`${choices_of:format,method}` in a help text: a line for each group, because Hydra lists those of all scripts."""
+    return "\n".join(f"{group}: {', '.join(_choices(group))}" for group in groups)
+
+
+OmegaConf.register_new_resolver("choices_of", choices_of, replace=True)

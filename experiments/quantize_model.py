@@ -32,10 +32,10 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import provenance
 from experiments.config import plain_config
 from experiments.console import full_errors, reason
-from experiments.files import SourceError, check_writable
+from experiments.files import SourceError, check_output
 from experiments.model.settings import QuantizeConfig, method_fields
 from experiments.model_record import ModelRecord
-from experiments.overrides import mistake
+from experiments.overrides import refusal
 from experiments.record import RECORD_NAME, RecordError, read_record_of
 from experiments.run_log import LOG_NAME, run_log, status_of
 from experiments.tracking import track_model
@@ -70,7 +70,7 @@ def run(composed: DictConfig, console: ModelConsole) -> None:
         config = plain_config(composed, QuantizeConfig)
         if config.device in ("auto", "cuda"):
             config.device = ranks.device(config.device)
-        check_writable(Path(config.output_dir))
+        check_output(Path(config.output_dir))
         refuse_layer_bundle(config)
         resolved = resolve_model(config)
         previous = finished_record(resolved)
@@ -308,8 +308,8 @@ CONSOLE = ModelConsole()
 
 def cli() -> int:
     """The exit status: 1 if a model failed, 130 if interrupted."""
-    if (meant := mistake(sys.argv[1:], QuantizeConfig, "quantize_model.py")) is not None:
-        print(f"error: {meant}", file=sys.stderr)
+    if (refused := refusal(sys.argv[1:], QuantizeConfig, "quantize_model.py")) is not None:
+        print(f"error: {refused}", file=sys.stderr)
         return 1
     try:
         main()

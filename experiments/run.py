@@ -36,7 +36,7 @@ from experiments import launchers, provenance, sweep, tracking
 from experiments.config import REPO_ROOT, Config, to_config
 from experiments.console import Console, full_errors, reason
 from experiments.files import remove_orphans
-from experiments.overrides import mistake
+from experiments.overrides import refusal
 from experiments.record import BLOCKS_NAME, RECORD_NAME, WEIGHTS_NAME, Histograms, RecordError, RunRecord, read_record
 from experiments.run_log import AGAIN_LOG_NAME, LOG_NAME, run_log, status_of
 from experiments.sweep import layers_ahead
@@ -220,8 +220,8 @@ def base_fields(resolved: Resolved) -> dict[str, Any]:
 
 def cli() -> int:
     """The exit status: 1 if a run failed, 130 if interrupted."""
-    if (meant := mistake(sys.argv[1:])) is not None:
-        print(f"error: {meant}", file=sys.stderr)
+    if (refused := refusal(sys.argv[1:])) is not None:
+        print(f"error: {refused}", file=sys.stderr)
         return 1
     # The processes of a launcher import this package, too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))

@@ -211,7 +211,8 @@ def _layer_options(method: Method, given: dict[str, Any]) -> LayerOptions:
             )
         if name not in method.options:
             takers = [other.name for other in METHODS.values() if name in other.options]
-            raise ValueError(f"method {method.name!r} takes no {name}; {' and '.join(takers)} do")
+            do = "do" if len(takers) > 1 else "does"
+            raise ValueError(f"method {method.name!r} takes no {name}; {' and '.join(takers)} {do}")
     return LayerOptions(**given)
 
 

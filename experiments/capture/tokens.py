@@ -112,8 +112,9 @@ def _cut(ids: list[int], config: Config, split: str) -> Tensor:
     seq_len = config.data.seq_len
     count = len(ids) // seq_len
     if count == 0:
+        text = f"data={config.data.name}" if config.data.path is None else f"data.path={config.data.path}"
         raise SourceError(
-            f"data={config.data.name}: split {split} has {len(ids)} tokens, fewer than one sequence of "
+            f"{text}: split {split} has {len(ids)} tokens, fewer than one sequence of "
             f"data.seq_len={seq_len}. Use a longer text or a smaller data.seq_len."
         )
     return torch.tensor(ids[: count * seq_len], dtype=torch.long, device="cpu").view(count, seq_len)

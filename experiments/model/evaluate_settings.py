@@ -31,6 +31,7 @@ from experiments.config import (
     TimingConfig,
     TrackingConfig,
     check_sweep,
+    check_text,
     compose_as,
     config_hash,
     new_sweep_id,
@@ -100,6 +101,10 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, f"seed={self.seed}: use 0 <= seed < 2**32.")
         check_sweep(self.sweep)
+        check_text(self.data)
+        for name in ("include", "exclude"):
+            chosen = getattr(self.model, name)
+            require(chosen is None, f"model.{name}={chosen}: a whole model is evaluated. Leave it out.")
 
 
 def compose_evaluation(*overrides: str) -> EvaluationConfig:
@@ -136,7 +141,7 @@ def evaluated_model(config: EvaluationConfig) -> ModelConfig:
             "model.path is not set. Name the folder to evaluate: model.path=FOLDER, such as one of results/models."
         )
     if model.path is not None and model.source == ModelSource.hub and model.path.endswith(".gguf"):
-        return _gguf(model.path)
+        return _gguf(model.path, "model.path")
     if model.path is not None and (Path(model.path).expanduser() / MODEL_FOLDER / MANIFEST_NAME).is_file():
         return replace(model, path=str(Path(model.path) / MODEL_FOLDER))
     if model.source not in (ModelSource.hub, ModelSource.pypi_gguf):
@@ -161,9 +166,12 @@ def reference_model(config: EvaluationConfig, model: ModelConfig) -> ModelConfig
 def original_model(name: str) -> ModelConfig:
     """An unquantized model by its folder, its .gguf file or its name in conf/model. Raises SourceError for others."""
     if name.endswith(".gguf"):
-        return _gguf(name)
+        return _gguf(name, "reference")
     if (CONF_DIR / "model" / f"{name}.yaml").is_file():
-        return named_model(name)
+        named = named_model(name)
+        if named.source not in (ModelSource.hub, ModelSource.pypi_gguf):
+            raise SourceError(f"reference={name}: no whole language model. Give a folder, or another name.")
+        return named
     if Path(name).expanduser().is_dir():
         return ModelConfig(name=Path(name).expanduser().resolve().name, source=ModelSource.hub, path=name)
     names = ", ".join(sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml")))
@@ -178,12 +186,17 @@ def named_model(name: str, **changes: Any) -> ModelConfig:
     return replace(result, **changes)
 
 
-def _gguf(path: str) -> ModelConfig:
-    """The pinned model of conf/model that GGUF files hold, if the file is that one; else the file itself."""
+def _gguf(path: str, setting: str) -> ModelConfig:
+    """The pinned model of conf/model that GGUF files hold, if the file is that one; else the file itself.
+
+    Raises SourceError for no file; setting: the one that names it.
+    """
+    if not Path(path).expanduser().is_file():
+        raise SourceError(f"{setting}={path}: no such file. Give a .gguf file that is there, or a folder.")
     names = (path.stem for path in sorted((CONF_DIR / "model").glob("*.yaml")))
     name = next(name for name in names if named_model(name).source == ModelSource.pypi_gguf)
     pinned, file = named_model(name, path=path), Path(path).expanduser()
-    if file.is_file() and file_hashes([file])[file] != pinned.sha256:
+    if file_hashes([file])[file] != pinned.sha256:
         return ModelConfig(name=file.stem, source=ModelSource.hub, path=path)
     return pinned
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from experiments import provenance
 from experiments.config import DataConfig, DataSource, ModelConfig
 from experiments.evaluation_record import TOKENS_NAME, EvaluationRecord
-from experiments.files import SourceError, replacing, sha256_json
+from experiments.files import SourceError, check_output, one_line, replacing, sha256_json, told_as
 from experiments.model.evaluate_settings import (
     EvaluationConfig,
     as_run,
@@ -75,7 +76,9 @@ def resolve_evaluation(config: EvaluationConfig) -> ResolvedEvaluation:
     choice = choose_sources(as_run(config, model))
     config = replace(config, data=_one_text(choice.config.data))
     cache = config.cache.folder
-    identities = model_identity(model, cache), model_identity(reference, cache)
+    with told_as("reference"):
+        of_reference = model_identity(reference, cache)
+    identities = model_identity(model, cache), of_reference
     text = load_text(config.data, cache)
     settings = result_settings(config, device)
     sources = [identity.key for identity in identities] + [text.sha256, config.paired]
@@ -195,18 +198,22 @@ def finished_evaluation(resolved: ResolvedEvaluation) -> EvaluationRecord | None
 def execute(resolved: ResolvedEvaluation) -> dict[str, Any]:
     """The fields of the result. Writes tokens.npz. Raises ValueError for whatever the user can mend."""
     from experiments.model.comparing import Comparer
+    from experiments.model.divergence import scored
     from experiments.model.loading import load_network
     from experiments.model.predictions import Predictor, exact
     from experiments.model.reference import StatesCache
 
     config, cache = resolved.config, resolved.config.cache.folder
+    scored(config.data.seq_len, config.evaluate.protocol)
     partner = None if config.paired is None else read_partner(Path(config.paired))
+    if config.cache.activations:
+        check_output(cache, "cache.dir")
     ids, calibrated_on = token_ids(resolved)
     same = sequences_hash(resolved, ids)
     if partner is not None and partner.record.sequences_hash != same:
         raise SourceError(
-            f"paired={config.paired}: it was evaluated on other sequences, another reference or another protocol. "
-            "Evaluate it with the same text and settings."
+            f"paired={config.paired}: it was evaluated on other sequences, another reference or another protocol"
+            f"{_differences(partner.record, resolved, len(ids))}. Evaluate it with the same text and settings."
         )
     dtype = config.evaluate.dtype
     identity = {"model": resolved.reference_identity.key, "ids": same, "dtype": dtype}
@@ -288,6 +295,17 @@ def calibrated_among(resolved: ResolvedEvaluation, chosen: list[int], count: int
     return shared
 
 
+def _differences(record: EvaluationRecord, resolved: ResolvedEvaluation, sequences: int) -> str:
+    """What the other evaluation has, and this one has not, in brackets; "" where the records do not tell."""
+    own = base_fields(resolved) | {"sequences": sequences}
+    names = ("reference", "data", "data_split", "seq_len", "sequences", "seed", "protocol")
+    found = {name: (getattr(record, name), own[name]) for name in names}
+    told = [f"{name} {other}, here {here}" for name, (other, here) in found.items() if other != here]
+    if not told and record.data_hash != own["data_hash"]:
+        told = ["another text of the same name"]
+    return f" ({'; '.join(told)})" if told else ""
+
+
 def sequences_hash(resolved: ResolvedEvaluation, ids: Any) -> str:
     """Of all that two evaluations must share to be paired."""
     return sha256_json([resolved.reference_identity.key, resolved.config.evaluate.protocol, ids.tolist()])[:16]
@@ -345,9 +363,10 @@ def read_partner(folder: Path) -> Partner:
         with np.load(folder / TOKENS_NAME) as file:
             kl = file["kl"].astype(np.float64)
     except (OSError, ValueError, KeyError) as error:
+        why = f"no {Path(error.filename).name}" if isinstance(error, FileNotFoundError) else one_line(error)
         raise SourceError(
-            f"paired={folder}: no finished evaluation there ({error}). Name a folder with {RECORD_NAME} and "
-            f"{TOKENS_NAME}, such as one of results/runs/model."
+            f"paired={folder}: no finished evaluation there ({textwrap.shorten(why, 200)}). Name a folder with "
+            f"{RECORD_NAME} and {TOKENS_NAME}, such as one of results/runs/model."
         ) from None
     return Partner(record, kl)
 

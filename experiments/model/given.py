@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from experiments.config import ModelConfig, ModelSource
-from experiments.files import SourceError
-from experiments.model.select import Matrix
+from experiments.files import SourceError, told_as
+from experiments.model.evaluate_settings import MODEL_FOLDER
+from experiments.model.select import Matrix, Selection
 from experiments.model.stored_names import stored_rows
 from experiments.sources.checkpoints import DequantizedCheckpoint, HoldsCodes, open_checkpoint
+from experiments.sources.quantized import is_quantized_folder
 from quantkit import QuantizedTensor
 from quantkit.formats import BlockFormat
 
 
 def given_model(folder: str) -> ModelConfig:
-    return ModelConfig("init", ModelSource.hub, path=folder)
+    """The folder, or that of a run of quantize_model.py."""
+    inner = Path(folder).expanduser() / MODEL_FOLDER
+    return ModelConfig("init", ModelSource.hub, path=str(inner) if is_quantized_folder(inner) else folder)
 
 
 class GivenCodes:
@@ -27,7 +31,8 @@ class GivenCodes:
 
     def __init__(self, folder: str, cache: Path, fmt: BlockFormat, block_size: int) -> None:
         """Raises SourceError for a folder without codes, or with codes of another format or block size."""
-        checkpoint = open_checkpoint(given_model(folder), cache)
+        with told_as("init"):
+            checkpoint = open_checkpoint(given_model(folder), cache)
         if not isinstance(checkpoint, HoldsCodes | DequantizedCheckpoint):
             raise SourceError(f"init={folder}: no NVFP4 or MXFP4 codes there. Leave init out to begin with gptq.")
         self.folder, self.checkpoint = folder, checkpoint
@@ -40,24 +45,46 @@ class GivenCodes:
                 f"{block_size}. Ask for format={first.format.name} block_size={first.block_size}."
             )
 
+    def check(self, model: Any, selection: Selection) -> None:
+        """Raises SourceError where the folder lacks a matrix of `model`, or has other shapes in its first layer."""
+        for matrix in (matrix for layer in selection.layers for matrix in layer):
+            if matrix.full_name not in self.names:
+                for name in stored_rows(model, matrix.full_name, _shape(matrix)[:-1]):
+                    self._check_name(name)
+        for matrix in next(layer for layer in selection.layers if layer):
+            self.matrix(model, matrix, _shape(matrix))
+
     def matrix(self, model: Any, matrix: Matrix, shape: torch.Size) -> QuantizedTensor:
         """The codes of a matrix of `model`, of that shape. Raises SourceError where the folder lacks them."""
+        where = f"init={self.folder}: {matrix.full_name}"
         if matrix.full_name in self.names:
-            return self._read(matrix.full_name)
+            found = self._read(matrix.full_name)
+            if found.shape != shape:
+                raise SourceError(f"{where} is {list(found.shape)} there, not {list(shape)}. Give the same model.")
+            return found
         stored = stored_rows(model, matrix.full_name, shape[:-1])
         parts = [(rows, self._read(name)) for name, rows in stored.items()]
         if any(len(q.codes) != len(rows) or q.shape[-1] != shape[-1] for rows, q in parts):
-            raise SourceError(f"init={self.folder}: {matrix.full_name} has another shape there. Give the same model.")
-        return _joined(f"init={self.folder}: {matrix.full_name}", parts, shape)
+            raise SourceError(f"{where} has another shape there. Give the same model.")
+        return _joined(where, parts, shape)
 
-    def _read(self, name: str) -> QuantizedTensor:
+    def _check_name(self, name: str) -> None:
         if name not in self.names:
             raise SourceError(
                 f"init={self.folder} has no codes of {name}. Leave it out (model.exclude), or begin without init."
             )
+
+    def _read(self, name: str) -> QuantizedTensor:
+        self._check_name(name)
         if isinstance(self.checkpoint, DequantizedCheckpoint):
             return self.checkpoint.stored.quantized(name)
         return self.checkpoint.quantized(name)
+
+
+def _shape(matrix: Matrix) -> torch.Size:
+    """[out_features, in_features], or that of experts; of a model on any device."""
+    target = matrix.target
+    return target.as_matrix(getattr(target.module, target.parameter)).shape
 
 
 def _joined(what: str, parts: list[tuple[Tensor, QuantizedTensor]], shape: torch.Size) -> QuantizedTensor:

@@ -18,14 +18,14 @@ from experiments.capture.losses import LossPieces, compute_share, loss_bytes, op
 from experiments.capture.progress import waiting
 from experiments.capture.tokens import Sequences, token_sequences
 from experiments.config import HessianConfig, Weighting, config_hash
-from experiments.files import SourceError
+from experiments.files import SourceError, check_output, told_as
 from experiments.model import exportable
 from experiments.model.card import About
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors, open_quantized
 from experiments.model.export import export
 from experiments.model.given import GivenCodes, given_model
 from experiments.model.ranks import Ranks
-from experiments.model.select import Selection, select
+from experiments.model.select import Selection, check_fused, select
 from experiments.model.settings import (
     QuantizeConfig,
     as_run,
@@ -44,7 +44,7 @@ from experiments.sources.decoder import Decoder, build_front
 from experiments.sources.identity import losses_folder
 from experiments.sources.models import model_identity
 from experiments.sources.resolved import Resolved, resolve
-from quantkit import get_method, quantize
+from quantkit import get_method, quantize, resolve_backend
 from quantkit.formats import get_format
 from quantkit.layer.common import LayerOptions
 
@@ -87,7 +87,8 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
     config = with_sources(config, resolved.config)
     settings = result_settings(config, resolved.device, resolved.backend)
     if config.init is not None:
-        settings["init"] = model_identity(given_model(config.init), config.cache.folder).key  # its bytes, not its place
+        with told_as("init"):  # its bytes, not its place
+            settings["init"] = model_identity(given_model(config.init), config.cache.folder).key
     sources = None if resolved.identity is None else {k: v for k, v in resolved.identity.items() if k != "layer"}
     return ModelRun(config, resolved, settings, model_run_id(config, settings), config_hash([settings, sources]))
 
@@ -167,11 +168,13 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
     config, resolved = run.config, run.resolved
     if resolved.error is not None:
         raise resolved.error
+    resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
     checkpoint = open_checkpoint(config.model, config.cache.folder)
     exportable.check_checkpoint(config, checkpoint)
     given = None
     if config.init is not None:
         given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)
+    check_model(config, checkpoint, given)
     clock = Clock(torch.device(resolved.device))
     ranks = ranks or Ranks()
     with clock.of("loss"):
@@ -179,7 +182,6 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
     with clock.of("read"), waiting(f"reading {checkpoint.name}"):
         decoder = build_front(checkpoint, config.model.dtype, resolved.device)
     selection = select(decoder, config.model, config.block_size)
-    exportable.check_model(config, decoder, selection)
     sequences = token_sequences(resolved.config, checkpoint.tokenizer())
     make = partial(CheckpointWriter, run.folder, run.identity, len(decoder.stack), force=config.force)
     with SharedWriter(ranks, make) as shared:
@@ -204,6 +206,16 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
         "resumed_layers": len(shared.finished),
         "peak_device_bytes": _peak(resolved.device),
     }
+
+
+def check_model(config: QuantizeConfig, checkpoint: Checkpoint, given: GivenCodes | None) -> None:
+    """Raises ValueError for what the model's names and shapes rule out, before loss weights and before any weight."""
+    decoder = Decoder(checkpoint, [], torch.float32)
+    selection = select(decoder, config.model, config.block_size)
+    check_fused(config.fused, selection)
+    exportable.check_model(config, decoder, selection)
+    if given is not None:
+        given.check(decoder.model, selection)
 
 
 def export_model(run: ModelRun) -> dict[str, Fields]:
@@ -234,6 +246,7 @@ def _loss(run: ModelRun, ranks: Ranks) -> LossPieces | None:
     config = run.config
     if config.hessian.weighting != Weighting.loss or get_method(config.method.name).needs is None:
         return None
+    check_output(config.cache.folder, "cache.dir")
     if ranks.size > 1:
         compute_share(run.resolved, ranks.rank, ranks.size)
         ranks.wait()

@@ -6,6 +6,7 @@ default; model.exclude takes away from either.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -61,10 +62,28 @@ def select(decoder: Decoder, model: ModelConfig, block_size: int) -> Selection:
     found = [matrix.full_name for layer in layers for matrix in layer]
     _check_patterns(model, [*found, *left_out])
     if not found:
-        raise SourceError(
-            f"{decoder.name}: no linear layer is left to quantize. Check model.include and model.exclude."
-        )
+        reasons = "; ".join(f"{count} × {why}" for why, count in Counter(left_out.values()).items())
+        settings = [("model.include", model.include), ("model.exclude", model.exclude), ("block_size", block_size)]
+        told = " ".join(f"{name}={value}" for name, value in settings if value is not None)
+        raise SourceError(f"{told}: no linear layer is left to quantize ({reasons}). Change or leave out the patterns.")
     return Selection(tuple(layers), left_out)
+
+
+def check_fused(fused: Sequence[Sequence[str]] | None, selection: Selection) -> None:
+    """Raises SourceError for names in `fused` that no layer has, or that no other layer of its module joins."""
+    modules: dict[str, set[str]] = {}  # module → last parts of the names of its matrices
+    for name in (*selection.names, *selection.left_out):
+        parent, _, last = name.rpartition(".")
+        modules.setdefault(parent, set()).add(last)
+    known = set().union(*modules.values())
+    for group in fused or ():
+        for name in group:
+            if name not in known:
+                raise SourceError(f"fused: no layer is named {name}. Names are {', '.join(sorted(known))}.")
+        for name in group if len(group) > 1 else ():
+            if not any(name in own and len(own & set(group)) > 1 for own in modules.values()):
+                others = ", ".join(other for other in group if other != name)
+                raise SourceError(f"fused: {name} is in another module than {others}. List layers of one module.")
 
 
 def _of_layer(

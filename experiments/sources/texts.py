@@ -186,7 +186,7 @@ def _choose_split(splits: dict[str, Any], wanted: str, exact: bool, path: Path) 
     if canonical not in SPLIT_ALIASES:
         raise SourceError(f"data.split={wanted}: {path} has the splits {', '.join(splits)}.")
     chosen = next((name for name in SPLIT_ALIASES if name in splits), next(iter(splits)))
-    _say_once(f"data.split={wanted}: {path} has only {', '.join(splits)}; calibrating on {chosen}")
+    _say_once(f"data.split={wanted}: {path} has only {', '.join(splits)}; taking {chosen}")
     return chosen
 
 

@@ -15,7 +15,7 @@ from experiments import sweep
 from experiments.config import CONF_DIR, REPO_ROOT, Config, check_sweep, compose
 from experiments.model.evaluate_settings import EvaluationConfig
 from experiments.model.settings import QuantizeConfig
-from experiments.overrides import _choices, _keys, _settings, mistake
+from experiments.overrides import _choices, _keys, _settings, misplaced, mistake, refusal, unreadable, unwritable
 from experiments.sweep import SweepPlan
 
 MEANT = {
@@ -98,9 +98,90 @@ def test_a_wrong_value_in_a_group_is_told(argument: str) -> None:
     assert f"{argument}: Value 'x' of type 'str' could not be converted" in str(mistake([argument]))
 
 
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ("method.sweeps=x", "use a whole number"),
+        ("data.heldout=x", "use a number"),
+        ("force=maybe", "use true or false"),
+        ("model.include=*.mlp.*", "use a list, such as 'model.include=[\"*.mlp.*\"]'"),
+        ("fused=[q_proj]", "use a list of lists, such as 'fused=[[q_proj,k_proj,v_proj],[gate_proj,up_proj]]'"),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_the_right_one(argument: str, remedy: str) -> None:
+    said = str(mistake([argument], QuantizeConfig))
+    assert said.startswith(f"{argument}: ") and said.endswith(remedy) and "\n" not in said
+
+
+def test_experiments_are_those_of_run() -> None:
+    assert mistake(["experiment=main"]) is None
+    for schema in (QuantizeConfig, EvaluationConfig):
+        assert "experiment=main: no such setting" in str(mistake(["experiment=main"], schema))
+
+
+@pytest.mark.parametrize("argument", ["method=naive,sse", "data.samples=8,16", "seed=range(3)", "method=glob(*)"])
+def test_several_values_need_m(argument: str) -> None:
+    """Hydra would answer in six lines."""
+    assert (
+        misplaced([argument], "x.py")
+        == f"{argument}: several values; type python experiments/x.py -m ... to run each of them"
+    )
+    for flag in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
+        assert misplaced([flag, argument], "x.py") is None
+        assert misplaced([argument, flag], "x.py") is None
+
+
+def test_settings_stand_on_one_side_of_m() -> None:
+    """Hydra's parser would take those behind it for unknown arguments."""
+    said = "-m: settings stand on both sides of it; type python experiments/x.py -m ..."
+    assert misplaced(["seed=1", "-m", "method=naive,sse"], "x.py") == said
+    assert misplaced(["--help", "-m", "method=naive,sse"], "x.py") is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ("nonsense", "settings are typed NAME=VALUE; python experiments/x.py --help lists them"),
+        ("=3", "settings are typed NAME=VALUE; python experiments/x.py --help lists them"),
+        ("data.path=a(b", "Hydra cannot read this value; type 'data.path=\"a(b\"'"),
+        ("model.include=[a=b,c", 'Hydra cannot read this value; type \'model.include=["a=b","c"]\''),
+    ],
+)
+def test_what_hydra_cannot_read_is_one_line(argument: str, remedy: str) -> None:
+    for before in ([], ["-m"], ["seed=1"]):
+        assert unreadable([*before, argument], "x.py") == f"{argument}: {remedy}"
+    assert unreadable([remedy.rpartition("type ")[2].strip("'")], "x.py") is None or "NAME=VALUE" in remedy
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_folder_that_cannot_be_made_is_told_before_hydra_makes_it(schema: type, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("", encoding="utf-8")
+    for folder, why in ((file, "File exists"), (file / "runs", "Not a directory")):
+        said = refusal([f"output_dir={folder}"], schema)
+        assert said is not None and said.startswith(f"output_dir={folder} cannot be written: {why} ({folder}")
+        assert said.endswith("; free some space or choose another.") and "\n" not in said
+    assert unwritable([f"output_dir={tmp_path / 'new'}"], schema) is None and (tmp_path / "new").is_dir()
+    for flag in ("--help", "--cfg"):
+        assert unwritable([flag, f"output_dir={tmp_path / 'other'}"], schema) is None
+    for folder in ("${oc.env:HOME}", "a,b"):
+        assert unwritable([f"output_dir={tmp_path / folder}"], schema) is None
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["new"]
+
+
 def test_every_folder_of_choices_belongs_to_a_script() -> None:
     groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "experiment"}
     assert groups == set().union(*(_settings(schema) for schema in SCHEMAS)) - {""}
+
+
+@pytest.mark.parametrize(("name", "schema"), [("model", QuantizeConfig), ("evaluate", EvaluationConfig)])
+def test_help_lists_the_groups_that_the_script_takes(name: str, schema: type) -> None:
+    """Hydra's own list has those of all scripts."""
+    help_text = OmegaConf.load(CONF_DIR / "hydra" / "help" / f"quantkit_{name}.yaml")
+    text = OmegaConf.create({"hydra": {"help": help_text}}).hydra.help.template
+    listed = text.partition("Choose with group=option.")[2].partition("== Configuration ==")[0]
+    groups = [f"{group}: {', '.join(_choices(group))}" for group in sorted(_settings(schema)) if group]
+    assert [line for line in listed.splitlines() if line] == groups
 
 
 def test_settings_of_one_script_are_unknown_to_the_other() -> None:

@@ -56,7 +56,7 @@ def test_a_folder_without_the_split_calibrates_on_the_first_that_is_there(
     for _ in range(2):
         assert load_text(local(tmp_path), tmp_path).split == "validation"
     assert [record.getMessage() for record in caplog.records] == [
-        f"data.split=train: {tmp_path} has only validation, test; calibrating on validation"
+        f"data.split=train: {tmp_path} has only validation, test; taking validation"
     ]
     with pytest.raises(SourceError, match=r"data.heldout_split=train: .* has the splits validation, test"):
         load_text(local(tmp_path), tmp_path, "train")
