@@ -27,6 +27,7 @@ from experiments.launchers import PRESETS
 
 # Options with which choices may also come from other folders than conf/.
 OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
+PATHS = ("model.path", "data.path", "cache.dir", "output_dir", "reference", "init", "paired")
 MULTIRUN = ("-m", "--multirun")
 # What a value must be, by OmegaConf's words for one that is not.
 WANTED = {
@@ -111,6 +112,8 @@ def unreadable(arguments: Sequence[str], script: str) -> str | None:
         key, equals, value = argument.partition("=")
         if not argument.startswith("~") and not (equals and key):
             return f"{argument}: settings are typed NAME=VALUE; python experiments/{script} --help lists them"
+        if key in PATHS and not value.strip("\"' "):  # such as an unset variable of the shell
+            return f"{argument}: it is empty; name a file or folder, or leave {key} out"
         try:
             OverridesParser.create().parse_override(argument)
         except HydraException:

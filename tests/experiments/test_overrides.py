@@ -153,6 +153,14 @@ def test_what_hydra_cannot_read_is_one_line(argument: str, remedy: str) -> None:
     assert unreadable([remedy.rpartition("type ")[2].strip("'")], "x.py") is None or "NAME=VALUE" in remedy
 
 
+@pytest.mark.parametrize("argument", ["model.path=", "data.path=''", "output_dir=", "init= ", "reference=", "paired="])
+def test_an_empty_path_is_not_the_current_folder(argument: str) -> None:
+    """As a variable of the shell that is not set leaves it."""
+    said = f"{argument}: it is empty; name a file or folder, or leave {argument.partition('=')[0]} out"
+    assert unreadable([argument], "x.py") == said
+    assert unreadable(["evaluate.label=", "model.path=null"], "x.py") is None
+
+
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_a_folder_that_cannot_be_made_is_told_before_hydra_makes_it(schema: type, tmp_path: Path) -> None:
     file = tmp_path / "file"
