@@ -491,7 +491,9 @@ def draw_kl_layers(figure: Figure, frame: pd.DataFrame) -> None:
     axes = figure.subplots()
     lines = []
     for name, part in frame.groupby("layer_module", sort=False):
-        lines += axes.plot(part["layer_index"], part["kl_mean"], marker=".", lw=0.9, label=name or "whole layer")
+        dashes = "--" if "self_attn" in str(name) else "-"  # there are more modules than colours
+        label = name or "whole layer"
+        lines += axes.plot(part["layer_index"], part["kl_mean"], dashes, marker=".", lw=0.9, label=label)
     axes.set(yscale="log", xlabel="decoder layer", ylabel="KL of this layer alone, nats a token")
     figure.legend(handles=lines, loc="outside right upper", fontsize=7)
 
