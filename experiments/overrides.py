@@ -29,6 +29,7 @@ from experiments.launchers import PRESETS
 OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
 PATHS = ("model.path", "data.path", "cache.dir", "output_dir", "reference", "init", "paired")
 MULTIRUN = ("-m", "--multirun")
+SEVERAL_AT_ONCE = {"run.py": ("experiment",), "quantize_model.py": ("recipe",)}  # groups whose choices are presets
 # What a value must be, by OmegaConf's words for one that is not.
 WANTED = {
     "could not be converted to Integer": "use a whole number",
@@ -166,7 +167,7 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
         return _missing_launcher(argument, PRESETS[value])
     if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
         return None
-    groups = (*_settings(schema), *(("experiment",) if schema is Config else ()))
+    groups = (*_settings(schema), *SEVERAL_AT_ONCE.get(script, ()))
     own = key in (*groups, *_keys(schema)) and key
     if own and argument.startswith("+") and not argument.startswith("++"):
         return f"{argument}: {key} is there without a +; type {key}={value}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,7 +17,17 @@ from experiments import sweep
 from experiments.config import CONF_DIR, REPO_ROOT, Config, check_sweep, compose
 from experiments.model.evaluate_settings import EvaluationConfig
 from experiments.model.settings import QuantizeConfig
-from experiments.overrides import _choices, _keys, _settings, misplaced, mistake, refusal, unreadable, unwritable
+from experiments.overrides import (
+    SEVERAL_AT_ONCE,
+    _choices,
+    _keys,
+    _settings,
+    misplaced,
+    mistake,
+    refusal,
+    unreadable,
+    unwritable,
+)
 from experiments.sweep import SweepPlan
 
 MEANT = {
@@ -115,8 +127,16 @@ def test_a_value_of_another_type_is_told_with_the_right_one(argument: str, remed
 
 def test_experiments_are_those_of_run() -> None:
     assert mistake(["experiment=main"]) is None
-    for schema in (QuantizeConfig, EvaluationConfig):
-        assert "experiment=main: no such setting" in str(mistake(["experiment=main"], schema))
+    for schema, script in ((QuantizeConfig, "quantize_model.py"), (EvaluationConfig, "evaluate.py")):
+        assert "experiment=main: no such setting" in str(mistake(["experiment=main"], schema, script))
+
+
+def test_recipes_are_those_of_quantize_model() -> None:
+    assert mistake(["recipe=best"], QuantizeConfig, "quantize_model.py") is None
+    said = mistake(["recipe=bets"], QuantizeConfig, "quantize_model.py")
+    assert said == "recipe=bets: no such choice of recipe; did you mean recipe=best? Choices: best, fast"
+    for schema, script in ((Config, "run.py"), (EvaluationConfig, "evaluate.py")):
+        assert "recipe=best: no such setting" in str(mistake(["recipe=best"], schema, script))
 
 
 @pytest.mark.parametrize("argument", ["method=naive,sse", "data.samples=8,16", "seed=range(3)", "method=glob(*)"])
@@ -178,7 +198,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_hydra_makes_it(schema: type
 
 
 def test_every_folder_of_choices_belongs_to_a_script() -> None:
-    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "experiment"}
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra", *sum(SEVERAL_AT_ONCE.values(), ())}
     assert groups == set().union(*(_settings(schema) for schema in SCHEMAS)) - {""}
 
 
@@ -188,7 +208,8 @@ def test_help_lists_the_groups_that_the_script_takes(name: str, schema: type) ->
     help_text = OmegaConf.load(CONF_DIR / "hydra" / "help" / f"quantkit_{name}.yaml")
     text = OmegaConf.create({"hydra": {"help": help_text}}).hydra.help.template
     listed = text.partition("Choose with group=option.")[2].partition("== Configuration ==")[0]
-    groups = [f"{group}: {', '.join(_choices(group))}" for group in sorted(_settings(schema)) if group]
+    own = (*_settings(schema), *(("recipe",) if schema is QuantizeConfig else ()))
+    groups = [f"{group}: {', '.join(_choices(group))}" for group in sorted(own) if group]
     assert [line for line in listed.splitlines() if line] == groups
 
 
@@ -281,3 +302,22 @@ def test_the_tables_are_those_of_the_folder_that_was_given() -> None:
 
 def test_a_paper_takes_settings_too() -> None:
     assert "-m experiment=$$name $(SETTINGS) $(ARGS)" in Path(REPO_ROOT / "Makefile").read_text()
+
+
+def test_a_recipe_stands_for_the_settings_of_the_page() -> None:
+    """And gives way to what is typed beside it."""
+    page = (REPO_ROOT / "docs" / "whole_models.md").read_text()
+    best = page.partition("stands for\n\n```\n")[2].partition("\n```")[0].split()
+    fast = page.partition("`recipe=fast`: `")[2].partition("`")[0].split()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+
+        def composed(*overrides: str) -> dict[str, Any]:
+            config = OmegaConf.to_container(hydra_compose("quantize_model", overrides=list(overrides)))
+            assert isinstance(config, dict)
+            return {str(key): value for key, value in config.items() if key != "sweep"}
+
+        assert len(best) == 7 and len(fast) == 3
+        assert composed("recipe=best") == composed(*best)
+        assert composed("recipe=fast") == composed(*fast)
+        beside = "hessian=loss", "method=gptq", "method.sweeps=null", "data.samples=64"
+        assert composed("recipe=best", *beside) == composed(*best, *beside)
