@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import launchers, sweep
 from experiments.config import plain_config
 from experiments.console import full_errors, reason
 from experiments.evaluation_record import EvaluationRecord
@@ -47,13 +49,25 @@ FAILED: list[str] = []  # why evaluations of this process failed
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """One evaluation. No error leaves this function, because Hydra would show only a sweep's first one."""
+    failed = run(composed)
+    if launchers.is_elsewhere():
+        launchers.tell_outcome({"failed": int(failed is not None)})
+    elif failed is not None:
+        FAILED.append(failed)
+
+
+def run(composed: DictConfig) -> str | None:
+    """Why the evaluation failed, which is also printed; None if it did not."""
     try:
-        evaluate(plain_config(composed, EvaluationConfig))
+        config = plain_config(composed, EvaluationConfig)
+        with launchers.own_device(config.device) as device:
+            evaluate(replace(config, device=device))
     except Exception as error:
-        FAILED.append(reason(error))
         print(f"error: {reason(error)}", file=sys.stderr, flush=True)
         if full_errors():
             traceback.print_exc()
+        return reason(error)
+    return None
 
 
 def evaluate(config: EvaluationConfig) -> EvaluationRecord:
@@ -153,12 +167,16 @@ def cli() -> int:
     if (refused := refusal(sys.argv[1:], EvaluationConfig, "evaluate.py")) is not None:
         print(f"error: {refused}", file=sys.stderr)
         return 1
+    launchers.prepare()
+    failed = 0
     try:
         main()
+        if sweep.elsewhere is not None:
+            failed = launchers.read_outcomes(sweep.elsewhere).get("failed", 0)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where it stopped.", file=sys.stderr)
         return 130
-    return 1 if FAILED else 0
+    return 1 if FAILED or failed else 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from experiments import provenance
+from experiments.config import REPO_ROOT
 
 SERIAL = "BasicLauncher"  # Hydra's own: one run after the other, in this process
 OF_THIS_MACHINE = ("JoblibLauncher", "LocalLauncher")  # their runs share its devices
@@ -50,6 +51,12 @@ def shares_device(device: str) -> bool:
     A GPU is a run's own, by `own_device` or by Slurm. The processors of a machine are not.
     """
     return is_elsewhere() and not device.startswith("cuda")
+
+
+def prepare() -> None:
+    """In the command, before its runs' processes start: they import this package, too."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
+    keep_visible_gpus()
 
 
 def keep_visible_gpus() -> None:

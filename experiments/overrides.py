@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -184,19 +185,23 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
 
 
 def _wrong_value(argument: str, key: str, schema: type) -> str | None:
-    """A message about a value of another type than the setting's; None for a sweep's values, and what Hydra says."""
+    """A message about a value of another type than the setting's; None for what Hydra says."""
     if "${" in argument:
         return None  # what it refers to is Hydra's to find
     try:
         parsed = OverridesParser.create().parse_override(argument)
-        if not parsed.is_sweep_override():
-            group, dot, name = key.partition(".")  # a group of its own, because the schema's groups have no value yet
-            where = get_type_hints(schema)[group] if dot else schema
-            OmegaConf.update(OmegaConf.structured(where), name or key, parsed.value(), force_add=False)
     except HydraException:
         return None
-    except OmegaConfBaseException as error:
-        return f"{argument}: {_why_wrong(key, parsed.value(), str(error).splitlines()[0])}"
+    if parsed.is_sweep_override() and not parsed.is_choice_sweep():
+        return None
+    for value in parsed.sweep_iterator() if parsed.is_choice_sweep() else [parsed.value()]:
+        value = value.text if isinstance(value, QuotedString) else value
+        group, dot, name = key.partition(".")  # a group of its own, because the schema's groups have no value yet
+        where = get_type_hints(schema)[group] if dot else schema
+        try:
+            OmegaConf.update(OmegaConf.structured(where), name or key, value, force_add=False)
+        except OmegaConfBaseException as error:
+            return f"{argument}: {_why_wrong(key, value, str(error).splitlines()[0])}"
     return None
 
 

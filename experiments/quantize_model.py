@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import provenance
+from experiments import launchers, provenance, sweep
 from experiments.config import plain_config
 from experiments.console import full_errors, reason
 from experiments.files import SourceError, check_output
@@ -54,6 +54,11 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} layers [{elapsed}<{rema
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="quantize_model")
 def main(composed: DictConfig) -> None:
+    if launchers.is_elsewhere():
+        console = ModelConsole()
+        run(composed, console)
+        launchers.tell_outcome(console.counts)
+        return
     run(composed, CONSOLE)
 
 
@@ -62,7 +67,6 @@ def run(composed: DictConfig, console: ModelConsole) -> None:
 
     No error leaves this function, but one of several processes ends, so that torchrun ends the others.
     """
-    from experiments.model.job import Listener, quantize_model, refuse_layer_bundle, resolve_model
     from experiments.model.ranks import started
 
     ranks = started()
@@ -70,25 +74,32 @@ def run(composed: DictConfig, console: ModelConsole) -> None:
         config = plain_config(composed, QuantizeConfig)
         if config.device in ("auto", "cuda"):
             config.device = ranks.device(config.device)
-        check_output(Path(config.output_dir))
-        refuse_layer_bundle(config)
-        resolved = resolve_model(config)
-        previous = finished_record(resolved)
-        if not ranks.is_first:
-            if previous is None or config.force:
-                quantize_model(resolved, Listener(), ranks)
-            return
-        if previous is not None and not config.force:
-            console.skipped(resolved, with_export(resolved, previous))
-            point_to(resolved)
-            return
-        record = quantize_and_record(resolved, console, ranks)
-        failed = record.status != "ok"
+        with launchers.own_device(config.device) as device:
+            is_made = _run_on(replace(config, device=device), console, ranks)
     except Exception as error:
         console.refused(error)
-        failed = True
-    if failed and ranks.size > 1:
+        is_made = False
+    if not is_made and ranks.size > 1:
         raise SystemExit(1)
+
+
+def _run_on(config: QuantizeConfig, console: ModelConsole, ranks: Ranks) -> bool:
+    """Whether the model is finished."""
+    from experiments.model.job import Listener, quantize_model, refuse_layer_bundle, resolve_model
+
+    check_output(Path(config.output_dir))
+    refuse_layer_bundle(config)
+    resolved = resolve_model(config)
+    previous = finished_record(resolved)
+    if not ranks.is_first:
+        if previous is None or config.force:
+            quantize_model(resolved, Listener(), ranks)
+        return True
+    if previous is not None and not config.force:
+        console.skipped(resolved, with_export(resolved, previous))
+        point_to(resolved)
+        return True
+    return quantize_and_record(resolved, console, ranks).status == "ok"
 
 
 def finished_record(run: ModelRun) -> ModelRecord | None:
@@ -246,6 +257,11 @@ class ModelConsole:
         if full_errors():
             traceback.print_exception(error)
 
+    def add(self, counts: dict[str, int]) -> None:
+        """Counts models that other processes made."""
+        for name, count in counts.items():
+            self.counts[name] += count
+
     def close(self) -> int:
         """Print the closing line. Returns the exit status."""
         total = sum(self.counts.values())
@@ -311,8 +327,11 @@ def cli() -> int:
     if (refused := refusal(sys.argv[1:], QuantizeConfig, "quantize_model.py")) is not None:
         print(f"error: {refused}", file=sys.stderr)
         return 1
+    launchers.prepare()
     try:
         main()
+        if sweep.elsewhere is not None:
+            CONSOLE.add(launchers.read_outcomes(sweep.elsewhere))
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues at the first unfinished layer.", file=sys.stderr)
         CONSOLE.close()

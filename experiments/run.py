@@ -12,7 +12,6 @@ Only the stages import torch, so `--help` and a sweep of finished runs are quick
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import traceback
@@ -33,7 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import launchers, provenance, sweep, tracking
-from experiments.config import REPO_ROOT, Config, to_config
+from experiments.config import Config, to_config
 from experiments.console import Console, full_errors, reason
 from experiments.files import remove_orphans
 from experiments.overrides import refusal
@@ -223,9 +222,7 @@ def cli() -> int:
     if (refused := refusal(sys.argv[1:])) is not None:
         print(f"error: {refused}", file=sys.stderr)
         return 1
-    # The processes of a launcher import this package, too.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPO_ROOT), os.environ.get("PYTHONPATH"))))
-    launchers.keep_visible_gpus()
+    launchers.prepare()
     try:
         main()
         if sweep.elsewhere is not None:

@@ -18,8 +18,9 @@ import pytest
 from experiments import launchers, provenance
 from experiments.config import REPO_ROOT
 from experiments.measure.timing import SHARED
+from experiments.model_record import ModelRecord
 from experiments.overrides import mistake
-from experiments.record import RunRecord, read_records
+from experiments.record import RunRecord, read_record_of, read_records
 from tests.experiments import tiny_models
 
 VARYING = ("sweep", "started_at", "duration_s", "time_ms_median", "time_ms_p20", "time_ms_p80", "time_iterations",
@@ -68,6 +69,32 @@ def test_a_launchers_records_are_those_of_a_serial_sweep(serial: SimpleNamespace
     assert all(record.time_timer == SHARED and record.time_ms_median is None for record in records)
     assert all(record.time_timer != SHARED and record.time_ms_median is not None for record in serial.records)
     assert not list((serial.folder / preset).rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_models_of_other_processes_are_counted(serial: SimpleNamespace, tmp_path: Path) -> None:
+    """One of two is not there: the exit status is 1, as in a serial sweep."""
+    pytest.importorskip("joblib")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    model, none = serial.folder / "model", tmp_path / "none"
+    common = ["hydra/launcher=processes", f"data.path={serial.folder / 'text'}", "data.seq_len=32", "data.samples=4",
+              "tracking=none", "device=cpu", f"cache.dir={tmp_path / 'cache'}"]  # fmt: skip
+    scripts = {
+        "quantize_model.py": ("method=naive", "model.dtype=float32", f"output_dir={tmp_path / 'models'}"),
+        "evaluate.py": (f"reference={model}", "data.split=train", f"output_dir={tmp_path / 'evaluations'}"),
+    }
+    for script, own in scripts.items():
+        command = [sys.executable, "-W", "ignore", f"experiments/{script}", "-m", f"model.path={model},{none}"]
+        done = subprocess.run(
+            [*command, *common, *own], cwd=REPO_ROOT, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"model.path={none}: no such folder" in done.stderr and "Traceback" not in done.stderr
+        if script == "quantize_model.py":
+            assert "2 models in" in done.stdout and "1 done, 1 failed" in done.stdout
+    found = [read_record_of(ModelRecord, path).status for path in (tmp_path / "models").glob("nvfp4-*/record.json")]
+    assert sorted(found) == ["failed", "ok"]
+    assert len(list((tmp_path / "evaluations").glob("*/record.json"))) == 1
 
 
 def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,8 @@ def test_a_wrong_value_in_a_group_is_told(argument: str) -> None:
     ("argument", "remedy"),
     [
         ("method.sweeps=x", "use a whole number"),
+        ("seed=1,x", "use a whole number"),
+        ("export=modelopt,awq", "expected one of [compressed_tensors, modelopt, gpt_oss, gguf]"),
         ("data.heldout=x", "use a number"),
         ("force=maybe", "use true or false"),
         ("model.include=*.mlp.*", "use a list, such as 'model.include=[\"*.mlp.*\"]'"),
