@@ -227,7 +227,9 @@ def _missing_launcher(argument: str, package: str) -> str | None:
 
 def _no_choice(group: str, value: str, schema: type) -> str | None:
     """A message about a value that is no file of conf/<group>, or None. value: one or several, with commas."""
-    if value in ("", "null") or not PLAIN_VALUE.fullmatch(value):
+    if not value.strip():
+        return f"{group}=: it is empty; use {', '.join(_choices(group))}, or leave {group} out"
+    if value == "null" or not PLAIN_VALUE.fullmatch(value):
         return None
     wrong = [choice for choice in value.split(",") if choice.strip() not in _choices(group)]
     if not wrong:

@@ -24,9 +24,11 @@ from experiments.model.card import About
 from experiments.model.checkpoint import CheckpointWriter, kept_tensors, open_quantized
 from experiments.model.export import export
 from experiments.model.given import GivenCodes, given_model
+from experiments.model.layer import LayerRunner
 from experiments.model.ranks import Ranks
 from experiments.model.select import Selection, check_fused, select
 from experiments.model.settings import (
+    Calibration,
     QuantizeConfig,
     as_run,
     method_fields,
@@ -36,6 +38,7 @@ from experiments.model.settings import (
 )
 from experiments.model.shared_writer import SharedWriter
 from experiments.model.solve import mean_error
+from experiments.model.steps import check_fused_steps, find_steps
 from experiments.model.walk import Clock, Job, Walk
 from experiments.model_record import ModelRecord
 from experiments.sources.bundles import MANIFEST_NAME
@@ -209,13 +212,24 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
 
 
 def check_model(config: QuantizeConfig, checkpoint: Checkpoint, given: GivenCodes | None) -> None:
-    """Raises ValueError for what the model's names and shapes rule out, before loss weights and before any weight."""
+    """Raises ValueError for what the model's names and shapes rule out, before loss weights and before most weights."""
     decoder = Decoder(checkpoint, [], torch.float32)
     selection = select(decoder, config.model, config.block_size)
     check_fused(config.fused, selection)
     exportable.check_model(config, decoder, selection)
     if given is not None:
         given.check(decoder.model, selection)
+    if config.fused and config.calibrate.mode == Calibration.sequential and get_method(config.method.name).needs:
+        _check_steps(config, checkpoint)
+
+
+def _check_steps(config: QuantizeConfig, checkpoint: Checkpoint) -> None:
+    """Raises SourceError where layers of `fused` have different inputs in the first decoder layer, which is read."""
+    decoder = build_front(checkpoint, config.model.dtype, "cpu")
+    decoder.load_layer(0)
+    matrices = select(decoder, config.model, config.block_size).layers[0]
+    with torch.no_grad():
+        check_fused_steps(config.fused, find_steps(LayerRunner(decoder), 0, matrices))
 
 
 def export_model(run: ModelRun) -> dict[str, Fields]:

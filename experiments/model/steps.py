@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from experiments.files import SourceError
+from experiments.model.fused import fused_groups
 from experiments.model.layer import LayerRunner, first_tensor
 from experiments.model.select import Matrix
 from experiments.sources.decoder import TRIAL_TOKENS
@@ -56,6 +57,17 @@ def find_steps(runner: LayerRunner, index: int, matrices: Sequence[Matrix]) -> l
     with trial:
         runner.run(index, ids, runner.embed(ids))
     return trial.steps(f"layer {index} of {decoder.name} ({decoder.kind})")
+
+
+def check_fused_steps(fused: Sequence[Sequence[str]] | None, steps: Sequence[Step]) -> None:
+    """Raises SourceError for layers that share a global scale, but are quantized one after the other."""
+    number = {matrix.name: n for n, step in enumerate(steps) for matrix in step.matrices}
+    for group in fused_groups(number, fused) if fused else ():
+        if len({number[name] for name in group}) > 1:
+            raise SourceError(
+                f"fused: {', '.join(group)} have different inputs, so calibrate=sequential quantizes them one after "
+                "the other. Use calibrate=parallel, or take them apart."
+            )
 
 
 class _Trial(TorchFunctionMode):

@@ -27,14 +27,13 @@ from experiments.config import LayerConfig
 from experiments.files import SourceError
 from experiments.model.checkpoint import kept_tensors
 from experiments.model.experts import ExpertSums, check_rows, expert_rows, routed_weights
-from experiments.model.fused import fused_groups
 from experiments.model.layer import LayerRunner, Taps, replaced, swapped
 from experiments.model.ranks import Ranks, segment_of
 from experiments.model.select import Matrix, Selection
 from experiments.model.settings import Calibration, QuantizeConfig
 from experiments.model.shared_writer import SharedWriter
 from experiments.model.solve import Solved, Solver, Start, Work, mean_error
-from experiments.model.steps import Step, find_steps
+from experiments.model.steps import Step, check_fused_steps, find_steps
 from experiments.model.sums import Inputs, Sums
 from experiments.sources.decoder import Decoder
 from quantkit import QuantizedTensor
@@ -189,7 +188,7 @@ class Walk:
         return self._solve(index, [matrix for step in steps for matrix in step.matrices], sums)
 
     def _sequential(self, index: int, steps: Sequence[Step]) -> list[Solved]:
-        self._check_fused(steps)
+        check_fused_steps(self.config.fused, steps)
         kept = self._keep_original(index, steps) if self.corrects else None
         changed: Changed = {}
         solved: list[Solved] = []
@@ -211,18 +210,6 @@ class Walk:
             done.finish(step)
         self._advance(index, self.quantized, changed, done)
         return solved
-
-    def _check_fused(self, steps: Sequence[Step]) -> None:
-        """Raises SourceError for layers of `fused` that are quantized one after the other."""
-        if not self.config.fused:
-            return
-        number = {matrix.name: n for n, step in enumerate(steps) for matrix in step.matrices}
-        for group in fused_groups(number, self.config.fused):
-            if len({number[name] for name in group}) > 1:
-                raise SourceError(
-                    f"fused: {', '.join(group)} have different inputs, so calibrate=sequential quantizes them one "
-                    "after the other. Use calibrate=parallel, or take them apart."
-                )
 
     def _over_batches(self, steps: Sequence[Step], sum_up: Callable[[AllSums, int], None]) -> AllSums:
         """The sums over all batches, by segments (ranks.py). sum_up: adds a batch of this process to sums."""

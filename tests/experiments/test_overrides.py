@@ -127,6 +127,14 @@ def test_a_value_of_another_type_is_told_with_the_right_one(argument: str, remed
     assert said.startswith(f"{argument}: ") and said.endswith(remedy) and "\n" not in said
 
 
+def test_an_empty_choice_is_told() -> None:
+    assert (
+        mistake(["calibrate="], QuantizeConfig)
+        == "calibrate=: it is empty; use parallel, sequential, or leave calibrate out"
+    )
+    assert mistake(["recipe=null"], QuantizeConfig, "quantize_model.py") is None
+
+
 def test_experiments_are_those_of_run() -> None:
     assert mistake(["experiment=main"]) is None
     for schema, script in ((QuantizeConfig, "quantize_model.py"), (EvaluationConfig, "evaluate.py")):
