@@ -42,7 +42,7 @@ def compose_evaluate(overrides: Sequence[str] = ()) -> EvaluationConfig:
 
 
 # Groups that run.py lacks.
-SCRIPTS: dict[str, Any] = {"calibrate": compose_model, "evaluate": compose_evaluate}
+SCRIPTS: dict[str, Any] = {"calibrate": compose_model, "recipe": compose_model, "evaluate": compose_evaluate}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
