@@ -266,7 +266,8 @@ class HessianConfig:
         )
         require(
             self.matmul == Matmul.float32 or self.weighting == Weighting.loss,
-            f"hessian.matmul={self.matmul}: only loss weights take a backward pass. Add hessian=loss, or leave it out.",
+            f"hessian.matmul={self.matmul}: only loss weights take a backward pass. Add hessian=loss, or "
+            "hessian.matmul=float32.",
         )
         for name in ("groups", "samples"):
             value = getattr(self, name)

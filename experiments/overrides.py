@@ -88,10 +88,10 @@ def unwritable(arguments: Sequence[str], schema: type = Config) -> str | None:
 
 
 def misplaced(arguments: Sequence[str], script: str) -> str | None:
-    """A message about -m between settings, where Hydra does not look for it, or missing for several values."""
-    kinds = [argument.startswith("-") for argument in arguments]
+    """A message about a flag between settings, which Hydra's parser refuses, or about several values without -m."""
+    settings = ["=" in argument and not argument.startswith("-") for argument in arguments]
     for number, argument in enumerate(arguments):
-        if argument in MULTIRUN and not all(kinds[:number]) and not all(kinds[number:]):
+        if argument.startswith("-") and any(settings[:number]) and any(settings[number:]):
             return f"{argument}: settings stand on both sides of it; type python experiments/{script} {argument} ..."
     if any(argument in MULTIRUN or argument.startswith("hydra.mode") for argument in arguments):
         return None
@@ -168,18 +168,18 @@ def _unknown(argument: str, own_choices: bool, schema: type, script: str) -> str
         return _missing_launcher(argument, PRESETS[value])
     if key.startswith(("hydra", "~")) or "@" in key or not re.fullmatch(r"[\w.-]+", key):
         return None
-    groups = (*_settings(schema), *SEVERAL_AT_ONCE.get(script, ()))
-    own = key in (*groups, *_keys(schema)) and key
-    if own and argument.startswith("+") and not argument.startswith("++"):
+    groups = (*filter(None, _settings(schema)), *SEVERAL_AT_ONCE.get(script, ()))
+    known = key in (*groups, *_keys(schema))
+    if known and argument.startswith("+") and not argument.startswith("++"):
         return f"{argument}: {key} is there without a +; type {key}={value}"
-    if key in groups and key:
+    if key in groups:
         return None if own_choices else _no_choice(key, value, schema)
     if key in _keys(schema):
         return _wrong_value(argument, key, schema)
     group, dot, name = key.partition(".")
     if dot and group in _settings(schema) and not _close(name, schema, _settings(schema)[group]):
         return f"{key}: no such setting; {group} has {', '.join(_settings(schema)[group])}"
-    meant = [f"{known}={value}" for known in _close(key, schema)]
+    meant = [f"{close}={value}" for close in _close(key, schema)]
     remedy = f"did you mean {' or '.join(meant)}?" if meant else f"python experiments/{script} --help lists them"
     return f"{key}={value}: no such setting; {remedy}"
 

@@ -211,7 +211,8 @@ class ModelConsole:
     def heading(self, run: ModelRun) -> None:
         config = run.config
         parts = [config.model.label, config.format.name, f"block {config.block_size}", config.method.name]
-        parts += [str(config.calibrate.mode), f"hessian {config.hessian.weighting}", config.data.name]
+        hessian = "kronecker" if config.hessian.outputs else str(config.hessian.weighting)
+        parts += [str(config.calibrate.mode), f"hessian {hessian}", config.data.name]
         print(" · ".join(parts), flush=True)
 
     def bar(self) -> LayerBar:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import launchers
 from experiments.config import Config, LayerConfig, check_sweep, to_config
-from experiments.files import SourceError, check_writable
+from experiments.files import SourceError, check_output
 
 # Overrides that do not change what a forward pass captures. One that is missing here only costs another pass.
 NOT_CAPTURED = (
@@ -71,9 +71,9 @@ def _note_launcher(config: DictConfig) -> None:
 def _check_writable(folder: Path) -> None:
     """Ends the program with one line if the folder cannot be written. Hydra's own error would fill a page."""
     try:
-        check_writable(folder)
-    except OSError as error:
-        raise SystemExit(f"error: output_dir={folder} cannot be written ({error.strerror}); choose another") from None
+        check_output(folder)
+    except SourceError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def layers_ahead(config: Config) -> list[LayerConfig]:

@@ -41,23 +41,23 @@ MEASURED = (
     *("candidates_mean", "candidates_max", "time_ms_median", "time_ms_p20", "time_ms_p80", "time_iterations"),
     *("verified_blocks", "verified_violations", "verified_worst_excess", "verified_wrong_codes", "duration_s"),
 )
-# The same of an evaluation's record.
+# Such fields of an evaluation's record.
 EVALUATED = ("status", "reason", "duration_s", *(name for name in EVALUATION_FIELDS if RESULT.match(name)))
-# The same of a quantized model's record.
+# Such fields of a quantized model's record.
 MODEL_MEASURED = (
     *("status", "reason", "layers", "matrices", "weights", "bits_per_weight", "few_tokens", "warned"),
     *("naive_weight_error", "weight_error", "naive_output_error", "output_error", "hidden_error", "without_outputs"),
     *("seconds", "peak_device_bytes", "processes", "resumed_layers", "exports", "duration_s"),
 )
 AS_HISTOGRAMS = ("scale_shifts", "candidate_counts")
-AS_LISTS = ("kl_by_position", "kl_by_layer")  # in neither
+AS_LISTS = ("kl_by_position", "kl_by_layer")  # neither in the summary nor in the configuration
 COUNTED = ("few_tokens", "without_outputs")  # a record may list them by name
 HASHES = ("commit", "config_hash", "data_hash", "model_revision")  # read as text, even if all digits are decimal
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a record's W&B run has. measured: the fields of its summary; log: logs whatever is more than numbers."""
+    """What a record's W&B run has. measured: the fields of its summary. log: adds series and histograms to the run."""
 
     job_type: str
     tags: list[str]
@@ -78,7 +78,7 @@ def track(
     """
     tags = [record.format, record.method, record.backend, record.status]
     page = Page(record.method, tags, MEASURED, functools.partial(_log_histograms, histograms))
-    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, page))
+    _track(record, config, tracking, output_dir, page)
 
 
 def track_evaluation(
@@ -87,7 +87,7 @@ def track_evaluation(
     """Log the record of a whole model's evaluation, as `track` does."""
     tags = [tag for tag in ("evaluation", record.format, record.method, record.status) if tag]
     page = Page("evaluation", tags, EVALUATED)
-    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, page))
+    _track(record, config, tracking, output_dir, page)
 
 
 def track_model(
@@ -103,17 +103,17 @@ def track_model(
     """
     tags = ["model", record.format, record.method, record.backend, record.status]
     page = Page("model", tags, MODEL_MEASURED, functools.partial(_log_layers, layers))
-    _track(record, tracking, lambda mode: _log_run(record, config, tracking, mode, output_dir, page))
+    _track(record, config, tracking, output_dir, page)
 
 
-def _track(record: Record, tracking: TrackingConfig, log_run: Callable[[Mode], None]) -> None:
+def _track(record: Record, config: Mapping[str, Any], tracking: TrackingConfig, output_dir: Path, page: Page) -> None:
     """A failure is a warning."""
     if tracking.name == "none":
         return
     try:
         mode = _usable(tracking_mode(tracking))
         if mode != "disabled":
-            log_run(mode)
+            _log_run(record, config, tracking, mode, output_dir, page)
     except Exception as error:
         log.debug("W&B failed", exc_info=True)
         log.warning(
@@ -253,6 +253,7 @@ def layer_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _count(name: str, value: Any) -> Any:
+    """The number of matrices in place of their names."""
     return len(value) if name in COUNTED and not isinstance(value, int) else value
 
 

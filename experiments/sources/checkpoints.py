@@ -620,7 +620,7 @@ _ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 GGUF_TYPES = {"MXFP4": 39, "NVFP4": 40}
 GGUF_BLOCK_BYTES = {39: 17, 40: 36}
 GGUF_SCALES = ("scale", "input_scale")  # of NVFP4: the global scale, and that of activations
-PRE_TOKENIZER = "tokenizer_ggml_pre"  # in tokenizer_config.json: llama.cpp's name of the way in which text is split
+PRE_TOKENIZER = "tokenizer_ggml_pre"  # in tokenizer_config.json: llama.cpp's name of it
 
 
 def _is_small(key: str) -> bool:

@@ -5,9 +5,9 @@
     yarn       the same two keys, and rope.scaling.original_context_length
     llama3     a tensor rope_freqs.weight, float32 [head_dim/2]: llama.cpp divides each frequency by its own factor
 
-The tensor does not tell the four parameters of llama3 (Llama 3.1 and later), which transformers needs. Exports name
-them in a key of their own, which is checked against the tensor. Files of other tools have Llama's own parameters, or
-are refused.
+transformers needs the four parameters of llama3 (Llama 3.1 and later), which the tensor does not have. Exports have
+them in a key of their own, which is checked against the tensor. A file of another tool is read if its tensor is that of
+the published Llama models, and refused if not.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ PUBLISHED = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))  # of Llama 3.1 and 
 
 
 def rope_type(config: Mapping[str, Any]) -> str:
-    """config: of transformers, as a dict."""
+    """transformers' name of the way in which rotary embeddings are scaled. config: of transformers, as a dict."""
     rope = rope_parameters(config)
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Empty where config.json has none. config: as for `rope_type`."""
     return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
 
 
 def frequency_factors(parameters: Mapping[str, Any], theta: float, head_dim: int) -> Tensor:
     """float32 [head_dim/2]: by how much llama3 divides each frequency, from transformers' frequencies.
 
-    parameters: LLAMA3. theta: rope_theta.
+    parameters: those of LLAMA3, by name. theta: rope_theta.
     """
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -84,7 +85,11 @@ def read_scaling(
     theta: float,
     head_dim: int,
 ) -> dict[str, Any] | None:
-    """rope_parameters of a GGUF file; None where nothing is scaled. factors: of FREQUENCIES. Raises SourceError."""
+    """rope_parameters of a GGUF file; None where nothing is scaled.
+
+    file: its name, for errors. header: its keys. factors: the tensor FREQUENCIES, if it has one. theta: rope_theta.
+    Raises SourceError for a way of scaling that is not read.
+    """
     prefix = f"{architecture.name}.rope"
     factor = float(header.get(f"{prefix}.scaling.factor", header.get(f"{prefix}.scale_linear", 0.0))) or 1.0
     told = str(header.get(f"{prefix}.scaling.type", "linear" if factor != 1.0 else "none"))  # llama.cpp's default
@@ -107,7 +112,7 @@ def read_scaling(
 
 
 def _llama3(file: str, told: str | None, factors: Tensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The parameters that give these factors. told: of PARAMETERS."""
+    """The parameters that give these factors. told: the value of PARAMETERS, if the file has it."""
     if told is not None:
         own = _parsed(told)
         if own is None or not torch.equal(frequency_factors(own, theta, head_dim), factors):

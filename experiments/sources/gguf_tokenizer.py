@@ -1,9 +1,9 @@
 """transformers' tokenizer of a GGUF file.
 
-transformers builds one from the file's tokens. Of the kind llama (SentencePiece), it lets the spaces of Llama's class
-stand in for llama.cpp's, and takes scores that are all equal. Here an export of quantkit gives back its tokenizer.json,
-and another file's tokenizer puts spaces where llama.cpp and SentencePiece put them: in front of every text and behind
-every special token, also where the text begins with a space.
+transformers builds one from the file's tokens. For the kind llama (SentencePiece) it puts spaces where its class for
+Llama does, and it accepts scores that are all equal. This module gives back the tokenizer.json that an export of
+quantkit holds. For another file it puts spaces where llama.cpp and SentencePiece put them: in front of every text and
+behind every special token, also where the text begins with a space.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from experiments.files import SourceError, named
 
 MODEL = "tokenizer.ggml.model"
-SPACE = "▁"
+SPACE = "▁"  # SentencePiece's
 
 
 def load_tokenizer(path: Path, fields: Mapping[str, Any], header: Mapping[str, Any]) -> Any:
@@ -40,6 +40,7 @@ def _of_transformers(path: Path) -> Any:
 
 
 def _check_scores(path: Path, fields: Mapping[str, Any]) -> None:
+    """Raises SourceError where no two tokens of text differ in their score."""
     tokens = fields["tokenizer.ggml.tokens"].contents()
     scores = fields["tokenizer.ggml.scores"].contents() if "tokenizer.ggml.scores" in fields else []
     types = (
@@ -48,8 +49,8 @@ def _check_scores(path: Path, fields: Mapping[str, Any]) -> None:
     found = {score for token, score, kind in zip(tokens, scores, types, strict=False) if kind == 1 and len(token) > 1}
     if len(found) < 2:
         raise SourceError(
-            f"{path.name}: all scores of its tokens are equal, so nothing tells which of them are joined first. Give "
-            "the model that it was made from."
+            f"{path.name}: all scores of its tokens are equal, so they do not say which tokens are joined first. "
+            "Give the model that it was made from."
         )
 
 

@@ -161,10 +161,12 @@ def test_several_values_need_m(argument: str) -> None:
         assert misplaced([argument, flag], "x.py") is None
 
 
-def test_settings_stand_on_one_side_of_m() -> None:
+def test_settings_stand_on_one_side_of_a_flag() -> None:
     """Hydra's parser would take those behind it for unknown arguments."""
-    said = "-m: settings stand on both sides of it; type python experiments/x.py -m ..."
-    assert misplaced(["seed=1", "-m", "method=naive,sse"], "x.py") == said
+    for flag, rest in (("-m", []), ("--cfg", ["job"])):
+        said = f"{flag}: settings stand on both sides of it; type python experiments/x.py {flag} ..."
+        assert misplaced(["seed=1", flag, *rest, "method=naive,sse"], "x.py") == said
+    assert misplaced(["seed=1", "method=sse", "--cfg", "job"], "x.py") is None
     assert misplaced(["--help", "-m", "method=naive,sse"], "x.py") is None
 
 

@@ -595,7 +595,9 @@ def test_a_full_disk_is_found_before_the_first_run(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
     try:
-        with pytest.raises(SystemExit, match=r"error: output_dir=.* cannot be written \(.*\); choose another"):
+        with pytest.raises(
+            SystemExit, match=r"error: output_dir=.* cannot be written: .*; free some space or choose another"
+        ):
             sweep._check_writable(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -476,7 +476,7 @@ def test_an_unreadable_cache_is_one_line_and_stays(tiny: SimpleNamespace, shared
 
 def test_a_read_only_results_folder_is_found_before_the_first_run(shared: Path) -> None:
     restrict(shared, lambda mode: mode & ~0o222)
-    with as_nobody(), pytest.raises(SystemExit, match=r"error: output_dir=.* cannot be written \(Permission denied\)"):
+    with as_nobody(), pytest.raises(SystemExit, match=r"error: output_dir=.* cannot be written: Permission denied"):
         sweep._check_writable(shared / "runs")
     restrict(shared, lambda mode: mode | 0o200)
 

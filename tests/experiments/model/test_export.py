@@ -259,7 +259,7 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_warned_of(made: Made, tmp
     del manifest["checksum"]
     (tmp_path / "own" / "quantkit.json").write_text(json.dumps(manifest))
     (warning,) = export(open_quantized(tmp_path / "own"), tmp_path / "out", "gguf").warnings
-    assert "does not say how its tokenizer splits text" in warning
+    assert "names no pre-tokenizer" in warning
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert "tokenizer.ggml.tokens" in fields and "tokenizer.ggml.pre" not in fields
 

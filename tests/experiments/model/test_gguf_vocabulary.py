@@ -117,8 +117,12 @@ def test_an_export_makes_the_ids_of_the_models_own_tokenizer(spoken: Spoken, tmp
     checkpoint.save_around(tmp_path, {})
     saved = ids_of(tmp_path)
     assert [saved(text) for text in PLAIN + SPACED] == wanted
-    again = read_vocabulary(tmp_path)
-    assert again is not None and again.told["model"] == read_vocabulary(spoken.source(style).folder).told["model"]
+    again, wanted_vocabulary = read_vocabulary(tmp_path), read_vocabulary(spoken.source(style).folder)
+    assert (
+        again is not None
+        and wanted_vocabulary is not None
+        and again.parsed["model"] == wanted_vocabulary.parsed["model"]
+    )
 
 
 def test_what_the_file_holds(spoken: Spoken) -> None:

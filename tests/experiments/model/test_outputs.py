@@ -17,6 +17,7 @@ from experiments.files import SourceError
 from experiments.model import job
 from experiments.model.checkpoint import open_quantized
 from experiments.model.job import Listener, ModelRun, quantize_model
+from experiments.quantize_model import ModelConsole
 from quantkit import quantize
 from tests.experiments.model.test_experts import EXPERTS, moe  # noqa: F401  a fixture
 from tests.experiments.model.test_walk import run_for, small_batches, watched  # noqa: F401
@@ -102,6 +103,14 @@ def test_record_manifest_and_card_name_it(tiny: SimpleNamespace, tmp_path: Path)
     assert not names & {*fields, *open_quantized(plain.folder).about} and fields["without_outputs"] is None
     assert plain.run_id != run.run_id
     assert all("outputs" not in matrix for layer in layers_of(plain) for matrix in layer["matrices"])
+
+
+def test_the_heading_names_the_choice_that_was_typed(
+    tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for choice in ("kronecker", "loss", "output"):
+        ModelConsole().heading(run_for(tiny, tmp_path, "method=gptq", f"hessian={choice}"))
+        assert f"gptq · sequential · hessian {choice} · " in capsys.readouterr().out
 
 
 def test_experts_are_solved_as_without(

@@ -289,12 +289,12 @@ def test_the_ways_of_splitting_text_that_llama_cpp_knows() -> None:
         }
 
     for pattern, name in gguf_vocabulary.SPLITS.items():
-        assert gguf_vocabulary.split_name(split(pattern)) == name
-    assert gguf_vocabulary.split_name(split("other")) is None
+        assert gguf_vocabulary.pre_tokenizer_name(split(pattern)) == name
+    assert gguf_vocabulary.pre_tokenizer_name(split("other")) is None
     digits = {"pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]}
-    assert gguf_vocabulary.split_name({"pre_tokenizer": digits}) == "smollm"
-    assert gguf_vocabulary.split_name({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
-    assert gguf_vocabulary.split_name({"pre_tokenizer": None}) is None
+    assert gguf_vocabulary.pre_tokenizer_name({"pre_tokenizer": digits}) == "smollm"
+    assert gguf_vocabulary.pre_tokenizer_name({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
+    assert gguf_vocabulary.pre_tokenizer_name({"pre_tokenizer": None}) is None
 
 
 @pytest.mark.parametrize(
