@@ -9,7 +9,7 @@ outputs-…, partial-…         with hessian.outputs=true, the Gram matrices of
 
 Only calibration sequences are used. An interrupted pass continues at the first missing piece. A damaged piece is
 computed again, with the same bytes. Of two processes that need the same weights, one computes them. Memory holds one
-piece.
+piece and, with hessian.outputs=true, the sums of the Gram matrices over the pieces, where it has room for them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ import torch
 from torch import Tensor
 
 from experiments.capture.gradients import layer_name, loss_weights, matmul
-from experiments.capture.output_grams import OutputSums, Totals, by_layer, check_fits, read_parts, save_parts
+from experiments.capture.output_grams import (
+    OutputSums,
+    RunningTotals,
+    Totals,
+    by_layer,
+    check_fits,
+    has_room,
+    read_parts,
+    save_parts,
+)
 from experiments.capture.progress import BAR, ticking, waiting
 from experiments.capture.store import JOURNAL_NAME, Entry, is_intact, save_tensors
 from experiments.capture.tokens import token_sequences
@@ -177,7 +186,7 @@ class _Pass:
         self.checkpoint = open_checkpoint(self.config.model, self.config.cache.folder)
         self.ids = token_sequences(self.config, self.checkpoint.tokenizer()).ids["calibration"]
         self.finished = _finished_before(folder)
-        self.totals = self._totals_before() if self.config.hessian.outputs else None
+        self.totals = self._running_totals() if self.config.hessian.outputs else None
         self.shares = False  # this is one of several processes
         self.decoder: Any = None
 
@@ -203,22 +212,22 @@ class _Pass:
         with ticking(tqdm(total=total, desc=f"loss weights {name}", bar_format=BAR, disable=None)) as bar:
             for number, (file, first) in enumerate(self._files().items()):
                 pieces[file] = self._piece(number, file, first, bar)
-                journal: Manifest = {"pieces": self.finished}
-                if self.totals is not None:
-                    self.totals = self._added(self.totals, number, pieces[file])
-                    journal["outputs"] = asdict(self.totals)
-                write_sealed(self.folder / JOURNAL_NAME, journal)
-                if self.totals is not None:
-                    waits = [name for entry in self.finished.values() for name in entry.get("outputs", {})]
-                    self.totals.remove_others(self.folder, waits)
+                if self.totals is not None and (self.totals.is_due or first + self.piece >= total):
+                    self.totals.save()
+                self._write_journal()
         return self._finish(pieces)
 
-    def _added(self, totals: Totals, number: int, entry: Entry) -> Totals:
-        """With the Gram matrices of a piece that another process computed."""
-        files = entry.pop("outputs", {})
-        if number < totals.pieces:
-            return totals
-        return totals.with_piece(self.folder, entry["sequences"], read_parts(self.folder, files))
+    def _write_journal(self) -> None:
+        """List what is on disk. Then the sums of the pieces that are in the saved totals are not needed any more."""
+        journal: Manifest = {"pieces": self.finished}
+        if self.totals is not None:
+            for file in list(self._files())[: self.totals.saved.pieces]:
+                self.finished.get(file, {}).pop("outputs", None)
+            journal["outputs"] = asdict(self.totals.saved)
+        write_sealed(self.folder / JOURNAL_NAME, journal)
+        if self.totals is not None:
+            waits = [name for entry in self.finished.values() for name in entry.get("outputs", {})]
+            self.totals.saved.remove_others(self.folder, waits)
 
     def run_share(self, process: int, processes: int) -> None:
         """Compute a part of the pieces, each with its entry beside it. The journal stays as it is."""
@@ -236,6 +245,10 @@ class _Pass:
         starts = range(0, len(self.ids), self.piece)
         return {f"weights-{first // self.piece:05d}.safetensors": first for first in starts}
 
+    def _running_totals(self) -> RunningTotals:
+        decoder = Decoder(self.checkpoint, [], torch.float32, self.resolved.device)  # on the meta device
+        return RunningTotals(self.folder, self._totals_before(), has_room(decoder))
+
     def _totals_before(self) -> Totals:
         """The Gram matrices of outputs of the first pieces, if an earlier pass left them."""
         for name in (JOURNAL_NAME, MANIFEST_NAME):
@@ -250,6 +263,8 @@ class _Pass:
         about = {"first_sequence": first, "sequences": count}
         known = self.finished.get(file, {})
         if {key: known.get(key) for key in about} == about and self._has(number, file, known):
+            if self._adds(number) and self.totals is not None and not self.shares:
+                self.totals.add(count, read_parts(self.folder, known["outputs"]))
             bar.update(count)
             return known
         sums = OutputSums(self._decoder()) if self._adds(number) else None
@@ -260,12 +275,12 @@ class _Pass:
         if sums is not None and self.shares:
             entry["outputs"] = save_parts(self.folder, number, sums.parts(names))
         elif sums is not None and self.totals is not None:
-            self.totals = self.totals.with_piece(self.folder, count, sums.parts(names))
+            self.totals.add(count, sums.parts(names))
         self.finished[file] = entry
         return entry
 
     def _adds(self, number: int) -> bool:
-        """Whether the Gram matrices of a piece's outputs are wanted and not yet among the totals."""
+        """Whether the Gram matrices of a piece's outputs are wanted and not yet in the totals."""
         return self.totals is not None and number >= self.totals.pieces
 
     def _has(self, number: int, file: str, known: Entry) -> bool:
@@ -317,11 +332,11 @@ class _Pass:
             "pieces": pieces,
         }
         if self.totals is not None:
-            manifest["outputs"] = asdict(self.totals)
+            manifest["outputs"] = asdict(self.totals.saved)
         write_sealed(self.folder / JOURNAL_NAME, manifest)
-        os.replace(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)  # so that none of the two is left over
         for file in pieces:
             (self.folder / file).with_suffix(SHARE_SUFFIX).unlink(missing_ok=True)
+        os.replace(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)  # last, so that nothing else is left over
         return manifest
 
 
