@@ -10,9 +10,9 @@ import difflib
 import importlib.util
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import get_type_hints
 
@@ -31,6 +31,7 @@ OWN_CHOICES = ("--config-dir", "-cd", "hydra.searchpath")
 PATHS = ("model.path", "data.path", "cache.dir", "output_dir", "reference", "init", "paired")
 MULTIRUN = ("-m", "--multirun")
 SEVERAL_AT_ONCE = {"run.py": ("experiment",), "quantize_model.py": ("recipe",)}  # groups whose choices are presets
+ONE_LAYER = ("bundle", "synthetic")  # choices of model and data for run.py alone
 # What a value must be, by OmegaConf's words for one that is not.
 WANTED = {
     "could not be converted to Integer": "use a whole number",
@@ -278,9 +279,14 @@ def _flat(key: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", key.lower())
 
 
-def choices_of(*groups: str) -> str:
-    """`${choices_of:format,method}` in a help text: a line for each group, because Hydra lists those of all scripts."""
-    return "\n".join(f"{group}: {', '.join(_choices(group))}" for group in groups)
+def choices_of(*groups: str, without: Collection[str] = ()) -> str:
+    """`${choices_of:format,method}` in a help text: a line for each group, because Hydra lists those of all scripts.
+
+    `${whole_model_choices_of:data,model}` leaves out ONE_LAYER.
+    """
+    lines = {group: [choice for choice in _choices(group) if choice not in without] for group in groups}
+    return "\n".join(f"{group}: {', '.join(choices)}" for group, choices in lines.items())
 
 
 OmegaConf.register_new_resolver("choices_of", choices_of, replace=True)
+OmegaConf.register_new_resolver("whole_model_choices_of", partial(choices_of, without=ONE_LAYER), replace=True)

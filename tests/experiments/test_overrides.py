@@ -214,15 +214,24 @@ def test_every_folder_of_choices_belongs_to_a_script() -> None:
     assert groups == set().union(*(_settings(schema) for schema in SCHEMAS)) - {""}
 
 
-@pytest.mark.parametrize(("name", "schema"), [("model", QuantizeConfig), ("evaluate", EvaluationConfig)])
-def test_help_lists_the_groups_that_the_script_takes(name: str, schema: type) -> None:
-    """Hydra's own list has those of all scripts."""
-    help_text = OmegaConf.load(CONF_DIR / "hydra" / "help" / f"quantkit_{name}.yaml")
+@pytest.mark.parametrize(
+    ("name", "schema", "script"),
+    [
+        ("quantkit", Config, "run.py"),
+        ("quantkit_model", QuantizeConfig, "quantize_model.py"),
+        ("quantkit_evaluate", EvaluationConfig, "evaluate.py"),
+    ],
+)
+def test_help_lists_what_the_script_takes(name: str, schema: type, script: str) -> None:
+    """Hydra's own list has the groups of all scripts. Whole models are neither bundles of a layer nor synthetic."""
+    help_text = OmegaConf.load(CONF_DIR / "hydra" / "help" / f"{name}.yaml")
     text = OmegaConf.create({"hydra": {"help": help_text}}).hydra.help.template
     listed = text.partition("Choose with group=option.")[2].partition("== Configuration ==")[0]
-    own = (*_settings(schema), *(("recipe",) if schema is QuantizeConfig else ()))
-    groups = [f"{group}: {', '.join(_choices(group))}" for group in sorted(own) if group]
-    assert [line for line in listed.splitlines() if line] == groups
+    own = sorted(group for group in (*_settings(schema), *SEVERAL_AT_ONCE.get(script, ())) if group)
+    refused = () if schema is Config else ("bundle", "synthetic")
+    assert [line for line in listed.splitlines() if line] == [
+        f"{group}: {', '.join(choice for choice in _choices(group) if choice not in refused)}" for group in own
+    ]
 
 
 def test_settings_of_one_script_are_unknown_to_the_other() -> None:
