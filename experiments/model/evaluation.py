@@ -12,7 +12,7 @@ import logging
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments import provenance
 from experiments.config import DataConfig, DataSource, ModelConfig
@@ -32,6 +32,9 @@ from experiments.record import RECORD_NAME, read_record_of
 from experiments.sources.models import ModelIdentity, gguf_path, model_identity
 from experiments.sources.texts import Text, load_text
 from experiments.sources.twins import choose_sources
+
+if TYPE_CHECKING:
+    from experiments.model.comparing import Comparer
 
 log = logging.getLogger(__name__)
 
@@ -210,11 +213,8 @@ def execute(resolved: ResolvedEvaluation) -> dict[str, Any]:
         check_output(cache, "cache.dir")
     ids, calibrated_on = token_ids(resolved)
     same = sequences_hash(resolved, ids)
-    if partner is not None and partner.record.sequences_hash != same:
-        raise SourceError(
-            f"paired={config.paired}: it was evaluated on other sequences, another reference or another protocol"
-            f"{_differences(partner.record, resolved, len(ids))}. Evaluate it with the same text and settings."
-        )
+    if partner is not None:
+        _check_paired(partner.record, resolved, same, len(ids))
     dtype = config.evaluate.dtype
     identity = {"model": resolved.reference_identity.key, "ids": same, "dtype": dtype}
     identity |= {"device": resolved.device.partition(":")[0]}
@@ -227,12 +227,7 @@ def execute(resolved: ResolvedEvaluation) -> dict[str, Any]:
         batch_tokens = config.evaluate.batch_tokens
         comparer = Comparer(reference, model, ids, config.evaluate.protocol, batch_tokens, states)
         values = comparer.run(f"evaluating {resolved.label}")
-        layers = None
-        if config.evaluate.layers:
-            from experiments.model.by_layer import kl_by_layer
-
-            few = replace(comparer, ids=ids[: config.evaluate.layers_samples], states=None)
-            layers = kl_by_layer(few, config.evaluate.layers_by)
+        layers = _kl_by_layer(comparer, config)
     resolved.check_unchanged()
     fields = summary(values, ids.shape[1], config)
     if partner is not None:
@@ -245,6 +240,16 @@ def execute(resolved: ResolvedEvaluation) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in reference.network.parameters()),
         "kl_by_layer": layers,
     }
+
+
+def _kl_by_layer(comparer: Comparer, config: EvaluationConfig) -> list[dict[str, Any]] | None:
+    """For `evaluate.layers`, on its first sequences; else None."""
+    from experiments.model.by_layer import kl_by_layer
+
+    if not config.evaluate.layers:
+        return None
+    few = replace(comparer, ids=comparer.ids[: config.evaluate.layers_samples], states=None)
+    return kl_by_layer(few, config.evaluate.layers_by)
 
 
 def token_ids(resolved: ResolvedEvaluation) -> tuple[Any, int | None]:
@@ -293,6 +298,15 @@ def calibrated_among(resolved: ResolvedEvaluation, chosen: list[int], count: int
             *(resolved.label, shared, len(chosen)),
         )
     return shared
+
+
+def _check_paired(record: EvaluationRecord, resolved: ResolvedEvaluation, same: str, sequences: int) -> None:
+    """Raises SourceError where the other evaluation has not the hash `same` of this one's sequences."""
+    if record.sequences_hash != same:
+        raise SourceError(
+            f"paired={resolved.config.paired}: it was evaluated on other sequences, another reference or another "
+            f"protocol{_differences(record, resolved, sequences)}. Evaluate it with the same text and settings."
+        )
 
 
 def _differences(record: EvaluationRecord, resolved: ResolvedEvaluation, sequences: int) -> str:

@@ -169,15 +169,7 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
     problem that the user can fix.
     """
     config, resolved = run.config, run.resolved
-    if resolved.error is not None:
-        raise resolved.error
-    resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
-    checkpoint = open_checkpoint(config.model, config.cache.folder)
-    exportable.check_checkpoint(config, checkpoint)
-    given = None
-    if config.init is not None:
-        given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)
-    check_model(config, checkpoint, given)
+    checkpoint, given = _checked(run)
     clock = Clock(torch.device(resolved.device))
     ranks = ranks or Ranks()
     with clock.of("loss"):
@@ -209,6 +201,21 @@ def quantize_model(run: ModelRun, listener: Listener, ranks: Ranks | None = None
         "resumed_layers": len(shared.finished),
         "peak_device_bytes": _peak(resolved.device),
     }
+
+
+def _checked(run: ModelRun) -> tuple[Checkpoint, GivenCodes | None]:
+    """The model, and the codes of `init`. Raises ValueError for what can be known to be wrong before any long work."""
+    config, resolved = run.config, run.resolved
+    if resolved.error is not None:
+        raise resolved.error
+    resolve_backend(resolved.backend, resolved.device, config.method.name, config.block_size, config.format.name)
+    checkpoint = open_checkpoint(config.model, config.cache.folder)
+    exportable.check_checkpoint(config, checkpoint)
+    given = None
+    if config.init is not None:
+        given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)
+    check_model(config, checkpoint, given)
+    return checkpoint, given
 
 
 def check_model(config: QuantizeConfig, checkpoint: Checkpoint, given: GivenCodes | None) -> None:
