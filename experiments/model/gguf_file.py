@@ -93,14 +93,18 @@ def check_config(config: dict[str, Any]) -> None:
             f"export=gguf cannot tell llama.cpp of {other}={config[other]}; export compressed_tensors instead"
         )
     if config["model_type"] == "gpt_oss" and config["layer_types"] != _alternating(config["num_hidden_layers"]):
-        raise SourceError("export=gguf: llama.cpp knows gpt-oss with windows in every second layer alone")
+        raise SourceError(
+            "export=gguf: llama.cpp knows gpt-oss with sliding windows in every second layer alone; use export=gpt_oss"
+        )
     if (kind := rope_type(config)) not in ("default", *architecture.ropes):
         raise SourceError(
             f"export=gguf writes no model with scaled rotary embeddings of the type {kind}; export compressed_tensors, "
             "and convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     if (config.get("attention_bias") and architecture.name != "gpt-oss") or config.get("mlp_bias"):
-        raise SourceError("export=gguf writes these models without biases; export compressed_tensors")
+        raise SourceError(
+            f"export=gguf writes {config['model_type']} models without biases; export compressed_tensors instead"
+        )
 
 
 def _config(source: QuantizedCheckpoint) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def test_settings_stand_on_one_side_of_a_flag() -> None:
 def test_what_hydra_cannot_read_is_one_line(argument: str, remedy: str) -> None:
     for before in ([], ["-m"], ["seed=1"]):
         assert unreadable([*before, argument], "x.py") == f"{argument}: {remedy}"
-    assert unreadable([remedy.rpartition("type ")[2].strip("'")], "x.py") is None or "NAME=VALUE" in remedy
+    if "Hydra cannot read" in remedy:
+        assert unreadable([remedy.rpartition("type ")[2].strip("'")], "x.py") is None
 
 
 @pytest.mark.parametrize("argument", ["model.path=", "data.path=''", "output_dir=", "init= ", "reference=", "paired="])
