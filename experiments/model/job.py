@@ -85,7 +85,8 @@ def resolve_model(config: QuantizeConfig) -> ModelRun:
     resolved = resolve(as_run(config))
     if resolved.error is None and not _loss_fits(config, resolved):
         method = replace(config.method, rows=None, output_damping=None)  # of hessian.outputs
-        config = replace(config, hessian=HessianConfig(), method=method)
+        calibrate = replace(config.calibrate, weight_exponent=1.0)  # of the loss weights
+        config = replace(config, hessian=HessianConfig(), method=method, calibrate=calibrate)
         resolved = resolve(as_run(config))
     config = with_sources(config, resolved.config)
     settings = result_settings(config, resolved.device, resolved.backend)

@@ -30,6 +30,7 @@ from experiments.config import (
     RecordConfig,
     TimingConfig,
     TrackingConfig,
+    Weighting,
     check_outputs,
     check_run,
     check_text,
@@ -126,6 +127,11 @@ class QuantizeConfig:
             f"init={self.init}: method={self.method.name} takes no codes to begin with. Use method=descent.",
         )
         check_outputs(self.method, self.hessian)
+        require(
+            self.hessian.weighting == Weighting.loss or self.calibrate.weight_exponent == 1,
+            f"calibrate.weight_exponent={self.calibrate.weight_exponent}: hessian=output has equal weights. Use "
+            "hessian=loss, or calibrate.weight_exponent=1.",
+        )
         require(
             self.init is None or not self.hessian.outputs,
             f"hessian.outputs=true: errors could rise above those of init={self.init}. Use hessian=loss, or leave init "

@@ -97,6 +97,12 @@ def test_one_layer_has_no_outputs(overrides: list[str]) -> None:
         to_config(composed)
 
 
+def test_an_exponent_needs_loss_weights() -> None:
+    with pytest.raises(ValueError, match=r"calibrate\.weight_exponent=0\.7: .*Use hessian=loss, or .*exponent=1\."):
+        compose_model(["hessian=output", "calibrate.weight_exponent=0.7"])
+    assert compose_model(["hessian=loss", "calibrate.weight_exponent=0.7"]).calibrate.weight_exponent == 0.7
+
+
 @pytest.mark.parametrize("value", ["damping=0", "damping=1.5", "weight_exponent=-0.1", "weight_exponent=2"])
 def test_options_of_targets_and_weights_have_a_range(value: str) -> None:
     with pytest.raises(Exception, match=rf"calibrate\.{value}"):

@@ -160,8 +160,10 @@ def test_a_model_too_large_for_the_pass_needs_another_hessian(
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "memory_of", lambda device: 1 << 16)
-    run = run_for(tiny, tmp_path, *TWO_SIDED, "method=gptq", f"cache.dir={tmp_path}/cache")
+    settings = ("calibrate.weight_exponent=0.7", f"cache.dir={tmp_path}/cache")
+    run = run_for(tiny, tmp_path, *TWO_SIDED, "method=gptq", *settings)
     assert not run.config.hessian.outputs
+    assert run.config.calibrate.weight_exponent == 1  # of weights that are not there
 
 
 def test_output_gram_matrices_too_large_beside_the_pass_are_refused_before_anything_is_loaded(
