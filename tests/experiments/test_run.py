@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -124,7 +125,7 @@ def test_a_record_holds_what_the_library_gives(output: Path, format: str, method
     assert record.time_ms_median is not None and record.time_iterations is not None and record.time_ms_median > 0
     assert record.time_timer == "torch.utils.benchmark" and record.device == "cpu"
     assert (record.backend, record.requested_backend) == ("reference", "auto")
-    assert record.versions["torch"] == torch.__version__ and record.commit and record.started_at
+    assert record.versions["torch"] == importlib.metadata.version("torch") and record.commit and record.started_at
     assert record.config_hash and (output / record.run_id / "record.json").exists()
 
 
