@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import CONF_DIR, Config
-from experiments.files import check_output
 from experiments.launchers import PRESETS
 
 # Options with which choices may also come from other folders than conf/.
@@ -46,12 +45,7 @@ def refusal(arguments: Sequence[str], schema: type = Config, script: str = "run.
 
     schema: the dataclass of the script's configuration.
     """
-    return (
-        mistake(arguments, schema, script)
-        or misplaced(arguments, script)
-        or unreadable(arguments, script)
-        or unwritable(arguments, schema)
-    )
+    return mistake(arguments, schema, script) or misplaced(arguments, script) or unreadable(arguments, script)
 
 
 def mistake(arguments: Sequence[str], schema: type = Config, script: str = "run.py") -> str | None:
@@ -66,25 +60,6 @@ def mistake(arguments: Sequence[str], schema: type = Config, script: str = "run.
         )
         if found is not None:
             return found
-    return None
-
-
-def unwritable(arguments: Sequence[str], schema: type = Config) -> str | None:
-    """A message if the folder of output_dir cannot be written, which Hydra would tell by a traceback. Makes the folder.
-
-    None for a folder that only Hydra can tell, and with flags such as --help, which write nothing.
-    """
-    if any(argument.startswith("-") and argument not in MULTIRUN for argument in arguments):
-        return None
-    values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == "output_dir"]
-    default = next(str(f.default) for f in fields(schema) if f.name == "output_dir")
-    folder = values[-1] if values else default
-    if not folder or not PLAIN_VALUE.fullmatch(folder) or "," in folder:
-        return None
-    try:
-        check_output(Path(folder))
-    except ValueError as error:
-        return str(error)
     return None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import run as entry
@@ -24,9 +26,7 @@ from experiments.overrides import (
     _settings,
     misplaced,
     mistake,
-    refusal,
     unreadable,
-    unwritable,
 )
 from experiments.sweep import SweepPlan
 
@@ -194,20 +194,35 @@ def test_an_empty_path_is_not_the_current_folder(argument: str) -> None:
     assert unreadable(["evaluate.label=", "model.path=null"], "x.py") is None
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_a_folder_that_cannot_be_made_is_told_before_hydra_makes_it(schema: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("name", ["config", "quantize_model", "evaluate"])
+def test_a_folder_that_cannot_be_made_is_told_before_hydra_makes_it(name: str, many: bool, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("", encoding="utf-8")
+
+    def start(folder: Path) -> None:
+        """What Hydra calls before it makes a folder."""
+        overrides = [f"output_dir={folder}", f"hydra.mode={'MULTIRUN' if many else 'RUN'}"]
+        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+            config = hydra_compose(name, overrides, return_hydra_config=True)
+            plan = instantiate(config.hydra.callbacks.plan)
+            (plan.on_multirun_start if many else plan.on_run_start)(config)
+
     for folder, why in ((file, "File exists"), (file / "runs", "Not a directory")):
-        said = refusal([f"output_dir={folder}"], schema)
-        assert said is not None and said.startswith(f"output_dir={folder} cannot be written: {why} ({folder}")
+        with pytest.raises(SystemExit) as ended:
+            start(folder)
+        said = str(ended.value)
+        assert said.startswith(f"error: output_dir={folder} cannot be written: {why} ({folder}")
         assert said.endswith("; free some space or choose another.") and "\n" not in said
-    assert unwritable([f"output_dir={tmp_path / 'new'}"], schema) is None and (tmp_path / "new").is_dir()
-    for flag in ("--help", "--cfg"):
-        assert unwritable([flag, f"output_dir={tmp_path / 'other'}"], schema) is None
-    for folder in ("${oc.env:HOME}", "a,b"):
-        assert unwritable([f"output_dir={tmp_path / folder}"], schema) is None
+    start(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["new"]
+
+
+def test_flags_that_only_show_something_make_no_folder(tmp_path: Path) -> None:
+    for flags in (["--help"], ["--cfg", "job"]):
+        command = [sys.executable, "experiments/run.py", *flags, f"output_dir={tmp_path / 'other'}"]
+        assert subprocess.run(command, cwd=REPO_ROOT, capture_output=True).returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_folder_of_choices_belongs_to_a_script() -> None:
