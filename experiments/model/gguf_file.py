@@ -21,7 +21,15 @@ from torch import Tensor
 from experiments.files import SourceError, one_line
 from experiments.model.gguf_vocabulary import differences, read_vocabulary, write_vocabulary
 from experiments.sources.gguf_names import ROUTER, SIZES, architecture_of, gguf_name
-from experiments.sources.gguf_rope import FREQUENCIES, add_scaling, frequency_factors, rope_parameters, rope_type
+from experiments.sources.gguf_rope import (
+    FREQUENCIES,
+    add_scaling,
+    frequency_factors,
+    head_dim,
+    rope_parameters,
+    rope_theta,
+    rope_type,
+)
 from experiments.sources.quantized import QuantizedCheckpoint
 from quantkit import QuantizedTensor
 from quantkit.formats import BlockFormat
@@ -130,8 +138,8 @@ def _metadata(writer: Any, source: QuantizedCheckpoint, config: dict[str, Any]) 
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{writer.arch}.{key}", value)
     add_scaling(writer, config)
-    writer.add_rope_dimension_count(_size(config, "head_dim"))
-    writer.add_value_length(_size(config, "head_dim"))
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_value_length(head_dim(config))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FILE_TYPES[fmt])
     writer.add_quantization_version(2)
@@ -145,7 +153,7 @@ def _alternating(layers: int) -> list[str]:
 
 def _size(config: dict[str, Any], field: str) -> Any:
     if field == "head_dim":
-        return config.get(field) or config["hidden_size"] // config["num_attention_heads"]
+        return head_dim(config)
     if field == "num_key_value_heads":
         return config.get(field) or config["num_attention_heads"]
     if field == "sliding_window" and config["model_type"] != "gpt_oss":
@@ -155,7 +163,7 @@ def _size(config: dict[str, Any], field: str) -> Any:
     if field == "num_experts":
         return config.get(field) or config.get("num_local_experts")  # transformers 5 writes the second
     if field == "rope_theta":
-        return float(rope_parameters(config).get(field) or config.get(field) or 10000.0)
+        return rope_theta(config)
     return config.get(field)
 
 
@@ -260,7 +268,7 @@ def _frequency_factors(config: dict[str, Any]) -> Tensor | None:
     """float32 [head_dim/2] of FREQUENCIES; None for a model without."""
     if rope_type(config) != "llama3":
         return None
-    return frequency_factors(rope_parameters(config), _size(config, "rope_theta"), _size(config, "head_dim"))
+    return frequency_factors(rope_parameters(config), rope_theta(config), head_dim(config))
 
 
 # --- the check --------------------------------------------------------------------------------------------------------

@@ -215,11 +215,11 @@ def _checked(run: ModelRun) -> tuple[Checkpoint, GivenCodes | None]:
     given = None
     if config.init is not None:
         given = GivenCodes(config.init, config.cache.folder, get_format(config.format.name), config.block_size)
-    check_model(config, checkpoint, given)
+    _check_shapes(config, checkpoint, given)
     return checkpoint, given
 
 
-def check_model(config: QuantizeConfig, checkpoint: Checkpoint, given: GivenCodes | None) -> None:
+def _check_shapes(config: QuantizeConfig, checkpoint: Checkpoint, given: GivenCodes | None) -> None:
     """Raises ValueError for what the model's names and shapes rule out, before loss weights and before most weights."""
     decoder = Decoder(checkpoint, [], torch.float32)
     selection = select(decoder, config.model, config.block_size)

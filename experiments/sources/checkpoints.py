@@ -31,7 +31,7 @@ from experiments.files import (
 from experiments.sources.exported import check_export_intact
 from experiments.sources.gguf_names import SIZES as GGUF_SIZES
 from experiments.sources.gguf_names import architecture_named, fused_name, is_experts, module_name
-from experiments.sources.gguf_rope import FREQUENCIES, read_scaling
+from experiments.sources.gguf_rope import FREQUENCIES, head_dim, read_scaling, rope_theta
 from experiments.sources.gguf_tokenizer import MODEL, load_tokenizer
 from experiments.sources.hashes import file_hashes
 from experiments.sources.models import (
@@ -472,7 +472,7 @@ class GgufCheckpoint(HoldsCodes):
         if missing or "token_embd.weight" not in self.tensors:
             raise SourceError(f"{self.path} lacks {', '.join(missing) or 'token_embd.weight'}. Copy it again.")
         if self.architecture.name != "llama":  # transformers' default is another one
-            sizes.setdefault("head_dim", int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))
+            sizes["head_dim"] = head_dim(sizes)
         with named(f"{self.path} cannot be read"):
             scaled = self._rope(sizes)
         if scaled is not None:
@@ -484,16 +484,15 @@ class GgufCheckpoint(HoldsCodes):
             self.architecture.model_types[0],
             vocab_size=int(self.tensors["token_embd.weight"].shape[1]),
             tie_word_embeddings="output.weight" not in self.tensors,
-            **({name: value for name, value in self.architecture.refused.items()} | sizes),
+            **(dict(self.architecture.refused) | sizes),
         )
 
     def _rope(self, sizes: dict[str, Any]) -> dict[str, Any] | None:
         """rope_parameters; None where the rotary embedding is not scaled."""
         stored = self.tensors.get(FREQUENCIES)
         factors = None if stored is None else torch.from_numpy(stored.data.copy()).float().flatten()
-        width = sizes.get("head_dim") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"])
-        theta = float(sizes.get("rope_theta", 10000.0))
-        return read_scaling(self.path.name, self.architecture, self.header, factors, theta, int(width))
+        file = self.path.name
+        return read_scaling(file, self.architecture, self.header, factors, rope_theta(sizes), head_dim(sizes))
 
     def _places(self) -> dict[str, Place]:
         """By the name in a checkpoint. Raises SourceError for unknown tensors."""

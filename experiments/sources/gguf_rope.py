@@ -39,6 +39,16 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
 
 
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The base of the frequencies; 10000 where it is not told, as in transformers. config: as for `rope_type`."""
+    return float(rope_parameters(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Width of an attention head. config: as for `rope_type`."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def frequency_factors(parameters: Mapping[str, Any], theta: float, head_dim: int) -> Tensor:
     """float32 [head_dim/2]: by how much llama3 divides each frequency, from transformers' frequencies.
 
